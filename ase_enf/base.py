@@ -1,0 +1,101 @@
+"""Base distributions: centred Gaussian on positions, Gaussian on features, and the prior of sizes (eq. 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_enf.geometry import subspace_dim
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+def position_log_prob(z: Tensor, mask: Tensor) -> Tensor:
+    """Log-density of the standard Gaussian on the zero-mean subspace (eq. 11).
+
+    log p(z_x) = −½ ‖z_x‖² − ½ (M − 1) n log 2π
+
+    Args:
+        z: Centred positions, shape (B, M, n), zero at padding.
+        mask: True for real atoms, shape (B, M).
+
+    Returns:
+        Nats, shape (B,).
+
+    Example:
+        >>> z = torch.tensor([[[1.0], [-1.0]]])
+        >>> position_log_prob(z, torch.ones(1, 2, dtype=torch.bool))
+        tensor([-1.9189])
+    """
+    dimension = subspace_dim(mask, z.shape[-1]).to(z.dtype)
+    return -0.5 * z.square().sum(dim=(1, 2)) - 0.5 * dimension * LOG_2PI
+
+
+def feature_log_prob(z: Tensor, mask: Tensor) -> Tensor:
+    """Log-density of the standard Gaussian on features, ``Σ_i log N(z_i; 0, I)``.
+
+    Args:
+        z: Features, shape (B, M, F), zero at padding.
+        mask: True for real atoms, shape (B, M).
+
+    Returns:
+        Nats, shape (B,); zero when F is 0.
+    """
+    count = (mask.sum(dim=-1) * z.shape[-1]).to(z.dtype)
+    return -0.5 * z.square().sum(dim=(1, 2)) - 0.5 * count * LOG_2PI
+
+
+def sample_latent(rng: np.random.Generator, n_atoms: int, dimension: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one latent molecule: a Gaussian projected on the zero-mean subspace, and Gaussian features.
+
+    Args:
+        rng: Source of randomness; one of its own for every molecule makes the molecule independent of its batch.
+        n_atoms: M.
+        dimension: n.
+        features: F.
+
+    Returns:
+        z_x, shape (M, n), with zero mean, and z_h, shape (M, F), both float64.
+    """
+    z = rng.standard_normal((n_atoms, dimension + features))
+    x = z[:, :dimension]
+    return x - x.mean(axis=0), z[:, dimension:]
+
+
+class SizePrior:
+    """Categorical distribution p_M of the number of atoms: counts of the training set divided by their sum.
+
+    Args:
+        counts: Size → count.
+
+    Raises:
+        ValueError: If there is no count.
+
+    Example:
+        >>> prior = SizePrior({3: 1, 5: 3})
+        >>> round(prior.log_prob([5]).exp().item(), 6)
+        0.75
+    """
+
+    def __init__(self, counts: Mapping[int, int]) -> None:
+        if not counts or min(counts.values()) < 0 or sum(counts.values()) == 0:
+            raise ValueError(f"size prior: counts {dict(counts)} hold no molecule")
+        self.counts = {int(size): int(count) for size, count in sorted(counts.items()) if count}
+        self._sizes = np.array(list(self.counts))
+        self._probabilities = np.array(list(self.counts.values()), dtype=float) / sum(self.counts.values())
+
+    def __contains__(self, size: int) -> bool:
+        return int(size) in self.counts
+
+    def log_prob(self, sizes: Iterable[int] | Tensor) -> Tensor:
+        """Returns log p_M(M) in nats, float64, −inf for a size never seen."""
+        table = {int(s): math.log(p) for s, p in zip(self._sizes, self._probabilities, strict=True)}
+        return torch.tensor([table.get(int(size), -math.inf) for size in sizes], dtype=torch.float64)
+
+    def sample(self, rng: np.random.Generator) -> int:
+        """Draws one size."""
+        return int(rng.choice(self._sizes, p=self._probabilities))

@@ -1,0 +1,11 @@
+"""Datasets as lists of `Atoms`: QM9 in every form people have it, and the particle systems DW4 and LJ13."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """Data that cannot be used; one line that names the source, the value found and what to do."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """There is no such source of data, or nothing in it."""

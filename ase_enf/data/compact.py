@@ -1,0 +1,257 @@
+"""The compact form of many small molecules: concatenated arrays in one ``.npz``, a dozen times faster than raw files.
+
+==============  ===========  ========================================================================
+array           shape        meaning
+==============  ===========  ========================================================================
+``numbers``     (N,)         atomic numbers of all molecules, one after the other; N = Σ ``n_atoms``
+``positions``   (N, 3)       their positions, Å, float32
+``n_atoms``     (B,)         atoms in each molecule
+``gdb_index``   (B,)         optional: 1-based number in GDB-9, ``info["qm9_index"]``
+``split``       (B,)         optional: 0 train, 1 valid, 2 test, 3 excluded
+``smiles``      (B,)         optional: SMILES as published, ``info["qm9_smiles"]``
+==============  ===========  ========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from ase_enf.data import DataError, DataNotFoundError
+
+SPLITS = ("train", "valid", "test")
+"""Names of the codes 0, 1 and 2 of a split; code 3 marks the excluded molecules."""
+
+EXCLUDED = 3
+
+_REQUIRED = ("numbers", "positions", "n_atoms")
+_KINDS = {"numbers": "iu", "positions": "f", "n_atoms": "iu", "gdb_index": "iu", "split": "iu", "smiles": "U"}
+
+
+class MoleculeTable(NamedTuple):
+    """B molecules with N atoms in all, laid out as the module's table says."""
+
+    numbers: NDArray[np.uint8]  # (N,)
+    positions: NDArray[np.float32]  # (N, 3), Å
+    n_atoms: NDArray[np.int16]  # (B,)
+    gdb_index: NDArray[np.int32] | None = None  # (B,)
+    split: NDArray[np.uint8] | None = None  # (B,)
+    smiles: NDArray[np.str_] | None = None  # (B,)
+
+    def to_atoms(self, rows: Iterable[int] | None = None) -> list[Atoms]:
+        """Returns molecules as `Atoms`.
+
+        Args:
+            rows: Which of the B molecules, in which order; all by default.
+
+        Returns:
+            Non-periodic molecules with ``info["qm9_index"]`` and ``info["qm9_smiles"]`` where the table has them.
+
+        Example:
+            >>> table = MoleculeTable(np.array([1, 1, 2]), np.zeros((3, 3)), np.array([2, 1]), np.array([7, 8]))
+            >>> [(atoms.symbols.get_chemical_formula(), atoms.info) for atoms in table.to_atoms([1, 0])]
+            [('He', {'qm9_index': 8}), ('H2', {'qm9_index': 7})]
+        """
+        stops = np.cumsum(self.n_atoms, dtype=np.int64)
+        starts = stops - self.n_atoms
+        positions = self.positions.astype(float)
+        return [
+            Atoms(
+                numbers=self.numbers[starts[row] : stops[row]],
+                positions=positions[starts[row] : stops[row]],
+                info=self._info(row),
+            )
+            for row in (range(len(self.n_atoms)) if rows is None else rows)
+        ]
+
+    def _info(self, row: int) -> dict[str, Any]:
+        """Returns what the table knows of a molecule beside its atoms, as plain Python values."""
+        info: dict[str, Any] = {}
+        if self.gdb_index is not None:
+            info["qm9_index"] = int(self.gdb_index[row])
+        if self.smiles is not None and self.smiles[row]:
+            info["qm9_smiles"] = str(self.smiles[row])
+        return info
+
+
+def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None) -> MoleculeTable:
+    """Packs molecules into a table.
+
+    Args:
+        atoms: Non-periodic molecules; positions in Å are rounded to float32.
+        split: The split all of them belong to, or a code for each.
+
+    Returns:
+        The table, with indices and SMILES if every molecule has them in its ``info``.
+
+    Raises:
+        DataError: A molecule is periodic, or the split is unknown or of another length.
+
+    Example:
+        >>> table = from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.74]]), Atoms("He")], split="valid")
+        >>> table.n_atoms.tolist(), table.split.tolist(), table.gdb_index
+        ([2, 1], [1, 1], None)
+    """
+    for row, molecule in enumerate(atoms):
+        if molecule.pbc.any():
+            raise DataError(f"molecule {row} ({molecule.symbols}) is periodic: the compact form has no cell")
+    return MoleculeTable(
+        numbers=np.array([z for molecule in atoms for z in molecule.numbers], dtype=np.uint8),
+        positions=np.concatenate([np.zeros((0, 3)), *(molecule.positions for molecule in atoms)]).astype(np.float32),
+        n_atoms=np.array([len(molecule) for molecule in atoms], dtype=np.int16),
+        gdb_index=_info_column(atoms, "qm9_index", np.int32),
+        split=_codes(split, len(atoms)),
+        smiles=_info_column(atoms, "qm9_smiles", np.str_),
+    )
+
+
+def read_npz(path: str | Path) -> MoleculeTable:
+    """Reads a compact file.
+
+    Args:
+        path: The ``.npz``.
+
+    Returns:
+        Its table; arrays it does not know are ignored.
+
+    Raises:
+        DataNotFoundError: There is no such file.
+        DataError: The file is cut short, damaged, of another layout, or inconsistent.
+
+    Example:
+        >>> read_npz("tests/data/qm9_sample.npz").n_atoms.shape
+        (600,)
+    """
+    try:
+        # Opened here, since numpy leaves its own handle open when the file turns out to be damaged.
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in MoleculeTable._fields if name in archive.files}
+    except FileNotFoundError as error:
+        raise DataNotFoundError(f"{path}: no such file") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError) as error:
+        # TypeError: what a bare .npy array behind the name gives, which is no context manager.
+        raise DataError(f"{path}: cannot be read as .npz, truncated or damaged? ({brief(error)})") from error
+    missing = [name for name in _REQUIRED if name not in arrays]
+    if missing:
+        raise DataError(f"{path}: holds no {', '.join(missing)}; a compact file needs {', '.join(_REQUIRED)}")
+    return _checked(MoleculeTable(**arrays), str(path))
+
+
+def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
+    """Writes a compact file, whole or not at all.
+
+    Args:
+        table: The molecules.
+        path: The ``.npz`` to write or to replace.
+        **extra: Further arrays to keep beside the table.
+
+    Raises:
+        DataError: The table is inconsistent.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_npz(from_atoms([Atoms("He")]), f"{folder}/he.npz")
+        ...     read_npz(f"{folder}/he.npz").numbers.tolist()
+        [2]
+    """
+    arrays = {name: value for name, value in _checked(table, "table")._asdict().items() if value is not None}
+    if table.split is not None:
+        arrays["split_names"] = np.array(SPLITS)
+    with atomic_write(path) as handle:
+        np.savez_compressed(handle, **arrays, **extra)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).
+
+    Args:
+        path: The file to write or to replace; missing folders are made.
+
+    Yields:
+        A binary handle on a temporary file in the same folder, which is removed if anything fails.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/a") as handle:
+        ...         _ = handle.write(b"whole")
+        ...     Path(folder, "a").read_bytes()
+        b'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _checked(table: MoleculeTable, name: str) -> MoleculeTable:
+    """Returns the table if its arrays fit together."""
+    n, molecules = int(table.n_atoms.sum()), len(table.n_atoms)
+    shapes = dict.fromkeys(table._fields, (molecules,)) | {"numbers": (n,), "positions": (n, 3)}
+    for field, array in table._asdict().items():
+        shape = shapes[field]
+        if array is not None and array.shape != shape:
+            raise DataError(f"{name}: {field} has shape {array.shape}, but n_atoms asks for {shape}")
+        if array is not None and array.dtype.kind not in _KINDS[field]:
+            raise DataError(f"{name}: {field} holds {array.dtype}, which is no {field}")
+    if molecules and table.n_atoms.min() < 1:
+        raise DataError(f"{name}: n_atoms holds {table.n_atoms.min()}; every molecule needs an atom")
+    if not np.isfinite(table.positions).all():
+        raise DataError(f"{name}: positions hold values that are not finite")
+    return table
+
+
+def _codes(split: str | Sequence[int] | None, n: int) -> NDArray[np.uint8] | None:
+    """Returns a split's code for each of n molecules."""
+    if split is None:
+        return None
+    if isinstance(split, str):
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        return np.full(n, SPLITS.index(split), dtype=np.uint8)
+    codes = np.asarray(split)
+    if codes.shape != (n,) or not np.isin(codes, range(EXCLUDED + 1)).all():
+        raise DataError(f"split must give one code of 0 to {EXCLUDED} for each of the {n} molecules")
+    return codes.astype(np.uint8)
+
+
+def _info_column(atoms: Sequence[Atoms], key: str, dtype: type) -> NDArray[Any] | None:
+    """Returns an entry of all molecules' ``info``, or None unless each has it."""
+    if not atoms or any(key not in molecule.info for molecule in atoms):
+        return None
+    return np.array([molecule.info[key] for molecule in atoms], dtype=dtype)
+
+
+def brief(error: Exception) -> str:
+    """Returns the kind of an error with the first line of what it says, for messages of one line.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        ``"Kind: message"``.
+
+    Example:
+        >>> brief(EOFError("cut"))
+        'EOFError: cut'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

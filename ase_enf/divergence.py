@@ -1,0 +1,141 @@
+"""The divergence (trace of the Jacobian) of a velocity field: exact, or estimated by Hutchinson's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# (x, h) → (dx, dh): a velocity field at one moment, mask and context bound by closure.
+Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+PROBES = ("rademacher", "gaussian")
+
+
+class Divergence(NamedTuple):
+    """Velocity and divergence at one point."""
+
+    dx: Tensor  # (B, M, n)
+    dh: Tensor  # (B, M, F)
+    trace: Tensor  # (B,)
+    samples: Tensor  # (P, B), one estimate a probe; (1, B) for the exact trace
+
+
+def _directional(
+    y: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], create_graph: bool
+) -> Tensor:
+    """Returns vᵀ J v for each molecule by one reverse pass, shape (B,)."""
+    pairs = [(o, w) for o, w in zip(out, v, strict=True) if o.numel() and o.requires_grad]
+    if not pairs:
+        return torch.zeros(y[0].shape[0], dtype=y[0].dtype, device=y[0].device)
+    inputs = [t for t in y if t.numel()]
+    outputs, weights = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outputs, inputs, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    directions = [w for t, w in zip(y, v, strict=True) if t.numel()]
+    terms = [(g * w).sum(dim=(1, 2)) for g, w in zip(grads, directions, strict=True) if g is not None]
+    return torch.stack(terms).sum(dim=0) if terms else torch.zeros_like(y[0][:, 0, 0])
+
+
+def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Evaluates the field on leaves (or on the graph that leads to x and h, when it must be kept)."""
+    if not create_graph:
+        x, h = x.detach(), h.detach()
+    x = x if x.requires_grad else x.requires_grad_(True)
+    h = h if h.requires_grad or not h.numel() else h.requires_grad_(True)
+    dx, dh = field(x, h)
+    return x, h, dx, dh
+
+
+def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Divergence:
+    """Trace of the Jacobian, one reverse pass for each of the M (n + F) directions.
+
+    Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are given in the ambient space; because the field has no mean and
+    does not see one, the ambient trace is the trace on the zero-mean subspace (eq. 10).
+
+    The directions of all molecules go together: atoms of different molecules never interact.
+
+    Args:
+        field: The velocity field.
+        x: Positions, shape (B, M, n).
+        h: Features, shape (B, M, F); F may be 0.
+        create_graph: Keep the graph, for training through the trace.
+
+    Returns:
+        Velocity and trace.
+
+    Example:
+        >>> x, h = torch.randn(2, 3, 2), torch.zeros(2, 3, 0)
+        >>> exact(lambda x, h: (2.0 * x, h), x, h).trace
+        tensor([12., 12.])
+    """
+    with torch.enable_grad():
+        x, h, dx, dh = _evaluate(field, x, h, create_graph)
+        trace = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
+        for out, y in ((dx, x), (dh, h)):
+            if not (out.numel() and out.requires_grad):
+                continue
+            for atom in range(y.shape[1]):
+                for component in range(y.shape[2]):
+                    (grad,) = torch.autograd.grad(
+                        out[:, atom, component].sum(), y, retain_graph=True, create_graph=create_graph, allow_unused=True
+                    )
+                    if grad is not None:
+                        trace = trace + grad[:, atom, component]
+    if not create_graph:
+        dx, dh, trace = dx.detach(), dh.detach(), trace.detach()
+    return Divergence(dx, dh, trace, trace.unsqueeze(0))
+
+
+def hutchinson(
+    field: Field, x: Tensor, h: Tensor, probes: tuple[Tensor, Tensor], create_graph: bool = False
+) -> Divergence:
+    """Hutchinson's estimate, ``Tr J ≈ 1/P Σ_p v_pᵀ J v_p`` with E[v vᵀ] = I (Hutchinson 1990; Grathwohl et al. 2018).
+
+    Args:
+        field: The velocity field.
+        x: Positions, shape (B, M, n).
+        h: Features, shape (B, M, F).
+        probes: v for x, shape (P, B, M, n), and for h, shape (P, B, M, F); see :func:`draw_probes`.
+        create_graph: Keep the graph, for training through the estimate.
+
+    Returns:
+        Velocity, the mean over probes and every probe's own estimate.
+    """
+    with torch.enable_grad():
+        x, h, dx, dh = _evaluate(field, x, h, create_graph)
+        samples = torch.stack([_directional((x, h), (dx, dh), v, create_graph) for v in zip(*probes, strict=True)])
+    if not create_graph:
+        dx, dh, samples = dx.detach(), dh.detach(), samples.detach()
+    return Divergence(dx, dh, samples.mean(dim=0), samples)
+
+
+def draw_probes(
+    x: Tensor, h: Tensor, count: int, generator: torch.Generator | None = None, kind: str = "rademacher"
+) -> tuple[Tensor, Tensor]:
+    """Draws probe vectors with identity covariance, shaped like x and h with a leading dimension ``count``.
+
+    Args:
+        x: Positions, shape (B, M, n).
+        h: Features, shape (B, M, F).
+        count: Number P of probes.
+        generator: Source of randomness, on the CPU.
+        kind: "rademacher" (±1, the smaller variance) or "gaussian".
+
+    Returns:
+        Probes for x and for h.
+
+    Raises:
+        ValueError: If ``kind`` is unknown.
+    """
+    if kind not in PROBES:
+        raise ValueError(f"probe {kind!r} is unknown; choose one of {', '.join(PROBES)}")
+
+    def draw(like: Tensor) -> Tensor:
+        noise = torch.randn((count, *like.shape), generator=generator, dtype=torch.float64)
+        # sign(0) would be 0; a comparison cannot be.
+        noise = torch.where(noise >= 0, 1.0, -1.0) if kind == "rademacher" else noise
+        return noise.to(like)
+
+    return draw(x), draw(h)

@@ -1,0 +1,423 @@
+"""The E(n) equivariant normalizing flow: configuration, likelihood, sampling, files (eq. 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ase_enf import base, divergence
+from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
+from ase_enf.dynamics import Dynamics, build_network
+from ase_enf.flow import ContinuousFlow, Solver, TraceMethod, Velocity
+from ase_enf.geometry import subspace_dim
+from ase_enf.molecules import Batch
+
+FEATURES = ("joint", "none", "given")
+FORMAT_VERSION = 1
+METADATA_KEY = "ase_enf"
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+@dataclass(frozen=True)
+class ENFConfig:
+    """Everything that defines a flow except its weights; stored as JSON beside them.
+
+    Args:
+        features: "joint" (types and charges flow with the positions), "given" (types are the condition) or "none"
+            (positions only).
+        species: Elements in the order of the one-hot columns; empty for "none".
+        sizes: Counts of molecule sizes in the training set, the prior p_M.
+        compositions: Counts of formulas (Hill) in the training set, from which "given" draws; else empty.
+        dimension: Dimension n of space, 2 or 3.
+        network: "egnn" or "gnn" (the non-equivariant baseline).
+        hidden: Width F of the network.
+        layers: Number L of layers.
+        attention: Soft edges (eq. 4).
+        dequantizer: "fixed" or "learned" q(h̃|h), for "joint".
+        position_scale: Length in Å that is one unit inside the flow.
+        feature_shift: Subtracted from h̃ (K scores, then the charge), for "joint".
+        feature_scale: Multiplies h̃ − shift.
+
+    Raises:
+        ValueError: For an unknown or inconsistent value.
+    """
+
+    features: str = "joint"
+    species: tuple[str, ...] = ("H", "C", "N", "O", "F")
+    sizes: Mapping[int, int] = dataclasses.field(default_factory=lambda: {18: 1})
+    compositions: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dimension: int = 3
+    network: str = "egnn"
+    hidden: int = 64
+    layers: int = 6
+    attention: bool = True
+    dequantizer: str = "fixed"
+    position_scale: float = 1.0
+    feature_shift: tuple[float, ...] = ()
+    feature_scale: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        set_field = functools.partial(object.__setattr__, self)
+        set_field("species", tuple(self.species))
+        set_field("sizes", {int(size): int(count) for size, count in self.sizes.items()})
+        set_field("compositions", dict(self.compositions))
+        width = self.flow_features
+        set_field("feature_shift", tuple(self.feature_shift) or (0.0,) * width)
+        set_field("feature_scale", tuple(self.feature_scale) or (1.0,) * width)
+        if self.features not in FEATURES:
+            raise ValueError(f"features {self.features!r} is unknown; choose one of {', '.join(FEATURES)}")
+        if self.dimension not in (2, 3):
+            raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
+        if self.dequantizer not in DEQUANTIZERS:
+            raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
+        if self.features != "none" and not self.species:
+            raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
+        if not (math.isfinite(self.position_scale) and self.position_scale > 0):
+            raise ValueError(f"position_scale {self.position_scale}: must be a positive length in Å")
+        if not len(self.feature_shift) == len(self.feature_scale) == width:
+            raise ValueError(f"feature_shift and feature_scale need {width} numbers, one a flowing feature")
+
+    @property
+    def flow_features(self) -> int:
+        """Number F of features that flow with the positions."""
+        return len(self.species) + 1 if self.features == "joint" else 0
+
+    @property
+    def context_features(self) -> int:
+        """Number of features that condition the flow."""
+        return len(self.species) if self.features == "given" else 0
+
+
+class Encoded(NamedTuple):
+    """A batch in the coordinates of the flow."""
+
+    x: Tensor  # (B, M, n), scaled and centred
+    h: Tensor  # (B, M, F), lifted, shifted and scaled
+    mask: Tensor  # (B, M)
+    context: Tensor | None  # (B, M, K) for "given"
+    log_volume: Tensor  # (B,), log|det| of the scaling, on the subspace
+    log_q: Tensor  # (B,), log q(h̃|h)
+
+
+class LogProb(NamedTuple):
+    """The terms of a log-likelihood, nats, each of shape (B,) unless said otherwise.
+
+    ``log_prob = log_base + ladj − log_q + log_size``
+    """
+
+    log_prob: Tensor
+    log_base: Tensor  # log p_Z(z)
+    ladj: Tensor  # log-determinant of flow and scaling
+    log_q: Tensor  # zero unless "joint"
+    log_size: Tensor  # log p_M(M), zero unless "joint"
+    error: Tensor  # estimated integration error
+    samples: Tensor  # (P, B), ladj by each probe alone
+    nfe: int
+
+
+class ENF(nn.Module):
+    """E(n) equivariant normalizing flow (eq. 6).
+
+    log p(x, h, M) ≥ log p_Z(z) + ladj − log q(h̃|h) + log p_M(M),   z = f(x, h̃)
+
+    * ``features="none"``: exact log p(x | M).
+    * ``features="given"``: exact log p(x | types).
+    * ``features="joint"``: one draw of q; its expectation is a lower bound of log p(x, h, M).
+
+    Args:
+        config: What the flow is.
+        provenance: How it was trained: data, steps, scores, versions (JSON values).
+
+    Example:
+        >>> from ase.build import molecule
+        >>> from ase_enf.molecules import to_batch
+        >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
+        >>> batch = to_batch([molecule("H2O")], flow.species)
+        >>> flow.log_prob(batch).log_prob.shape
+        torch.Size([1])
+    """
+
+    def __init__(self, config: ENFConfig, provenance: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance = dict(provenance or {})
+        self.size_prior = base.SizePrior(config.sizes)
+        network = build_network(
+            config.network,
+            in_features=config.flow_features + config.context_features + 1,
+            out_features=config.flow_features,
+            dimension=config.dimension,
+            hidden=config.hidden,
+            layers=config.layers,
+            attention=config.attention,
+        )
+        self.dynamics = Dynamics(network)
+        self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
+
+    @property
+    def species(self) -> tuple[str, ...]:
+        """Elements the flow knows; empty for positions only."""
+        return self.config.species
+
+    @property
+    def features(self) -> str:
+        """"joint", "given" or "none"."""
+        return self.config.features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return next(self.parameters()).dtype
+
+    def velocity(self, mask: Tensor, context: Tensor | None = None) -> Velocity:
+        """Returns ``(t, x, h) → (dx, dh)`` with mask and context bound."""
+        return functools.partial(self.dynamics, mask=mask, context=context)
+
+    def flow(self, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None) -> ContinuousFlow:
+        """Returns the continuous flow of one batch."""
+        return ContinuousFlow(self.velocity(mask, context), mask, solver)
+
+    def encode(self, batch: Batch, noise: Tensor | None = None) -> Encoded:
+        """Scales positions and lifts features.
+
+        Positions are divided by ``position_scale`` s, whose volume is counted on the subspace: −(M − 1) n log s.
+
+        Args:
+            batch: Molecules, on the device of the model.
+            noise: ε of q, shape (B, M, F); zeros give the mean of q; drawn from torch's generator when None.
+        """
+        config = self.config
+        real = batch.mask.unsqueeze(-1)
+        x = batch.positions / config.position_scale
+        log_volume = -subspace_dim(batch.mask, config.dimension).to(x.dtype) * math.log(config.position_scale)
+        if self.q is None:
+            context = batch.types if config.features == "given" else None
+            return Encoded(x, x[..., :0], batch.mask, context, log_volume, torch.zeros_like(log_volume))
+        if noise is None:
+            noise = torch.randn(*x.shape[:2], config.flow_features, dtype=x.dtype, device=x.device)
+        lifted = lift(self.q, batch.positions, batch.types, batch.charges, batch.mask, noise)
+        h = (lifted.features - self._feature(config.feature_shift)) * self._feature(config.feature_scale) * real
+        log_volume = log_volume + batch.n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
+        return Encoded(x, h, batch.mask, None, log_volume, lifted.log_q)
+
+    def decode(self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | None = None) -> Batch:
+        """Returns molecules in Å with discrete features; the inverse of :meth:`encode`."""
+        positions = x * self.config.position_scale
+        if self.q is not None:
+            features = h / self._feature(self.config.feature_scale) + self._feature(self.config.feature_shift)
+            types, charges = quantize(features)
+            return Batch(positions, types * mask.unsqueeze(-1), charges * mask.unsqueeze(-1), mask)
+        types = context if context is not None else x[..., :0]
+        return Batch(positions, types, torch.zeros_like(x[..., :1]), mask)
+
+    def log_prob(
+        self,
+        batch: Batch,
+        noise: Tensor | None = None,
+        trace: TraceMethod = divergence.exact,
+        solver: Solver | None = None,
+        panels: int = 1,
+    ) -> LogProb:
+        """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
+
+        Args:
+            batch: Molecules on the model's device and in its dtype.
+            noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
+            trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
+            solver: How the state is integrated, dopri5 at 1e-5 by default.
+            panels: Panels of the quadrature of the trace.
+
+        Raises:
+            SolverError: If the solver fails.
+        """
+        with torch.no_grad():
+            encoded = self.encode(batch, noise)
+            flow = self.flow(encoded.mask, encoded.context, solver)
+            z = flow.forward(encoded.x, encoded.h, trace, panels=panels)
+            return self._terms(encoded, z.x, z.h, z.ladj, z.error, z.samples, z.nfe)
+
+    def _terms(
+        self, encoded: Encoded, z_x: Tensor, z_h: Tensor, ladj: Tensor, error: Tensor, samples: Tensor, nfe: int
+    ) -> LogProb:
+        mask = encoded.mask
+        log_base = base.position_log_prob(z_x, mask) + base.feature_log_prob(z_h, mask)
+        log_size = torch.zeros_like(log_base)
+        if self.config.features == "joint":
+            log_size = self.size_prior.log_prob(mask.sum(dim=-1).tolist()).to(log_base)
+        ladj = ladj + encoded.log_volume
+        total = log_base + ladj - encoded.log_q + log_size
+        return LogProb(total, log_base, ladj, encoded.log_q, log_size, error, samples + encoded.log_volume, nfe)
+
+    def sample(
+        self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None
+    ) -> Batch:
+        """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
+
+        Args:
+            z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
+            z_h: Gaussian features, shape (B, M, F).
+            mask: True for real atoms, shape (B, M).
+            context: One-hot types for "given", shape (B, M, K).
+            solver: How to integrate.
+
+        Raises:
+            SolverError: If the solver fails.
+        """
+        with torch.no_grad():
+            out = self.flow(mask, context, solver).inverse(z_x, z_h)
+            return self.decode(out.x, out.h, mask, context)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, configuration and provenance to a ``.safetensors`` file, atomically.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: folder {path.parent} does not exist; create it first")
+        header = {
+            "format": FORMAT_VERSION,
+            "package": package_version(),
+            "units": {"positions": "angstrom", "log_likelihood": "nat"},
+            "config": dataclasses.asdict(self.config),
+            "provenance": self.provenance,
+        }
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
+        atomic_replace(temporary, path)
+
+    def _feature(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads configuration and provenance of a weights file without loading the weights.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, foreign, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
+    if text is None:
+        raise ValueError(f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save")
+    header = json.loads(text)
+    if header.get("format", 0) > FORMAT_VERSION:
+        raise ValueError(f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade")
+    return header
+
+
+def shipped() -> list[str]:
+    """Returns the names of the models that come with the package."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turns "auto" into CUDA where there is one, and checks an explicit choice.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; choose auto, cpu or cuda") from None
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA device(s); use cpu or auto")
+    return chosen
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Turns "float32" or "float64" into a torch dtype.
+
+    Raises:
+        ValueError: For any other.
+    """
+    known = {"float32": torch.float32, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or float64")
+    return known[name]
+
+
+def load(name_or_path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> ENF:
+    """Loads a flow: a shipped name such as ``"qm9"``, or a path to ``.safetensors``.
+
+    Nothing in the file is executed: tensors and JSON only.
+
+    Args:
+        name_or_path: Name or path.
+        device: "auto", "cpu", "cuda", "cuda:1" …
+        dtype: "float32" or "float64".
+
+    Raises:
+        FileNotFoundError: If there is neither a shipped model nor a file of that name.
+        ValueError: If the file is truncated, foreign or does not fit its configuration, or the device is missing.
+    """
+    chosen, floating = resolve_device(device), resolve_dtype(dtype)
+    named = PRETRAINED / f"{name_or_path}.safetensors"
+    path = named if named.is_file() else Path(name_or_path)
+    header = read_header(path)
+    try:
+        config = ENFConfig(**header["config"])
+        model = ENF(config, header.get("provenance"))
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        model.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again") from None
+    return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
+
+
+def package_version() -> str:
+    """Returns the installed version of ase-enf ("unknown" from a bare source tree)."""
+    try:
+        return metadata.version("ase-enf")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def atomic_replace(temporary: Path, path: Path) -> None:
+    """Makes ``temporary`` durable and renames it to ``path``: a reader sees the old file or the new one, never a part."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary path in the same folder and renames the result to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        atomic_replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""The batch of molecules and the only two places where ``ase.Atoms`` become tensors and tensors become ``Atoms``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import atomic_numbers
+from ase.formula import Formula
+from torch import Tensor
+
+# Two atoms closer than this (Å) are taken to sit on one point, which no flow of finite density explains.
+COINCIDENT = 1e-3
+
+
+class Batch(NamedTuple):
+    """Molecules of up to M atoms, padded; every field is immutable by convention (operations return new ones).
+
+    ========== ============ ============ =================================================
+    field      shape        unit         meaning
+    ========== ============ ============ =================================================
+    positions  (B, M, n)    Å            centred on the centroid, zero at padding
+    types      (B, M, K)    –            one-hot over the model's species, zero at padding
+    charges    (B, M, 1)    e            nuclear charges Z, zero at padding
+    mask       (B, M)       –            True for real atoms
+    ========== ============ ============ =================================================
+    """
+
+    positions: Tensor
+    types: Tensor
+    charges: Tensor
+    mask: Tensor
+
+    @property
+    def n_atoms(self) -> Tensor:
+        """Number of real atoms, shape (B,)."""
+        return self.mask.sum(dim=-1)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """Moves every field; ``dtype`` applies to the floating ones."""
+        positions, types, charges = (t.to(device=device, dtype=dtype) for t in self[:3])
+        return Batch(positions, types, charges, self.mask.to(device=device))
+
+    def select(self, index: Tensor) -> Batch:
+        """Returns the molecules ``index`` (integers or booleans, shape (B',))."""
+        return Batch(*(t[index] for t in self))
+
+    def repeat(self, times: int) -> Batch:
+        """Returns every molecule ``times`` times, copies side by side."""
+        return Batch(*(t.repeat_interleave(times, dim=0) for t in self))
+
+
+def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
+    """Returns a list whether one ``Atoms`` or an iterable of them was given.
+
+    Raises:
+        TypeError: If an item is no ``Atoms``.
+
+    Example:
+        >>> len(one_or_many(Atoms("H2O", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])))
+        1
+    """
+    many = [atoms] if isinstance(atoms, Atoms) else list(atoms)
+    for index, item in enumerate(many):
+        if not isinstance(item, Atoms):
+            raise TypeError(f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read")
+    return many
+
+
+def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
+    """Returns the elements present, sorted by atomic number.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> species_of([molecule("CH3OH"), molecule("HF")])
+        ('H', 'C', 'O', 'F')
+    """
+    present = sorted({int(z) for a in atoms for z in np.unique(a.numbers)})
+    return tuple(_symbol(z) for z in present)
+
+
+def formula_numbers(formula: str) -> np.ndarray:
+    """Parses a chemical formula such as ``"C7H10O2"`` to atomic numbers, heaviest count order as written.
+
+    Raises:
+        ValueError: If ``formula`` is no formula or is empty.
+
+    Example:
+        >>> formula_numbers("CH4").tolist()
+        [6, 1, 1, 1, 1]
+    """
+    try:
+        counts = Formula(formula).count()
+        numbers = [atomic_numbers[symbol] for symbol, count in counts.items() for _ in range(count)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"formula {formula!r}: not a chemical formula ({error}); write it like C7H10O2") from None
+    if not numbers:
+        raise ValueError(f"formula {formula!r}: has no atoms; write it like C7H10O2")
+    return np.array(numbers)
+
+
+def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0) -> None:
+    """Raises one clear line if ``atoms`` cannot be an input of a flow over ``species``.
+
+    Args:
+        atoms: The structure.
+        species: Elements the flow knows; empty for a flow of positions only, which takes any.
+        index: The position in the caller's list, named in the message.
+
+    Raises:
+        ValueError: For a periodic cell, fewer than two atoms, non-finite coordinates, two atoms on one point, or an
+            element the flow does not know.
+    """
+    name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
+    if atoms.pbc.any():
+        raise ValueError(f"{name}: has periodic boundaries {atoms.pbc.tolist()}; the flow has no cells, set atoms.pbc = False for a molecule")
+    if len(atoms) < 2:
+        raise ValueError(f"{name}: has {len(atoms)} atom(s); a density on centred positions needs at least 2")
+    if not np.isfinite(atoms.positions).all():
+        bad = int(np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))[0])
+        raise ValueError(f"{name}: atom {bad} has non-finite coordinates {atoms.positions[bad].tolist()}; repair the input file")
+    unknown = sorted(set(atoms.symbols) - set(species)) if species else []
+    if unknown:
+        raise ValueError(f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; train one on your elements")
+    _check_distinct(atoms, name)
+
+
+def to_batch(
+    atoms: Sequence[Atoms],
+    species: Sequence[str],
+    dimension: int = 3,
+    max_atoms: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Converts ``Atoms`` to a padded batch of centred positions.
+
+    Args:
+        atoms: Structures; checked, never modified.
+        species: Elements in the order of the one-hot columns; empty for positions only.
+        dimension: 3, or 2 for structures in the xy plane.
+        max_atoms: Padded size M, the largest structure when None.
+        dtype: Floating type.
+
+    Returns:
+        A batch on the CPU.
+
+    Raises:
+        ValueError: See :func:`check_atoms`; also if ``dimension`` is 2 and a structure leaves the xy plane.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> to_batch([molecule("H2O")], ["H", "O"]).types[0].tolist()
+        [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    """
+    for index, item in enumerate(atoms):
+        check_atoms(item, species, index)
+        if dimension == 2 and np.ptp(item.positions[:, 2]) > COINCIDENT:
+            raise ValueError(f"structure {index}: leaves the xy plane, but the model is two-dimensional; set z to 0")
+    width = max_atoms or max(len(item) for item in atoms)
+    column = {atomic_numbers[symbol]: k for k, symbol in enumerate(species)}
+    positions = np.zeros((len(atoms), width, dimension))
+    types = np.zeros((len(atoms), width, len(species)))
+    charges = np.zeros((len(atoms), width, 1))
+    mask = np.zeros((len(atoms), width), dtype=bool)
+    for row, item in enumerate(atoms):
+        size = len(item)
+        xyz = item.positions[:, :dimension]
+        positions[row, :size] = xyz - xyz.mean(axis=0)  # in float64, before any rounding to dtype
+        charges[row, :size, 0] = item.numbers
+        mask[row, :size] = True
+        if species:
+            types[row, np.arange(size), [column[z] for z in item.numbers.tolist()]] = 1.0
+    return Batch(
+        torch.from_numpy(positions).to(dtype),
+        torch.from_numpy(types).to(dtype),
+        torch.from_numpy(charges).to(dtype),
+        torch.from_numpy(mask),
+    )
+
+
+def to_atoms(batch: Batch, species: Sequence[str]) -> list[Atoms]:
+    """Converts a batch to ``Atoms`` without cell; the inverse of :func:`to_batch` up to centring.
+
+    Args:
+        batch: Molecules; ``types`` decide the elements ("X" for a model of positions only).
+        species: Elements in the order of the one-hot columns.
+
+    Returns:
+        One ``Atoms`` a molecule, positions in Å (z = 0 for two dimensions).
+    """
+    numbers_of = np.array([atomic_numbers[symbol] for symbol in species] or [0])
+    positions = batch.positions.detach().cpu().double().numpy()
+    columns = batch.types.detach().cpu().numpy().argmax(axis=-1) if species else np.zeros(batch.mask.shape, dtype=int)
+    result = []
+    for xyz, column, real in zip(positions, columns, batch.mask.cpu().numpy(), strict=True):
+        padded = np.zeros((int(real.sum()), 3))
+        padded[:, : xyz.shape[-1]] = xyz[real]
+        result.append(Atoms(numbers=numbers_of[column[real]], positions=padded))
+    return result
+
+
+def canonical_order(atoms: Atoms) -> np.ndarray:
+    """Returns the order (element, then distance to the centroid) in which noise is attached to atoms.
+
+    Noise attached in this order makes a score independent of the order of atoms in the file.
+
+    Args:
+        atoms: One structure.
+
+    Returns:
+        ``rank`` with ``rank[i]`` the place of atom i, shape (M,).
+    """
+    centered = atoms.positions - atoms.positions.mean(axis=0)
+    # Rounding keeps symmetry-equivalent atoms, which differ by rounding alone, from swapping at random.
+    distance = np.round(np.linalg.norm(centered, axis=1), 6)
+    order = np.lexsort((distance, atoms.numbers))
+    rank = np.empty(len(atoms), dtype=int)
+    rank[order] = np.arange(len(atoms))
+    return rank
+
+
+def _symbol(number: int) -> str:
+    from ase.data import chemical_symbols
+
+    return chemical_symbols[number]
+
+
+def _check_distinct(atoms: Atoms, name: str) -> None:
+    difference = atoms.positions[:, None] - atoms.positions[None]
+    squared = np.einsum("ijk,ijk->ij", difference, difference)
+    squared[np.diag_indices(len(atoms))] = np.inf
+    if squared.min() < COINCIDENT**2:
+        i, j = np.unravel_index(int(squared.argmin()), squared.shape)
+        raise ValueError(f"{name}: atoms {min(i, j)} and {max(i, j)} lie on one point; remove the duplicate")

@@ -1,0 +1,1 @@
+"""Networks on dense graphs: EGNN (equivariant) and GNN (the baseline)."""

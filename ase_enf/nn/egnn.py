@@ -1,0 +1,136 @@
+"""E(n) equivariant graph networks on dense masked pairs (eq. 4, 5 and 9)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ase_enf.geometry import pair_differences
+from ase_enf.nn.gnn import Messages, NodeUpdate
+
+# Keeps the distance of eq. 9 differentiable where two atoms coincide (and on the diagonal).
+DISTANCE_EPSILON = 1e-8
+
+
+class EGCL(nn.Module):
+    """One E(n) equivariant graph convolutional layer (eq. 4, 5 with the normalised difference of eq. 9).
+
+    m_ij = e_ij φ_e(h_i, h_j, ‖x_i − x_j‖², a_ij)
+    x_i ← x_i + Σ_{j≠i} (x_i − x_j) / (‖x_i − x_j‖ + C) · φ_x(m_ij),  C = 1
+    h_i ← h_i + φ_h(h_i, Σ_{j≠i} m_ij)
+
+    In dynamics φ_x is bounded by tanh, which keeps them Lipschitz where the paper saw divergence.
+
+    Args:
+        features: Width F.
+        edge_features: Number of constant pair scalars a_ij.
+        gate: Soft edges e_ij (eq. 4).
+        bound: The largest |φ_x|, in the units of x; None for no bound.
+        update_features: Whether h is updated (False in a last layer whose features nobody reads).
+        update_positions: Whether x is updated (False where only features are read).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        edge_features: int = 0,
+        gate: bool = True,
+        bound: float | None = 15.0,
+        update_features: bool = True,
+        update_positions: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bound = bound
+        self.messages = Messages(features, 1 + edge_features, gate)
+        self.node = NodeUpdate(features) if update_features else None
+        self.position_in = nn.Linear(features, features) if update_positions else None
+        self.position_out = nn.Linear(features, 1, bias=False) if update_positions else None
+        if self.position_out is not None:
+            # A small start makes the flow begin near the identity.
+            nn.init.xavier_uniform_(self.position_out.weight, gain=1e-3)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, M, F)
+        x: Tensor,  # (B, M, n)
+        a: Tensor | None,  # (B, M, M, k)
+        pair_mask: Tensor,  # (B, M, M)
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the updated h (B, M, F) and x (B, M, n)."""
+        difference, squared = pair_differences(x)
+        edges = squared.unsqueeze(-1) if a is None else torch.cat([squared.unsqueeze(-1), a], dim=-1)
+        m = self.messages(h, edges, pair_mask)
+        if self.position_in is not None:
+            phi = self.position_out(F.silu(self.position_in(m))).squeeze(-1)
+            if self.bound is not None:
+                phi = torch.tanh(phi) * self.bound
+            weight = phi * pair_mask / (torch.sqrt(squared + DISTANCE_EPSILON) + 1.0)
+            x = x + torch.einsum("bij,bijn->bin", weight, difference)
+        if self.node is not None:
+            h = self.node(h, m.sum(dim=2))
+        return h, x
+
+
+class EGNN(nn.Module):
+    """L layers of EGCL between two linear maps: ``h^L, x^L = EGNN[h^0, x^0]``.
+
+    Args:
+        in_features: Node features that go in, time and context included.
+        out_features: Node features that come out, 0 for none.
+        hidden: Width F.
+        layers: Number L of layers.
+        gate: Soft edges e_ij.
+        reach: Bound on the sum over layers of |φ_x|, in the units of x; None for no bound.
+        input_distance: Whether ‖x^0_i − x^0_j‖² of the *input* is a feature of every layer.
+        positions_out: Whether x^L is read; if not, the last layer has no φ_x.
+
+    Example:
+        >>> network = EGNN(in_features=2, out_features=3, hidden=8, layers=2)
+        >>> mask = torch.ones(1, 4, 4) - torch.eye(4)
+        >>> h, x = network(torch.randn(1, 4, 2), torch.randn(1, 4, 3), mask)
+        >>> h.shape, x.shape
+        (torch.Size([1, 4, 3]), torch.Size([1, 4, 3]))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: int = 64,
+        layers: int = 6,
+        gate: bool = True,
+        reach: float | None = 15.0,
+        input_distance: bool = True,
+        positions_out: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_distance = input_distance
+        self.embed = nn.Linear(in_features, hidden)
+        self.layers = nn.ModuleList(
+            EGCL(
+                hidden,
+                edge_features=1 if input_distance else 0,
+                gate=gate,
+                bound=None if reach is None else reach / layers,
+                update_features=out_features > 0 or layer < layers - 1,
+                update_positions=positions_out or layer < layers - 1,
+            )
+            for layer in range(layers)
+        )
+        self.out = nn.Linear(hidden, out_features) if out_features else None
+
+    def forward(
+        self,
+        h: Tensor,  # (B, M, in_features)
+        x: Tensor,  # (B, M, n)
+        pair_mask: Tensor,  # (B, M, M), same dtype as h
+    ) -> tuple[Tensor, Tensor]:
+        """Returns h^L (B, M, out_features) and x^L (B, M, n)."""
+        a = pair_differences(x)[1].unsqueeze(-1) if self.input_distance else None
+        h = self.embed(h)
+        for layer in self.layers:
+            h, x = layer(h, x, a, pair_mask)
+        if self.out is None:
+            return h[..., :0], x
+        return self.out(h), x

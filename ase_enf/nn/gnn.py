@@ -1,0 +1,105 @@
+"""The non-equivariant graph network of the baselines GNF and GNF-att, and the message block both networks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Messages(nn.Module):
+    """Messages and their soft edges on all ordered pairs (eq. 4).
+
+    m_ij = φ_e(h_i, h_j, a_ij),  e_ij = sigmoid(w·m_ij + b);  returned is e_ij m_ij.
+
+    The first layer of φ_e is linear in [h_i, h_j, a_ij], so it is applied to the nodes and the results are added
+    on the pairs: half the products, and no (B, M, M, 2F + k) tensor.
+
+    Args:
+        features: Width F of nodes and messages.
+        edge_features: Number k of pair scalars a_ij.
+        gate: Whether to weigh messages by the soft edges e_ij.
+    """
+
+    def __init__(self, features: int, edge_features: int, gate: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.edge_in = nn.Linear(2 * features + edge_features, features)
+        self.edge_out = nn.Linear(features, features)
+        self.gate = nn.Linear(features, 1) if gate else None
+
+    def forward(
+        self,
+        h: Tensor,  # (B, M, F)
+        a: Tensor | None,  # (B, M, M, k)
+        pair_mask: Tensor,  # (B, M, M), 1 where i ≠ j are both real, same dtype as h
+    ) -> Tensor:  # (B, M, M, F)
+        """Returns gated messages, zero where ``pair_mask`` is."""
+        width = self.features
+        weight = self.edge_in.weight
+        target = F.linear(h, weight[:, :width], self.edge_in.bias)  # h_i
+        source = F.linear(h, weight[:, width : 2 * width])  # h_j
+        if a is None:
+            hidden = target.unsqueeze(2) + source.unsqueeze(1)
+        else:  # added in place: this is the largest tensor there is
+            hidden = F.linear(a, weight[:, 2 * width :]).add_(target.unsqueeze(2)).add_(source.unsqueeze(1))
+        m = F.silu(self.edge_out(F.silu(hidden)))
+        if self.gate is None:
+            return m * pair_mask.unsqueeze(-1)
+        return m * (torch.sigmoid(self.gate(m)) * pair_mask.unsqueeze(-1))
+
+
+class NodeUpdate(nn.Module):
+    """Residual update of the node features, ``h_i ← h_i + φ_h(h_i, m_i)`` (eq. 5).
+
+    Args:
+        features: Width F.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.node_in = nn.Linear(2 * features, features)
+        self.node_out = nn.Linear(features, features)
+
+    def forward(self, h: Tensor, m: Tensor) -> Tensor:
+        """Updates h (B, M, F) by the aggregated messages m (B, M, F)."""
+        return h + self.node_out(F.silu(self.node_in(torch.cat([h, m], dim=-1))))
+
+
+class GNN(nn.Module):
+    """A graph network that takes positions as plain node features, so it is *not* rotation equivariant.
+
+    h_i ← h_i + φ_h(h_i, Σ_j e_ij φ_e(h_i, h_j)) for L layers; the last linear layer gives [x^L − x, h^L]. It is the
+    dynamics of GNF (no gate) and GNF-att (gate) in the paper's Table 1 and 2.
+
+    Args:
+        in_features: Node features that go in, time and context included.
+        out_features: Node features that come out, 0 for none.
+        dimension: Dimension n of space.
+        hidden: Width F.
+        layers: Number L of layers.
+        gate: Soft edges (GNF-att).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, dimension: int, hidden: int = 64, layers: int = 6, gate: bool = True
+    ) -> None:
+        super().__init__()
+        self.dimension = dimension
+        self.embed = nn.Linear(dimension + in_features, hidden)
+        self.messages = nn.ModuleList(Messages(hidden, 0, gate) for _ in range(layers))
+        self.nodes = nn.ModuleList(NodeUpdate(hidden) for _ in range(layers))
+        self.out = nn.Linear(hidden, dimension + out_features)
+
+    def forward(
+        self,
+        h: Tensor,  # (B, M, in_features)
+        x: Tensor,  # (B, M, n)
+        pair_mask: Tensor,  # (B, M, M)
+    ) -> tuple[Tensor, Tensor]:
+        """Returns h^L (B, M, out_features) and x^L (B, M, n)."""
+        hidden = self.embed(torch.cat([x, h], dim=-1))
+        for messages, node in zip(self.messages, self.nodes, strict=True):
+            hidden = node(hidden, messages(hidden, None, pair_mask).sum(dim=2))
+        out = self.out(hidden)
+        return out[..., self.dimension :], x + out[..., : self.dimension]

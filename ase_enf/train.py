@@ -1,0 +1,698 @@
+"""The trainer: one loop for every experiment, on CPU or GPU, resumable to the same numbers, with torchrun or without."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ase import Atoms
+from ase.data import atomic_numbers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ase_enf import divergence
+from ase_enf.flow import Solver, SolverError
+from ase_enf.geometry import random_rotations
+from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device, write_atomically
+from ase_enf.molecules import Batch, check_atoms, one_or_many, species_of
+from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
+
+STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE, LOG_FILE = (
+    "state.pt", "model.safetensors", "last.safetensors", "config.json", "log.csv",
+)  # fmt: skip
+LOG_COLUMNS = ("step", "epoch", "loss", "value", "valid_loss", "valid_nll", "lr", "grad_norm", "skipped", "examples_per_s", "elapsed_s")
+PRECISIONS = ("float32", "tf32", "bf16")
+# Separation of one-hot types (and spread of charges) inside the flow, against positions of unit variance: smaller
+# than one lets the positions be decided first on the way from noise to data.
+FEATURE_SPREAD = 0.3
+# A run that skips this many steps in a row does not recover by itself.
+MAX_CONSECUTIVE_SKIPS = 20
+GRADIENT_HISTORY = 50
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss stays non-finite."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, by which objective, for how long; every default is what the shipped model used.
+
+    Args:
+        features: "joint", "given" or "none"; see ``ENFConfig``.
+        dimension: 3, or 2 for structures in the xy plane.
+        network: "egnn" or "gnn".
+        hidden: Width of the network.
+        layers: Layers.
+        attention: Soft edges.
+        dequantizer: "fixed", or "learned" (with ``objective="nll"`` only).
+        objective: "flow_matching" or "nll".
+        time_power: Flow matching draws t = u^time_power.
+        regularisation: λ of the kinetic and Jacobian terms of "nll".
+        tolerance: rtol and atol of dopri5 for "nll".
+        adjoint: Adjoint (constant memory) or back-propagation through the solver for "nll".
+        epochs: Passes over the training set; ignored when ``steps`` is given.
+        steps: Optimizer steps.
+        batch_size: Molecules a step and process.
+        learning_rate: Peak of warm-up and cosine.
+        warmup: Steps of linear warm-up.
+        weight_decay: AdamW's.
+        ema: Decay of the weights' exponential moving average, which is what is validated and shipped.
+        augment: Random rotations, for networks that are not equivariant.
+        seed: Of initialisation, order, times and noise.
+        validate_every: Steps between validations, one epoch when 0.
+        validation_size: Molecules of the validation set that are scored, always the same.
+        checkpoint_every: Steps between saves of the training state.
+        log_every: Steps between rows of the log.
+        time_limit: Hours after which training stops as if interrupted, to be resumed; None for no limit.
+        initial: Weights to start from, a path or a shipped name; the model's own fields then come from there.
+        out: Folder of weights, training state and log; None keeps everything in memory.
+        device: "auto", "cpu", "cuda" …
+        precision: "float32", "tf32" or "bf16" (autocast of the network).
+        compile: Compile the network by ``torch.compile`` (flow matching only; needs a C++ compiler).
+
+    Raises:
+        ValueError: For a value outside its range or an unknown name.
+    """
+
+    features: str = "joint"
+    dimension: int = 3
+    network: str = "egnn"
+    hidden: int = 64
+    layers: int = 6
+    attention: bool = True
+    dequantizer: str = "fixed"
+    objective: str = "flow_matching"
+    time_power: float = 1.3
+    regularisation: float = 1e-3
+    tolerance: float = 1e-4
+    adjoint: bool = True
+    epochs: int = 100
+    steps: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 500
+    weight_decay: float = 1e-12
+    ema: float = 0.999
+    augment: bool = False
+    seed: int = 0
+    validate_every: int = 0
+    validation_size: int = 128
+    checkpoint_every: int = 500
+    log_every: int = 50
+    time_limit: float | None = None
+    initial: str | None = None
+    out: str | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("objective", OBJECTIVES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "tolerance", "time_power"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: must be in [0, 1)")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: must be at least 1")
+        if self.objective == "flow_matching" and self.dequantizer == "learned" and self.features == "joint":
+            raise ValueError("dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'")
+        if self.compile and self.objective == "nll":
+            raise ValueError("compile=True fails under the second derivatives of objective='nll'; use compile=False")
+
+
+class MoleculeSet:
+    """Molecules as flat arrays, from which padded batches are gathered.
+
+    Args:
+        atoms: Structures, checked one by one; never modified.
+        species: Elements of the one-hot columns; empty for positions only.
+        dimension: Dimension of space.
+
+    Raises:
+        ValueError: See ``molecules.check_atoms``; also for an empty set.
+    """
+
+    def __init__(self, atoms: Sequence[Atoms], species: Sequence[str], dimension: int) -> None:
+        if not atoms:
+            raise ValueError("no structures to train on; the data set is empty")
+        for index, item in enumerate(atoms):
+            check_atoms(item, species, index)
+        sizes = np.array([len(item) for item in atoms])
+        numbers = np.concatenate([item.numbers for item in atoms])
+        centered = [(xyz := item.positions[:, :dimension]) - xyz.mean(axis=0) for item in atoms]
+        column = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+        for k, symbol in enumerate(species):
+            column[atomic_numbers[symbol]] = k
+        self.sizes = torch.from_numpy(sizes)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.positions = torch.from_numpy(np.concatenate(centered)).float()
+        self.charges = torch.from_numpy(numbers).float().unsqueeze(-1)
+        self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[:, : len(species)]
+        self.compositions = Counter(item.symbols.formula.format("hill") for item in atoms)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def batch(self, index: np.ndarray | Tensor) -> Batch:
+        """Gathers the molecules ``index`` into one padded batch."""
+        index = torch.as_tensor(index)
+        sizes, starts = self.sizes[index], self.starts[index]
+        slots = torch.arange(int(sizes.max()))
+        mask = slots < sizes[:, None]
+        atom = torch.where(mask, starts[:, None] + slots, starts[:, None])
+        real = mask.unsqueeze(-1).float()
+        return Batch(self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real, mask)
+
+    def epoch_plan(self, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
+        """Returns the batches of one epoch as index arrays: one size each, the leftovers together in order of size."""
+        rng = np.random.default_rng(seed)
+        plan, rest = [], []
+        sizes = self.sizes.numpy()
+        for size in np.unique(sizes):
+            members = rng.permutation(np.flatnonzero(sizes == size))
+            full = len(members) // batch_size * batch_size
+            plan += np.split(members[:full], full // batch_size) if full else []
+            rest.append(members[full:])
+        left = np.concatenate(rest)
+        plan += [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
+        return [plan[k] for k in rng.permutation(len(plan))]
+
+    def position_scale(self) -> float:
+        """Returns the root mean square of a coordinate on the subspace, ``√(Σ‖x‖² / Σ (M − 1) n)``, Å."""
+        dimensions = int(((self.sizes - 1) * self.positions.shape[-1]).sum())
+        return math.sqrt(float(self.positions.double().square().sum()) / dimensions)
+
+    def feature_standardisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns shift and scale of (types, charge): zero mean, one-hot and charge spread by ``FEATURE_SPREAD``."""
+        spread = float(self.charges.double().std()) or 1.0
+        shift = [*self.types.double().mean(dim=0).tolist(), float(self.charges.double().mean()) + 0.5]
+        return tuple(shift), (FEATURE_SPREAD,) * self.types.shape[-1] + (FEATURE_SPREAD / spread,)
+
+
+class Clipper:
+    """Clips gradients at 1.5 · mean + 2 · std of the recent norms, and recognises non-finite ones.
+
+    Args:
+        norms: Recent norms, to resume.
+    """
+
+    def __init__(self, norms: Sequence[float] = ()) -> None:
+        self.norms: deque[float] = deque(norms, maxlen=GRADIENT_HISTORY)
+
+    def __call__(self, parameters: Sequence[Tensor]) -> float:
+        """Clips in place and returns the norm before; a non-finite norm leaves the history alone."""
+        limit = 1.5 * float(np.mean(self.norms)) + 2.0 * float(np.std(self.norms)) if self.norms else math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit if math.isfinite(limit) else 1e9))
+        if math.isfinite(norm):
+            self.norms.append(min(norm, limit))
+        return norm
+
+
+class _Step(nn.Module):
+    """Objective as a module, so that DistributedDataParallel sees one forward."""
+
+    def __init__(self, model: ENF, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return tuple(self.objective(self.model, batch, generator))
+
+
+class _Ranks(NamedTuple):
+    """This process among those that ``torchrun`` started."""
+
+    rank: int
+    world: int
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def train(
+    config: TrainConfig,
+    train_atoms: Atoms | Sequence[Atoms],
+    valid_atoms: Atoms | Sequence[Atoms],
+    resume: bool = False,
+    progress: bool | None = None,
+) -> ENF:
+    """Trains a flow on ``Atoms`` of any elements and returns it at its best validation likelihood.
+
+    Species, size prior and scales come from ``train_atoms``. With ``config.out`` the folder receives
+    ``model.safetensors`` (best), ``last.safetensors``, ``state.pt``, ``log.csv`` and ``config.json``; a run killed at
+    any moment goes on from its last save with ``resume=True``, to the same numbers on a CPU. Started by ``torchrun``,
+    every process trains on its own share.
+
+    On Linux the process keeps freed memory instead of returning it to the system at every step (``mallopt``), which
+    makes training on a CPU up to twice as fast.
+
+    Args:
+        config: What and how.
+        train_atoms: Training structures.
+        valid_atoms: Validation structures.
+        resume: Go on from ``config.out``.
+        progress: Show a bar; by default on a terminal only.
+
+    Returns:
+        The exponential moving average of the weights at the best validation NLL, in evaluation mode.
+
+    Raises:
+        ValueError: For bad structures, or if ``config.out`` already holds a run and ``resume`` is False.
+        FileNotFoundError: If there is nothing to resume.
+        TrainingError: If the loss stays non-finite.
+    """
+    with _distributed(config) as ranks, _float32_matmul(config.precision):
+        _keep_memory()
+        return _Trainer(config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress).run()
+
+
+class _Trainer:
+    """State and steps of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_atoms: list[Atoms],
+        valid_atoms: list[Atoms],
+        resume: bool,
+        ranks: _Ranks,
+        progress: bool | None,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.out = Path(config.out) if config.out else None
+        self.device = self._device()
+        self.progress = (sys.stderr.isatty() if progress is None else progress) and ranks.main
+        state = self._existing_state(resume)
+        if not train_atoms:
+            raise ValueError("no structures to train on; the training set is empty")
+        if not valid_atoms:
+            raise ValueError("no structures to validate on; the validation set is empty")
+        initial = load(config.initial, device="cpu") if config.initial else None
+        species = initial.species if initial else () if config.features == "none" else species_of(train_atoms)
+        dimension = initial.config.dimension if initial else config.dimension
+        self.data = MoleculeSet(train_atoms, species, dimension)
+        self.valid = MoleculeSet(valid_atoms, species, dimension)
+        torch.manual_seed(config.seed)
+        self.model = (initial or ENF(self._model_config(species))).to(self.device).requires_grad_(True).train()
+        self.objective = self._objective()
+        self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
+            foreach=True,
+        )
+        self.clip = Clipper()
+        self.step, self.skipped, self.consecutive_skips = 0, 0, 0
+        self.best, self.elapsed = math.inf, 0.0
+        self.window: list[list[float]] = []
+        self.best_weights: dict[str, Tensor] | None = None
+        if state is not None:
+            self._restore(state)
+        self.stepper: nn.Module = _Step(self.model, self.objective)
+        if config.compile:
+            self.model.dynamics.network.compile()
+        if ranks.world > 1:
+            self.stepper = DistributedDataParallel(self.stepper)
+
+    def run(self) -> ENF:
+        """Trains to the end of the schedule or of the time limit."""
+        config = self.config
+        started, before = time.monotonic(), self.elapsed
+        total = self.total_steps
+        bar = tqdm(total=total, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True)
+        try:
+            while self.step < total:
+                for index in self._remaining_batches():
+                    self._train_step(index)
+                    self.elapsed = before + time.monotonic() - started
+                    bar.update(1)
+                    self._periodic(bar)
+                    out_of_time = config.time_limit is not None and time.monotonic() - started > 3600 * config.time_limit
+                    if self.step >= total or self._any(out_of_time):
+                        break
+                else:
+                    continue
+                break
+        except KeyboardInterrupt:
+            self._save_state()
+            raise
+        finally:
+            bar.close()
+        self._validate()
+        self._save_state()
+        return self._result()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, the same in every epoch."""
+        batches = len(self.data.epoch_plan(self.config.batch_size, (self.config.seed, 0)))
+        return max(batches // self.ranks.world, 1)
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the schedule."""
+        return self.config.steps or self.config.epochs * self.steps_per_epoch
+
+    def _remaining_batches(self) -> Iterator[np.ndarray]:
+        """Yields this rank's batches of the current epoch from the current step on."""
+        per_epoch = self.steps_per_epoch
+        epoch, done = divmod(self.step, per_epoch)
+        plan = self.data.epoch_plan(self.config.batch_size, (self.config.seed, epoch))
+        if len(plan) < self.ranks.world:  # fewer batches than processes: all train on the same
+            yield from plan[done:per_epoch]
+            return
+        yield from plan[self.ranks.rank : per_epoch * self.ranks.world : self.ranks.world][done:]
+
+    def _train_step(self, index: np.ndarray) -> None:
+        config = self.config
+        generator = _generator(config.seed, self.step, self.ranks.rank)
+        batch = self.data.batch(index)
+        if config.augment:
+            rotations = random_rotations(len(index), batch.positions.shape[-1], generator, batch.positions.dtype)
+            batch = batch._replace(positions=batch.positions @ rotations.mT)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(self.step, self.total_steps, config.warmup)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with self._autocast():
+                loss, value = self.stepper(batch.to(self.device), generator)
+            finite = bool(torch.isfinite(loss))
+            if finite or self.ranks.world > 1:  # every rank must take part in the reduction
+                loss.backward()
+        except SolverError:
+            if self.ranks.world > 1:  # the other ranks wait in a reduction that this one cannot join
+                raise
+            finite, loss, value = False, torch.tensor(math.nan), torch.tensor(math.nan)
+        norm = self.clip(self.parameters) if finite or self.ranks.world > 1 else math.nan
+        if math.isfinite(norm) and finite:
+            self.optimizer.step()
+            self.ema.update_parameters(self.model)
+            self.consecutive_skips = 0
+            self.window.append([float(loss.detach()), float(value.detach()), norm])
+        else:
+            self.skipped += 1
+            self.consecutive_skips += 1
+            if self.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+                raise TrainingError(
+                    f"step {self.step}: {self.consecutive_skips} steps in a row gave a non-finite loss or gradient; "
+                    f"lower learning_rate (now {config.learning_rate:g}) or check the structures"
+                )
+        self.step += 1
+
+    def _periodic(self, bar: tqdm) -> None:
+        config = self.config
+        validate_every = config.validate_every or self.steps_per_epoch
+        validated = self._validate() if self.step % validate_every == 0 and self.step < self.total_steps else None
+        if self.step % config.log_every == 0 or validated:
+            self._log(validated, bar)
+        if self.step % config.checkpoint_every == 0:
+            self._save_state()
+
+    def _log(self, validated: tuple[float, float] | None, bar: tqdm | None = None) -> None:
+        if not self.ranks.main:
+            self.window.clear()
+            return
+        rows = np.array(self.window) if self.window else np.full((1, 3), math.nan)
+        loss, value, norm = rows.mean(axis=0)
+        rate = self.config.learning_rate * schedule(self.step, self.total_steps, self.config.warmup)
+        speed = self.step * self.config.batch_size * self.ranks.world / max(self.elapsed, 1e-9)
+        valid_loss, valid_nll = validated or ("", "")
+        row = (self.step, self.step // self.steps_per_epoch, loss, value, valid_loss, valid_nll, rate, norm, self.skipped, speed, self.elapsed)
+        self.window.clear()
+        if bar is not None:
+            bar.set_postfix(loss=f"{loss:.4f}", **({"nll": f"{valid_nll:.2f}"} if validated else {}))
+        if self.out:
+            with open(self.out / LOG_FILE, "a", newline="") as file:
+                csv.writer(file).writerow([f"{v:.8g}" if isinstance(v, float) else v for v in row])
+
+    def _validate(self) -> tuple[float, float] | None:
+        """Scores the fixed subset by the averaged weights; keeps them when they are the best so far."""
+        if not self.ranks.main:
+            return None
+        model = self._averaged()
+        index = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(self.valid))[: self.config.validation_size])
+        index = index[self.valid.sizes[index].argsort(stable=True)]
+        losses, nlls = [], []
+        for k in range(0, len(index), self.config.batch_size):
+            batch = self.valid.batch(index[k : k + self.config.batch_size]).to(self.device)
+            generator = _generator(self.config.seed, k, 0, stream=1)
+            with torch.no_grad():
+                losses.append(float(self.objective(model, batch, generator).value) * len(batch.mask))
+            nlls.append(_validation_nll(model, batch, generator))
+        valid_loss, nll = sum(losses) / len(index), float(torch.cat(nlls).mean())
+        if self.best_weights is None or nll < self.best:
+            self.best = nll
+            self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            if self.out:
+                self._provenance_of(model).save(self.out / BEST_FILE)
+        return valid_loss, nll
+
+    def _averaged(self) -> ENF:
+        return self.ema.module.eval()
+
+    def _provenance_of(self, model: ENF) -> ENF:
+        model.provenance = {
+            "objective": self.config.objective,
+            "training": dataclasses.asdict(self.config),
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 3),
+            "molecules": len(self.data),
+            "processes": self.ranks.world,
+            "hours": round(self.elapsed / 3600, 3),
+            "validation_nll": self.best,
+            "skipped_steps": self.skipped,
+            "ase_enf": package_version(),
+            "torch": torch.__version__,
+        }
+        return model
+
+    def _result(self) -> ENF:
+        if self.ranks.world > 1:
+            dist.barrier()
+        model = self._provenance_of(self._averaged())
+        if self.ranks.main and self.out:
+            model.save(self.out / LAST_FILE)
+        if self.best_weights is not None:
+            model.load_state_dict(self.best_weights)
+        return model.requires_grad_(False).eval()
+
+    def _save_state(self) -> None:
+        if not (self.out and self.ranks.main):
+            return
+        state = {
+            "config": json.dumps(dataclasses.asdict(self.config)),
+            "model_config": json.dumps(dataclasses.asdict(self.model.config)),
+            "world": self.ranks.world,
+            "step": self.step,
+            "skipped": self.skipped,
+            "consecutive_skips": self.consecutive_skips,
+            "best": self.best,
+            "elapsed": self.elapsed,
+            "norms": list(self.clip.norms),
+            "window": self.window,
+            "best_weights": self.best_weights,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_atomically(self.out / STATE_FILE, lambda path: torch.save(state, path))
+
+    def _existing_state(self, resume: bool) -> dict[str, Any] | None:
+        """Prepares the folder, or reads the state that is there."""
+        if self.out is None:
+            if resume:
+                raise ValueError("resume=True needs config.out, the folder of the run")
+            return None
+        path = self.out / STATE_FILE
+        if resume:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
+            return torch.load(path, map_location=self.device, weights_only=True)
+        if path.exists() or (self.out / BEST_FILE).exists():
+            raise ValueError(f"{self.out}: already holds a run; resume it, or choose another folder")
+        if self.ranks.world > 1:
+            dist.barrier()  # nobody writes before everybody has looked
+        if self.ranks.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            with open(self.out / LOG_FILE, "w", newline="") as file:
+                csv.writer(file).writerow(LOG_COLUMNS)
+        return None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if json.loads(state["model_config"]) != json.loads(json.dumps(dataclasses.asdict(self.model.config))):
+            raise ValueError(f"{self.out}: the run was made for another model or other data; resume with those of the run")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.clip = Clipper(state["norms"])
+        for name in ("step", "skipped", "consecutive_skips", "best", "elapsed", "window", "best_weights"):
+            setattr(self, name, state[name])
+        if self.ranks.main:
+            _truncate_log(self.out / LOG_FILE, self.step)
+
+    def _objective(self) -> Objective:
+        if self.config.objective == "nll":
+            solver = Solver("dopri5", rtol=self.config.tolerance, atol=self.config.tolerance)
+            return NegativeLogLikelihood(solver, self.config.regularisation, self.config.adjoint)
+        if self.model.config.dequantizer == "learned" and self.model.features == "joint":
+            raise ValueError("a learned q collapses under flow matching; train this model with objective='nll'")
+        return FlowMatching(self.config.time_power)
+
+    def _model_config(self, species: tuple[str, ...]) -> ENFConfig:
+        config = self.config
+        shift, scale = self.data.feature_standardisation() if config.features == "joint" else ((), ())
+        return ENFConfig(
+            features=config.features,
+            species=species,
+            sizes=dict(sorted(Counter(self.data.sizes.tolist()).items())),
+            compositions=dict(sorted(self.data.compositions.items())) if config.features == "given" else {},
+            dimension=config.dimension,
+            network=config.network,
+            hidden=config.hidden,
+            layers=config.layers,
+            attention=config.attention,
+            dequantizer=config.dequantizer,
+            position_scale=self.data.position_scale(),
+            feature_shift=shift,
+            feature_scale=scale,
+        )
+
+    def _device(self) -> torch.device:
+        device = resolve_device(self.config.device)
+        if device.type == "cuda" and self.ranks.world > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        return device
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank, so that all stop together."""
+        if self.ranks.world == 1:
+            return flag
+        shared = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(shared)
+        return bool(shared > 0)
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine to zero.
+
+    Example:
+        >>> [round(schedule(step, 110, 10), 3) for step in (0, 4, 9, 60, 110)]
+        [0.1, 0.5, 1.0, 0.5, 0.0]
+    """
+    warmup = min(warmup, max(total // 2, 1))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+
+def _validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Negative log-likelihood with one draw of q and one probe, nats, shape (B,); cheap, the same noise every time."""
+    shape = (*batch.mask.shape, model.config.flow_features)
+    noise = torch.randn(shape, generator=generator).to(batch.positions)
+    probes = divergence.draw_probes(batch.positions, noise, 1, generator)
+    solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
+    return -model.log_prob(batch, noise, lambda f, x, h: divergence.hutchinson(f, x, h, probes), solver).log_prob.cpu()
+
+
+def _generator(seed: int, step: int, rank: int, stream: int = 0) -> torch.Generator:
+    """Returns the randomness of one step; it depends on nothing else, so a resumed run draws the same."""
+    word = np.random.SeedSequence((seed, step, rank, stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def _ema_update(decay: float):  # noqa: ANN202 (torch's own callback type)
+    """Returns the update of AveragedModel, with a shorter memory in the first steps."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        torch._foreach_lerp_(averaged, current, 1.0 - now)
+
+    return update
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drops rows written after the last save, so that a resumed log has every step once."""
+    rows = list(csv.reader(path.read_text().splitlines()))
+    kept = [rows[0], *(row for row in rows[1:] if int(row[0]) <= step)]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows(kept)
+
+    write_atomically(path, write)
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed blocks of up to 32 MiB; returning pages at every step costs half the speed on a CPU."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def _distributed(config: TrainConfig) -> Iterator[_Ranks]:
+    """Joins the process group of torchrun, if there is one, and leaves it at the end."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield _Ranks(0, 1)
+        return
+    owner = not dist.is_initialized()
+    if owner:
+        dist.init_process_group("nccl" if resolve_device(config.device).type == "cuda" else "gloo")
+    try:
+        yield _Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        if owner:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _float32_matmul(precision: str) -> Iterator[None]:
+    """Allows TF32 while training, and only then."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
