@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import Dynamics, build_network
+from ase_enf.files import atomic_write, require_folder
 from ase_enf.flow import ContinuousFlow, Solver, TraceMethod, Velocity
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
@@ -154,6 +155,7 @@ class ENF(nn.Module):
         super().__init__()
         self.config = config
         self.provenance = dict(provenance or {})
+        self.name = "unnamed"  # of the file it came from, see load
         self.size_prior = base.SizePrior(config.sizes)
         network = build_network(
             config.network,
@@ -291,9 +293,7 @@ class ENF(nn.Module):
         Raises:
             FileNotFoundError: If the folder does not exist.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: folder {path.parent} does not exist; create it first")
+        path = require_folder(path)
         header = {
             "format": FORMAT_VERSION,
             "package": package_version(),
@@ -302,9 +302,8 @@ class ENF(nn.Module):
             "provenance": self.provenance,
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
-        atomic_replace(temporary, path)
+        with atomic_write(path) as handle:
+            handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
 
     def _feature(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=self.dtype, device=self.device)
@@ -395,6 +394,7 @@ def load(name_or_path: str | os.PathLike[str], device: str | torch.device = "aut
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again") from None
+    model.name = path.stem
     return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
 
 
@@ -404,20 +404,3 @@ def package_version() -> str:
         return metadata.version("ase-enf")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def atomic_replace(temporary: Path, path: Path) -> None:
-    """Makes ``temporary`` durable and renames it to ``path``: a reader sees the old file or the new one, never a part."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary path in the same folder and renames the result to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        atomic_replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 from ase.formula import Formula
 from torch import Tensor
 
 # Two atoms closer than this (Å) are taken to sit on one point, which no flow of finite density explains.
 COINCIDENT = 1e-3
+# Distances (Å) that agree to this many decimals are equal for the order of atoms.
+ORDER_DECIMALS = 6
 
 
 class Batch(NamedTuple):
@@ -79,7 +81,7 @@ def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
         ('H', 'C', 'O', 'F')
     """
     present = sorted({int(z) for a in atoms for z in np.unique(a.numbers)})
-    return tuple(_symbol(z) for z in present)
+    return tuple(chemical_symbols[z] for z in present)
 
 
 def formula_numbers(formula: str) -> np.ndarray:
@@ -125,7 +127,9 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0) -> None:
     unknown = sorted(set(atoms.symbols) - set(species)) if species else []
     if unknown:
         raise ValueError(f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; train one on your elements")
-    _check_distinct(atoms, name)
+    distance, i, j = closest_pair(atoms.positions)
+    if distance < COINCIDENT:
+        raise ValueError(f"{name}: atoms {i} and {j} lie on one point; remove the duplicate")
 
 
 def to_batch(
@@ -205,33 +209,40 @@ def to_atoms(batch: Batch, species: Sequence[str]) -> list[Atoms]:
 def canonical_order(atoms: Atoms) -> np.ndarray:
     """Returns the order (element, then distance to the centroid) in which noise is attached to atoms.
 
-    Noise attached in this order makes a score independent of the order of atoms in the file.
+    Noise attached in this order makes a score independent of the order of atoms in the file. Ties, which symmetric
+    molecules have, are broken by the distances to all atoms and then by those to the atoms placed before, so that the
+    labelled structure is the same up to a rotation or reflection, whichever of the equivalent atoms comes first.
 
     Args:
         atoms: One structure.
 
     Returns:
         ``rank`` with ``rank[i]`` the place of atom i, shape (M,).
+
+    Example:
+        >>> canonical_order(Atoms("OHH", positions=[[0, 0, 0], [0, 0, 1.2], [0, 1, 0]])).tolist()
+        [2, 1, 0]
     """
     centered = atoms.positions - atoms.positions.mean(axis=0)
-    # Rounding keeps symmetry-equivalent atoms, which differ by rounding alone, from swapping at random.
-    distance = np.round(np.linalg.norm(centered, axis=1), 6)
-    order = np.lexsort((distance, atoms.numbers))
+    # Rounding keeps symmetry-equivalent atoms, which differ by rounding errors alone, from being told apart.
+    radius = np.round(np.linalg.norm(centered, axis=1), ORDER_DECIMALS)
+    distances = np.round(np.linalg.norm(centered[:, None] - centered[None], axis=-1), ORDER_DECIMALS)
+    keys = [(int(z), r, *sorted(d)) for z, r, d in zip(atoms.numbers, radius, distances.tolist(), strict=True)]
     rank = np.empty(len(atoms), dtype=int)
-    rank[order] = np.arange(len(atoms))
+    waiting = set(range(len(atoms)))
+    for place in range(len(atoms)):
+        first = min(waiting, key=lambda atom: keys[atom])
+        waiting.remove(first)
+        rank[first] = place
+        for atom in waiting:
+            keys[atom] = (*keys[atom], distances[first, atom])
     return rank
 
 
-def _symbol(number: int) -> str:
-    from ase.data import chemical_symbols
-
-    return chemical_symbols[number]
-
-
-def _check_distinct(atoms: Atoms, name: str) -> None:
-    difference = atoms.positions[:, None] - atoms.positions[None]
+def closest_pair(positions: np.ndarray) -> tuple[float, int, int]:
+    """Returns the smallest distance between two of at least two atoms, Å, and their indices i < j."""
+    difference = positions[:, None] - positions[None]
     squared = np.einsum("ijk,ijk->ij", difference, difference)
-    squared[np.diag_indices(len(atoms))] = np.inf
-    if squared.min() < COINCIDENT**2:
-        i, j = np.unravel_index(int(squared.argmin()), squared.shape)
-        raise ValueError(f"{name}: atoms {min(i, j)} and {max(i, j)} lie on one point; remove the duplicate")
+    squared[np.diag_indices(len(positions))] = np.inf
+    i, j = sorted(int(k) for k in np.unravel_index(squared.argmin(), squared.shape))
+    return float(np.sqrt(squared[i, j])), i, j

@@ -28,8 +28,9 @@ _COLOURS = {1: (0.95, 0.95, 0.95), 6: (0.33, 0.34, 0.36), 7: (0.20, 0.36, 0.88),
 _STICK = (0.70, 0.71, 0.73)  # colour of bonds
 _STICK_RADII = {1: 0.105, 2: 0.075, 3: 0.06}  # Å, by order
 _STICK_GAP = {1: 0.0, 2: 0.105, 3: 0.15}  # Å, of the outer sticks of a double or triple bond from the axis
-_LIGHT = np.array([-0.42, 0.55, 0.72]) / np.linalg.norm([-0.42, 0.55, 0.72])
-_HALF_WAY = (_LIGHT + [0, 0, 1]) / np.linalg.norm(_LIGHT + [0, 0, 1])  # between the light and the eye
+_LIGHT = np.array([-0.42, 0.55, 0.72], dtype=np.float32) / np.float32(np.linalg.norm([-0.42, 0.55, 0.72]))
+_EYE = np.array([0, 0, 1], dtype=np.float32)
+_HALF_WAY = (_LIGHT + _EYE) / np.linalg.norm(_LIGHT + _EYE)
 _TILT = np.deg2rad((-14.0, 10.0))  # about x and y: atoms that mirror each other in the picture plane come apart
 _SUPERSAMPLE = 3
 _MARGIN = 0.55  # Å of white around the outermost nuclei
@@ -48,9 +49,9 @@ class _Canvas(NamedTuple):
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
-    depth: NDArray[np.float64]
-    normal: NDArray[np.float64]
-    colour: NDArray[np.float64]
+    depth: NDArray[np.float32]
+    normal: NDArray[np.float32]
+    colour: NDArray[np.float32]
 
 
 def gallery(
@@ -196,7 +197,7 @@ def draw(
     positions: NDArray[np.floating],  # (M, 3), Å
     extent: tuple[float, float],
     pixels: int,
-) -> NDArray[np.float64]:  # (H, W, 3)
+) -> NDArray[np.float32]:  # (H, W, 3)
     """A shaded ball-and-stick picture, seen along −z.
 
     Spheres and cylinders are intersected with the parallel lines of sight exactly; what lies deeper fades into the
@@ -231,7 +232,8 @@ def _blank(width: float, height: float, columns: int, rows: int) -> _Canvas:
     fine = (rows * _SUPERSAMPLE, columns * _SUPERSAMPLE)
     x = (np.arange(fine[1]) + 0.5) / fine[1] * width - width / 2
     y = height / 2 - (np.arange(fine[0]) + 0.5) / fine[0] * height
-    return _Canvas(x, y, np.full(fine, -np.inf), np.zeros((*fine, 3)), np.ones((*fine, 3)))
+    return _Canvas(x, y, np.full(fine, -np.inf, dtype=np.float32), np.zeros((*fine, 3), dtype=np.float32),
+                   np.ones((*fine, 3), dtype=np.float32))  # fmt: skip
 
 
 def _add_sphere(canvas: _Canvas, centre: NDArray[np.float64], radius: float, colour: tuple[float, ...]) -> None:
@@ -288,9 +290,9 @@ def _put(
     canvas.colour[rows, columns][seen] = colour
 
 
-def _shade(canvas: _Canvas) -> NDArray[np.float64]:
+def _shade(canvas: _Canvas) -> NDArray[np.float32]:
     """Light the picture, fade it with depth, draw outlines where the depth jumps, and average the fine pixels."""
-    picture = np.ones(canvas.colour.shape)
+    picture = np.ones_like(canvas.colour)
     filled = np.isfinite(canvas.depth)  # half of the paper stays white: only the rest is worth lighting
     if filled.any():
         depth, normal = canvas.depth[filled], canvas.normal[filled]
@@ -305,9 +307,9 @@ def _shade(canvas: _Canvas) -> NDArray[np.float64]:
     return picture.reshape(rows, _SUPERSAMPLE, columns, _SUPERSAMPLE, 3).mean(axis=(1, 3))
 
 
-def _outline(depth: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much each pixel is an edge, shape (H, W), 0 to 1: something within 2 fine pixels lies 0.25 Å deeper."""
-    floor = np.where(np.isfinite(depth), depth, -1e3)
+def _outline(depth: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How much each pixel is an edge, shape (H, W), 0 to 1: what is 2 fine pixels away lies 0.15 to 0.35 Å deeper."""
+    floor = np.where(np.isfinite(depth), depth, np.float32(-1e3))
     padded = np.pad(floor, 2, constant_values=-1e3)
     deepest = floor.copy()
     rows, columns = depth.shape

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import io
 import json
 import math
 import os
@@ -28,9 +29,10 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ase_enf import divergence
+from ase_enf.files import atomic_write
 from ase_enf.flow import Solver, SolverError
 from ase_enf.geometry import random_rotations
-from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device, write_atomically
+from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
 from ase_enf.molecules import Batch, check_atoms, one_or_many, species_of
 from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
 
@@ -261,6 +263,7 @@ def train(
     valid_atoms: Atoms | Sequence[Atoms],
     resume: bool = False,
     progress: bool | None = None,
+    source: str | None = None,
 ) -> ENF:
     """Trains a flow on ``Atoms`` of any elements and returns it at its best validation likelihood.
 
@@ -278,6 +281,7 @@ def train(
         valid_atoms: Validation structures.
         resume: Go on from ``config.out``.
         progress: Show a bar; by default on a terminal only.
+        source: What the data are, in words, for the provenance in the weights file.
 
     Returns:
         The exponential moving average of the weights at the best validation NLL, in evaluation mode.
@@ -289,7 +293,7 @@ def train(
     """
     with _distributed(config) as ranks, _float32_matmul(config.precision):
         _keep_memory()
-        return _Trainer(config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress).run()
+        return _Trainer(config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress, source).run()
 
 
 class _Trainer:
@@ -303,7 +307,9 @@ class _Trainer:
         resume: bool,
         ranks: _Ranks,
         progress: bool | None,
+        source: str | None,
     ) -> None:
+        self.source = source
         self.config = config
         self.ranks = ranks
         self.out = Path(config.out) if config.out else None
@@ -486,6 +492,7 @@ class _Trainer:
             "training": dataclasses.asdict(self.config),
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 3),
+            "data": self.source,
             "molecules": len(self.data),
             "processes": self.ranks.world,
             "hours": round(self.elapsed / 3600, 3),
@@ -525,7 +532,8 @@ class _Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_atomically(self.out / STATE_FILE, lambda path: torch.save(state, path))
+        with atomic_write(self.out / STATE_FILE) as handle:
+            torch.save(state, handle)
 
     def _existing_state(self, resume: bool) -> dict[str, Any] | None:
         """Prepares the folder, or reads the state that is there."""
@@ -650,12 +658,10 @@ def _truncate_log(path: Path, step: int) -> None:
     """Drops rows written after the last save, so that a resumed log has every step once."""
     rows = list(csv.reader(path.read_text().splitlines()))
     kept = [rows[0], *(row for row in rows[1:] if int(row[0]) <= step)]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows(kept)
-
-    write_atomically(path, write)
+    with atomic_write(path) as handle:
+        text = io.TextIOWrapper(handle, newline="", write_through=True)
+        csv.writer(text).writerows(kept)
+        text.detach()
 
 
 def _keep_memory() -> None:

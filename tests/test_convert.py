@@ -116,12 +116,11 @@ def test_a_single_atom_and_none_at_all() -> None:
 
 
 def test_sanitise_leaves_its_argument_alone() -> None:
-    ring = (np.arange(6)[:, None] - np.arange(6)) % 6
-    orders = np.where((ring == 1) | (ring == 5), 1 + (np.add.outer(np.arange(6), np.arange(6)) % 4 == 1), 0)
-    mol = bond_graph(np.full(6, 6), orders)
-    before = [bond.GetBondTypeAsDouble() for bond in mol.GetBonds()]
-    assert sanitise(mol) is not mol
-    assert [bond.GetBondTypeAsDouble() for bond in mol.GetBonds()] == before
+    from rdkit import Chem
+
+    mol = Chem.MolFromSmiles("C1=CC=CC=C1", sanitize=False)
+    assert sanitise(mol).GetBondWithIdx(0).GetIsAromatic()
+    assert not mol.GetBondWithIdx(0).GetIsAromatic()
 
 
 def test_the_largest_fragment_does_not_depend_on_order() -> None:

@@ -17,6 +17,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
 
+from ase_enf.files import atomic_write
 from ase_enf.data import DataError, DataNotFoundError, compact, fetch, qm9
 
 DATA = Path(__file__).parent / "data"
@@ -407,7 +408,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "kept"
     target.write_bytes(b"old")
-    with pytest.raises(RuntimeError), compact.atomic_write(target) as handle:
+    with pytest.raises(RuntimeError), atomic_write(target) as handle:
         handle.write(b"half of the new")
         raise RuntimeError
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]

@@ -14,20 +14,18 @@ array           shape        meaning
 
 from __future__ import annotations
 
-import os
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
 from ase_enf.data import DataError, DataNotFoundError
+from ase_enf.files import atomic_write
 
 SPLITS = ("train", "valid", "test")
 """Names of the codes 0, 1 and 2 of a split; code 3 marks the excluded molecules."""
@@ -170,37 +168,6 @@ def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
         arrays["split_names"] = np.array(SPLITS)
     with atomic_write(path) as handle:
         np.savez_compressed(handle, **arrays, **extra)
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).
-
-    Args:
-        path: The file to write or to replace; missing folders are made.
-
-    Yields:
-        A binary handle on a temporary file in the same folder, which is removed if anything fails.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_write(f"{folder}/a") as handle:
-        ...         _ = handle.write(b"whole")
-        ...     Path(folder, "a").read_bytes()
-        b'whole'
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _checked(table: MoleculeTable, name: str) -> MoleculeTable:

@@ -13,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from ase_enf.data import DataError
-from ase_enf.data.compact import atomic_write, brief
+from ase_enf.data.compact import brief
+from ase_enf.files import atomic_write
 
 
 class Remote(NamedTuple):

@@ -1,0 +1,58 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def require_folder(path: str | os.PathLike[str]) -> Path:
+    """Returns ``path`` if the folder that it is to be written to exists.
+
+    Raises:
+        FileNotFoundError: If it does not.
+
+    Example:
+        >>> require_folder("nowhere/m.extxyz")
+        Traceback (most recent call last):
+        FileNotFoundError: nowhere/m.extxyz: the folder nowhere does not exist; create it first
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).
+
+    Args:
+        path: The file to write or to replace; missing folders are made.
+
+    Yields:
+        A binary handle on a temporary file in the same folder, which is removed if anything fails.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(f"{folder}/a") as handle:
+        ...         _ = handle.write(b"whole")
+        ...     Path(folder, "a").read_bytes()
+        b'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,310 @@
+"""Generation: latent noise through the inverse flow to ``ase.Atoms``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import atomic_numbers
+from ase.formula import Formula
+from torch import Tensor
+from tqdm import tqdm
+
+from ase_enf import base
+from ase_enf.flow import Solver, SolverError
+from ase_enf.model import ENF, resolve_device
+from ase_enf.molecules import COINCIDENT, Batch, closest_pair, formula_numbers, to_atoms
+
+DEFAULT_SOLVER = Solver("midpoint", steps=32, warp=1.5)
+MAX_ATTEMPTS = 10
+# Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
+WINDOW_BATCHES = 8
+
+
+class GenerationError(RuntimeError):
+    """A molecule could not be integrated to finite positions."""
+
+
+class _Draft(NamedTuple):
+    """A latent molecule on its way."""
+
+    index: int
+    attempt: int
+    numbers: np.ndarray | None  # (M,), the composition for "given"
+    x: np.ndarray  # (M, n)
+    h: np.ndarray  # (M, F)
+
+
+def generate(
+    flow: ENF,
+    n: int,
+    seed: int = 0,
+    n_atoms: int | None = None,
+    formula: str | None = None,
+    solver: str | Solver | None = None,
+    steps: int | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> list[Atoms]:
+    """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
+
+    Molecule i depends on ``(seed, i)`` alone: not on n, the batch size or its batch mates (to rounding, with a
+    fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
+    ``info["enf_attempts"]``; nothing is zeroed or dropped.
+
+    Args:
+        flow: A flow, as of ``ase_enf.load``.
+        n: How many.
+        seed: Non-negative.
+        n_atoms: Fixed size M; drawn from p_M when None.
+        formula: Composition such as "C7H10O2", for ``features="given"``; drawn from the training set's when None.
+        solver: A ``Solver`` or the name of a method; midpoint with 32 steps, denser near the data, by default.
+        steps: Number of fixed steps, when ``solver`` is a name or None.
+        batch_size: Molecules integrated together.
+        device: Where to compute; where the flow is when None.
+        progress: Show a bar; by default on a terminal only.
+
+    Returns:
+        Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
+        ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose generated
+        charge is not that of their type).
+
+    Raises:
+        ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model.
+        GenerationError: If a molecule fails ten times.
+
+    Example:
+        >>> from ase_enf.model import ENFConfig
+        >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
+        >>> generate(flow, 1, formula="H2O")[0].get_chemical_formula()
+        'H2O'
+    """
+    return list(igenerate(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, progress))
+
+
+def igenerate(
+    flow: ENF,
+    n: int,
+    seed: int = 0,
+    n_atoms: int | None = None,
+    formula: str | None = None,
+    solver: str | Solver | None = None,
+    steps: int | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    start: int = 0,
+) -> Iterator[Atoms]:
+    """Draws molecules one by one, in order and in constant memory; see :func:`generate`.
+
+    Args:
+        flow: See :func:`generate`, as all others but one.
+        n: How many.
+        seed: Non-negative.
+        n_atoms: Fixed size.
+        formula: Composition, for "given".
+        solver: A ``Solver`` or the name of a method.
+        steps: Number of fixed steps.
+        batch_size: Molecules integrated together.
+        device: Where to compute.
+        progress: Show a bar.
+        start: Index of the first molecule: several processes or sessions can share one sequence.
+
+    Returns:
+        An iterator; arguments are checked before it is returned.
+    """
+    _check_counts(n, seed, batch_size, start)
+    sampler = _Sampler(flow, seed, n_atoms, formula, resolve_solver(solver, steps, DEFAULT_SOLVER), batch_size, device)
+    return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress)
+
+
+def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
+    """Turns a name, a number of steps or nothing into a ``Solver``.
+
+    Raises:
+        ValueError: For an unknown method, or steps for an adaptive one.
+
+    Example:
+        >>> resolve_solver(None, 10, DEFAULT_SOLVER).steps
+        10
+    """
+    if isinstance(solver, Solver):
+        if steps is not None:
+            raise ValueError(f"steps={steps}: the given Solver already says {solver.steps}; leave one of them out")
+        return solver
+    chosen = Solver(
+        method=solver or default.method,
+        steps=default.steps if steps is None else steps,
+        rtol=default.rtol,
+        atol=default.atol,
+        warp=default.warp,
+    )
+    if steps is not None and chosen.adaptive:
+        raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
+    return chosen
+
+
+class _Sampler:
+    """One request, checked, with everything that its molecules share."""
+
+    def __init__(
+        self,
+        flow: ENF,
+        seed: int,
+        n_atoms: int | None,
+        formula: str | None,
+        solver: Solver,
+        batch_size: int,
+        device: str | torch.device | None,
+    ) -> None:
+        if device is not None and resolve_device(device) != flow.device:
+            flow = copy.deepcopy(flow).to(resolve_device(device))
+        self.flow = flow
+        self.seed = seed
+        self.solver = solver
+        self.batch_size = batch_size
+        self.n_atoms = n_atoms
+        self.compositions = _compositions(flow, n_atoms, formula)
+        if n_atoms is not None and self.compositions is None and n_atoms not in flow.size_prior:
+            seen = list(flow.size_prior.counts)
+            raise ValueError(f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw")
+
+    def stream(self, indices: Sequence[int], progress: bool) -> Iterator[Atoms]:
+        """Yields the molecules ``indices`` in order."""
+        redrawn = 0
+        window = self.batch_size * WINDOW_BATCHES
+        with tqdm(total=len(indices), disable=not progress, unit="molecule", dynamic_ncols=True) as bar:
+            for k in range(0, len(indices), window):
+                for atoms in self._window(indices[k : k + window], bar):
+                    redrawn += atoms.info["enf_attempts"] - 1
+                    yield atoms
+        if redrawn:
+            warnings.warn(f"{redrawn} of {len(indices) + redrawn} integrations failed and were drawn again", stacklevel=2)
+
+    def _window(self, indices: Sequence[int], bar: tqdm) -> list[Atoms]:
+        done: dict[int, Atoms] = {}
+        waiting = [self._draft(index, attempt=0) for index in indices]
+        while waiting:
+            again = []
+            for batch in self._same_size(waiting):
+                for draft, atoms in zip(batch, self._integrate(batch), strict=True):
+                    if atoms is None:
+                        again.append(self._draft(draft.index, draft.attempt + 1))
+                    else:
+                        done[draft.index] = atoms
+                        bar.update(1)
+            waiting = again
+        return [done[index] for index in indices]
+
+    def _draft(self, index: int, attempt: int) -> _Draft:
+        if attempt == MAX_ATTEMPTS:
+            raise GenerationError(
+                f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
+                "use more steps, or train the model further"
+            )
+        rng = np.random.default_rng((self.seed, index, attempt))
+        config = self.flow.config
+        numbers = None
+        if self.compositions is not None:
+            formulas, weights = self.compositions
+            numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
+        size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng)
+        return _Draft(index, attempt, numbers, *base.sample_latent(rng, size, config.dimension, config.flow_features))
+
+    def _same_size(self, drafts: list[_Draft]) -> Iterator[list[_Draft]]:
+        for size in sorted({len(draft.x) for draft in drafts}):
+            members = [draft for draft in drafts if len(draft.x) == size]
+            for k in range(0, len(members), self.batch_size):
+                yield members[k : k + self.batch_size]
+
+    def _integrate(self, drafts: list[_Draft]) -> list[Atoms | None]:
+        """Returns a molecule for each draft, None where the integration failed."""
+        try:
+            batch = self._sample(drafts)
+        except SolverError:
+            if len(drafts) == 1:
+                return [None]
+            return [atoms for draft in drafts for atoms in self._integrate([draft])]  # one failed: find it
+        finite = torch.isfinite(batch.positions).all(dim=2).all(dim=1).tolist()
+        safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # only to convert; failures are discarded
+        molecules = to_atoms(safe, self.flow.species)
+        mismatches = self._charge_mismatches(batch, molecules)
+        return [
+            self._annotated(atoms, draft, wrong) if ok and closest_pair(atoms.positions)[0] > COINCIDENT else None
+            for atoms, draft, ok, wrong in zip(molecules, drafts, finite, mismatches, strict=True)
+        ]
+
+    def _sample(self, drafts: list[_Draft]) -> Batch:
+        flow = self.flow
+        z_x, z_h = (
+            torch.from_numpy(np.stack(parts)).to(device=flow.device, dtype=flow.dtype)
+            for parts in ([draft.x for draft in drafts], [draft.h for draft in drafts])
+        )
+        mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
+        return flow.sample(z_x, z_h, mask, self._context(drafts), self.solver)
+
+    def _context(self, drafts: list[_Draft]) -> Tensor | None:
+        if self.compositions is None:
+            return None
+        order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
+        one_hot = np.stack([draft.numbers[:, None] == order[None] for draft in drafts])
+        return torch.from_numpy(one_hot).to(device=self.flow.device, dtype=self.flow.dtype)
+
+    def _charge_mismatches(self, batch: Batch, molecules: list[Atoms]) -> list[int | None]:
+        if self.flow.features != "joint":
+            return [None] * len(molecules)
+        charges = batch.charges[..., 0].cpu().numpy()
+        return [int((charge[: len(atoms)] != atoms.numbers).sum()) for charge, atoms in zip(charges, molecules, strict=True)]
+
+    def _annotated(self, atoms: Atoms, draft: _Draft, mismatches: int | None) -> Atoms:
+        steps = "" if self.solver.adaptive else f"-{self.solver.steps}"
+        atoms.info.update(
+            enf_model=self.flow.name,
+            enf_seed=self.seed,
+            enf_index=draft.index,
+            enf_solver=f"{self.solver.method}{steps}",
+            enf_attempts=draft.attempt + 1,
+        )
+        if mismatches is not None:
+            atoms.info["enf_charge_mismatches"] = mismatches
+        return atoms
+
+
+def _check_counts(n: int, seed: int, batch_size: int, start: int) -> None:
+    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("batch_size", batch_size, 1), ("start", start, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+
+
+def _compositions(flow: ENF, n_atoms: int | None, formula: str | None) -> tuple[list[str], np.ndarray] | None:
+    """Returns the formulas to draw from and their weights, None when the types are not given."""
+    if flow.features != "given":
+        if formula is not None:
+            raise ValueError(
+                f"formula={formula!r}: this model has features={flow.features!r} and generates types itself; "
+                "use a model with features='given'"
+            )
+        return None
+    if formula is not None:
+        numbers = formula_numbers(formula)
+        unknown = sorted(set(Formula(formula).count()) - set(flow.species))
+        if unknown:
+            raise ValueError(f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(flow.species)}")
+        if n_atoms is not None and n_atoms != len(numbers):
+            raise ValueError(f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out")
+        if len(numbers) < 2:
+            raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
+        return [formula], np.ones(1)
+    known = flow.config.compositions
+    kept = {f: c for f, c in known.items() if n_atoms is None or len(formula_numbers(f)) == n_atoms}
+    if not kept:
+        raise ValueError(f"n_atoms={n_atoms}: this model saw no composition of that size; give a formula")
+    return list(kept), np.array(list(kept.values())) / sum(kept.values())
+
