@@ -292,7 +292,7 @@ def train(
         TrainingError: If the loss stays non-finite.
     """
     with _distributed(config) as ranks, _float32_matmul(config.precision):
-        _keep_memory()
+        keep_memory()
         return _Trainer(config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress, source).run()
 
 
@@ -664,7 +664,7 @@ def _truncate_log(path: Path, step: int) -> None:
         text.detach()
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tells glibc to keep freed blocks of up to 32 MiB; returning pages at every step costs half the speed on a CPU."""
     if not sys.platform.startswith("linux"):
         return

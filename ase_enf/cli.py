@@ -1,0 +1,425 @@
+"""The command ``ase-enf``: parse, call, write."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from ase import Atoms
+
+DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
+TABLES = (".csv", ".json", ".md")
+_USAGE, _INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    0 when the whole request was met; 2 with one line on standard error for bad input; 130 when interrupted.
+
+    Args:
+        arguments: Words of the command line, ``sys.argv[1:]`` when None.
+
+    Example:
+        >>> main(["generate", "no-such-model", "-n", "3"])
+        2
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(training="train" in words).parse_args(words)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return _INTERRUPTED
+        except BrokenPipeError:
+            # The reader of a pipe has enough; flushing at exit would complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except _user_errors() as error:
+            _say(f"error: {' '.join(str(error).split())}")
+            return _USAGE
+    return 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors that tell a user what to do; anything else is a defect and keeps its traceback."""
+    from ase.calculators.calculator import CalculatorError
+
+    from ase_enf.flow import SolverError
+    from ase_enf.generate import GenerationError
+    from ase_enf.train import TrainingError
+
+    return (ValueError, TypeError, OSError, CalculatorError, SolverError, GenerationError, TrainingError)
+
+
+def _say(text: str) -> None:
+    print(f"ase-enf: {text}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say(f"warning: {' '.join(str(message).split())}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with 2."""
+        self.exit(_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _parser(training: bool) -> argparse.ArgumentParser:
+    """Builds the parser; the options of training are those of TrainConfig, which costs an import of torch."""
+    parser = _Parser(prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_generate(commands)
+    _add_score(commands)
+    _add_evaluate(commands)
+    _add_train(commands, training)
+    _add_info(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; reads it only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import ase_enf
+
+        print(f"ase-enf {ase_enf.__version__}")
+        parser.exit()
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a shipped name such as qm9, or a path to .safetensors")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    command.add_argument("--dtype", default="float32", help="float32 or float64")
+
+
+def _add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) -> None:
+    command.add_argument("--seed", type=int, default=0, help=f"seed of the {what}")
+    command.add_argument("--solver", default=None, help="dopri5, rk4, midpoint, euler; a fixed-step default when left out")
+    command.add_argument("--steps", type=int, default=None, help="fixed steps")
+    command.add_argument("--batch-size", type=int, default=batch_size, help="structures computed together")
+
+
+def _add_generate(commands: Any) -> None:
+    command = _command(commands, "generate", "Draw molecules from a flow and write them.", _generate)
+    _add_model(command)
+    command.add_argument("-n", type=int, default=100, help="number of molecules")
+    command.add_argument("-o", "--output", default="molecules.extxyz", help=".extxyz, .db or any ending ASE writes")
+    command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
+    command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
+    command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
+    _add_sampling(command, "molecules", batch_size=64)
+
+
+def _add_score(commands: Any) -> None:
+    command = _command(commands, "score", "Log-likelihood of structures, nats.", _score)
+    _add_model(command)
+    command.add_argument("structures", help="any file ASE reads; all its images are scored")
+    command.add_argument("-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures")
+    command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
+    command.add_argument("--probes", type=int, default=8, help="probes of hutchinson")
+    command.add_argument("--draws", type=int, default=4, help="draws K of the importance-weighted bound")
+    _add_sampling(command, "noise", batch_size=32)
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _command(commands, "evaluate", "Stability, validity, uniqueness and novelty of structures.", _evaluate)
+    command.add_argument("structures", help="any file ASE reads")
+    command.add_argument("--reference", default=None, help="qm9, a file of SMILES (.smi, .txt), or a file of structures")
+    command.add_argument("-o", "--output", default=None, help=".json, .csv or .md")
+    command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 structures")
+    command.add_argument("--histogram", default=None, metavar="PNG", help="distances against the reference's")
+
+
+def _add_train(commands: Any, complete: bool) -> None:
+    command = _command(commands, "train", "Train a flow on structures of any elements.", _train)
+    command.add_argument("--resume", default=None, metavar="FOLDER", help="go on with the run in this folder")
+    command.add_argument("--data", default=None, help="training structures: any file ASE reads, or QM9 in any form")
+    command.add_argument("--valid", default=None, help="validation structures")
+    command.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
+    command.add_argument("--n-atoms", type=int, default=None, help="only structures of this many atoms")
+    if not complete:
+        return
+    for name, kind, default, text in _train_fields():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            command.add_argument(flag, type=kind, default=default, help=text)
+
+
+def _train_fields() -> list[tuple[str, type, Any, str]]:
+    """Returns name, type, default and description of every field of TrainConfig."""
+    from ase_enf.train import TrainConfig
+
+    hints = typing.get_type_hints(TrainConfig)
+    described = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", TrainConfig.__doc__ or "", re.MULTILINE))
+    return [
+        (field.name, _plain_type(hints[field.name]), field.default, " ".join(described.get(field.name, "").split()).replace("%", "%%"))
+        for field in dataclasses.fields(TrainConfig)
+    ]  # fmt: skip
+
+
+def _plain_type(hint: Any) -> type:
+    """Returns T of ``T | None``."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _add_info(commands: Any) -> None:
+    command = _command(commands, "info", "What a model is and how it was trained.", _info)
+    command.add_argument("model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out")
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from ase_enf.files import require_folder
+    from ase_enf.generate import igenerate
+    from ase_enf.io import check_output, write_structures
+    from ase_enf.model import load
+
+    check_output(options.output)
+    if options.gallery:
+        require_folder(options.gallery)
+    if options.n < 1:
+        raise ValueError(f"n={options.n}: must be at least 1")
+    flow = load(options.model, device=options.device, dtype=options.dtype)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    bounds = [options.n * k // world for k in range(world + 1)]
+    start, count = bounds[rank], bounds[rank + 1] - bounds[rank]
+    request = {
+        "seed": options.seed,
+        "n_atoms": options.n_atoms,
+        "formula": options.formula,
+        "solver": options.solver,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+    }
+    stream = igenerate(flow, count, start=start, **request) if count else iter(())
+    shown: list[Atoms] = []
+
+    def watched() -> typing.Iterator[Atoms]:
+        for atoms in _gathered(stream, rank, world):
+            if len(shown) < 24:
+                shown.append(atoms)
+            yield atoms
+
+    if rank:
+        for _ in _gathered(stream, rank, world):
+            pass
+        return
+    written = write_structures(options.output, watched())
+    if options.gallery:
+        _draw_gallery(shown, options.gallery)
+    _say(f"wrote {written} molecules to {options.output}")
+
+
+def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.Iterator[Atoms]:
+    """Yields the molecules of all processes of torchrun, in order, on the first one."""
+    if world == 1:
+        yield from stream
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        parts: list[list[Atoms]] | None = [[] for _ in range(world)] if rank == 0 else None
+        dist.gather_object(list(stream), parts)
+        for part in parts or []:
+            yield from part
+    finally:
+        dist.destroy_process_group()
+
+
+def _score(options: argparse.Namespace) -> None:
+    from ase_enf.files import require_folder
+    from ase_enf.io import check_output, write_structures
+    from ase_enf.model import load
+    from ase_enf.score import score, with_scores
+
+    suffix = Path(options.output).suffix if options.output else ""
+    if suffix in TABLES:
+        require_folder(options.output)
+    elif options.output:
+        check_output(options.output)
+    atoms = _read(options.structures)
+    flow = load(options.model, device=options.device, dtype=options.dtype)
+    names = ("trace", "probes", "draws", "seed", "solver", "steps", "batch_size")
+    table = score(flow, atoms, **{name: getattr(options, name) for name in names})
+    if not options.output:
+        print(table.to_csv(index=False), end="")
+        return
+    if suffix in TABLES:
+        _write_table(table, options.output)
+    else:
+        write_structures(options.output, with_scores(atoms, table, flow.name))
+    _say(f"wrote {len(table)} scores to {options.output}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ase_enf import metrics, plot
+    from ase_enf.files import require_folder
+
+    for path in (options.output, options.gallery, options.histogram):
+        if path:
+            require_folder(path)
+    if options.output and Path(options.output).suffix not in TABLES:
+        raise ValueError(f"{options.output}: a report is written as {', '.join(TABLES)}; choose one of these endings")
+    if options.histogram and not options.reference:
+        raise ValueError("--histogram compares with a reference; add --reference qm9 or a file of structures")
+    atoms = _read(options.structures)
+    reference = None if options.reference is None else metrics.as_reference(_reference(options.reference))
+    seen = metrics.survey(atoms)
+    table = metrics.evaluate(seen, reference)
+    if options.output:
+        _write_table(table, options.output)
+    if options.histogram:
+        plot.distance_histogram(seen, reference, options.histogram)
+    if options.gallery:
+        _draw_gallery(atoms[:24], options.gallery)
+    for row in table.itertuples():
+        print(f"{row.metric:34s} {row.value:8.4f} ± {row.stderr:.4f}  of {row.denominator:<9d} {row.definition}")
+    print(", ".join(f"{key} {value}" for key, value in table.attrs.items()))
+
+
+def _reference(name: str) -> Any:
+    """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
+    from ase_enf.metrics import REFERENCES
+
+    if name in REFERENCES:
+        return name
+    if Path(name).suffix in (".smi", ".smiles", ".txt"):
+        return [line.split()[0] for line in Path(name).read_text().splitlines() if line.strip()]
+    return _read(name)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from ase_enf.train import CONFIG_FILE, TrainConfig, train
+
+    if options.resume:
+        if options.data or options.valid:
+            raise ValueError("--resume takes data and settings from its folder; leave --data and --valid out")
+        folder = Path(options.resume)
+        saved = _read_json(folder / CONFIG_FILE)
+        sources = _read_json(folder / DATA_FILE)
+        config = TrainConfig(**{**saved, "out": str(folder), "time_limit": options.time_limit})
+    else:
+        if not options.data or not (options.valid or options.qm9_split):
+            raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
+        if not options.out:
+            raise ValueError("--out is missing; name the folder of the run")
+        config = TrainConfig(**{name: getattr(options, name) for name, *_ in _train_fields()})
+        paths = {"train": options.data, "valid": options.valid or options.data}
+        sources = {name: str(Path(path).resolve()) for name, path in paths.items()}
+        sources |= {"split": options.qm9_split, "n_atoms": options.n_atoms}
+    train_atoms, valid_atoms = (
+        _read(sources[name], name if sources["split"] else None, sources["n_atoms"]) for name in ("train", "valid")
+    )
+    described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process and not options.resume:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if not (Path(config.out) / CONFIG_FILE).exists():
+            (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
+    model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
+    if main_process:
+        nll = model.provenance["validation_nll"]
+        _say(f"validation NLL {nll:.3f} nats after {model.provenance['step']} steps; weights in {config.out}/model.safetensors")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from ase_enf.model import PRETRAINED, read_header, shipped
+
+    if options.model is None:
+        print("\n".join(shipped()))
+        return
+    named = PRETRAINED / f"{options.model}.safetensors"
+    header = read_header(named if named.is_file() else options.model)
+    if options.json:
+        print(json.dumps(header, indent=2))
+        return
+    config = header["config"]
+    sizes = sorted(int(size) for size in config["sizes"])
+    print(f"{options.model}: E(n) equivariant normalizing flow, written by ase-enf {header['package']}")
+    print(f"features       {config['features']}")
+    print(f"species        {' '.join(config['species']) or 'any (positions only)'}")
+    print(f"sizes          {sizes[0]} to {sizes[-1]} atoms, {sum(config['sizes'].values())} molecules")
+    print(f"network        {config['network']}, {config['layers']} layers x {config['hidden']}")
+    print(f"position scale {config['position_scale']:.4f} Å")
+    for key, value in header["provenance"].items():
+        if not isinstance(value, dict):
+            print(f"{key:14s} {value}")
+    card = named.with_suffix(".md")
+    if card.is_file():
+        print(f"\n{card.read_text()}", end="")
+
+
+def _read(path: str, split: str | None = None, n_atoms: int | None = None) -> list[Atoms]:
+    """Reads structures from anything that ASE or the QM9 reader knows."""
+    from ase_enf.data import qm9
+
+    atoms = qm9.load(path, split=split, n_atoms=n_atoms)
+    if not atoms:
+        raise ValueError(f"{path}: holds no structure" + (f" of {n_atoms} atoms" if n_atoms else ""))
+    return atoms
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --resume takes the folder that an earlier --out named")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); start the run again in another folder") from None
+
+
+def _write_table(table: pd.DataFrame, output: str) -> None:
+    from ase_enf.files import atomic_write
+
+    suffix = Path(output).suffix
+    if suffix == ".csv":
+        text = table.to_csv(index=False)
+    elif suffix == ".json":
+        rows = json.loads(table.to_json(orient="records", double_precision=15))
+        text = json.dumps({"rows": rows, **table.attrs}, indent=2) + "\n"
+    else:
+        header = f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}\n"
+        text = header + "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
+    with atomic_write(output) as handle:
+        handle.write(text.encode())
+
+
+def _draw_gallery(atoms: Sequence[Atoms], path: str) -> None:
+    from ase_enf.plot import gallery
+
+    gallery(atoms, path)
+    _say(f"drew {len(atoms)} molecules in {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

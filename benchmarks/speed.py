@@ -1,0 +1,129 @@
+"""How fast training, sampling, scoring and the metrics are: ``python -m benchmarks.speed``.
+
+Every figure is a rate over at least ``--seconds`` of work after a warm-up, in this process with this many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from ase import Atoms
+
+import ase_enf
+from ase_enf import metrics
+from ase_enf.generate import generate
+from ase_enf.model import ENF, ENFConfig, resolve_device
+from ase_enf.molecules import to_batch
+from ase_enf.objectives import FlowMatching
+from ase_enf.score import score
+from ase_enf.train import keep_memory
+from benchmarks.tables import write_results
+
+N_ATOMS = 18  # the mean of QM9
+
+
+def main() -> None:
+    """Measures and writes ``results/speed``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of work behind each figure")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's choice")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", default="qm9", help="shipped name or path, for samples and scores")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_memory()
+    device = resolve_device(options.device)
+    flow = ase_enf.load(options.model, device=device)
+    molecules = generate(flow, 64, seed=0, n_atoms=N_ATOMS)
+    rows = [
+        ("matrix multiply, 20736 x 64 x 64, float32", "GFLOP/s", *_matmul(device, options.seconds)),
+        *(
+            (f"flow-matching step, {layers} x {hidden}, 18 atoms, batch 64", "molecules/s", *_training(layers, hidden, device, options.seconds))
+            for layers, hidden in ((6, 64), (6, 128))
+        ),
+        ("generate, default solver, 18 atoms, batch 64", "molecules/s", *_rate(lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS)), options.seconds)),
+        ("score, exact trace, 1 draw", "molecules/s", *_rate(lambda: len(score(flow, molecules[:4], trace="exact", draws=1)), options.seconds)),
+        ("score, 8 Hutchinson probes, 1 draw", "molecules/s", *_rate(lambda: len(score(flow, molecules[:16], trace="hutchinson", draws=1)), options.seconds)),
+        ("stability by the distance table", "molecules/s", *_stability(molecules, options.seconds)),
+        ("metrics.evaluate, reference qm9", "molecules/s", *_evaluate(molecules, options.seconds)),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["what", "unit", "rate", "items", "seconds"])
+    table["rate"] = [f"{rate:.4g}" for rate in table["rate"]]
+    table["seconds"] = [f"{seconds:.2f}" for seconds in table["seconds"]]
+    share = _pair_flops(6, 64) * float(table["rate"][1]) / (1e9 * float(table["rate"][0]))
+    notes = (
+        f"Model `{options.model}`. The pair products of the 6 x 64 training step (forward and backward, "
+        f"{_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {100 * share:.0f} % of the matrix-multiply rate of the same run."
+    )
+    write_results(table, "speed" if device.type == "cpu" else "speed_cuda", "Speed", notes)
+
+
+def _rate(work: Callable[[], int], seconds: float) -> tuple[float, int, float]:
+    """Returns items per second, items and seconds of repeated work, after one warm-up."""
+    work()
+    items, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not items:
+        items += work()
+    return items / elapsed, items, elapsed
+
+
+def _matmul(device: torch.device, seconds: float) -> tuple[float, int, float]:
+    a = torch.randn(64 * N_ATOMS**2, 64, device=device)
+    b, out = torch.randn(64, 64, device=device), torch.empty_like(a)
+
+    def work() -> int:
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        _synchronise(device)
+        return 20
+
+    rate, items, elapsed = _rate(work, seconds)
+    return rate * 2 * a.numel() * 64 / 1e9, items, elapsed
+
+
+def _training(layers: int, hidden: int, device: torch.device, seconds: float) -> tuple[float, int, float]:
+    model = ENF(ENFConfig(layers=layers, hidden=hidden)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
+    positions = torch.randn(64, N_ATOMS, 3, generator=torch.Generator().manual_seed(0)).numpy() * 1.5
+    batch = to_batch([Atoms("C" * N_ATOMS, positions=p) for p in positions], model.species).to(device)
+    objective = FlowMatching()
+
+    def work() -> int:
+        optimizer.zero_grad(set_to_none=True)
+        objective(model, batch).loss.backward()
+        optimizer.step()
+        _synchronise(device)
+        return len(batch.mask)
+
+    return _rate(work, seconds)
+
+
+def _pair_flops(layers: int, hidden: int) -> float:
+    """Floating-point operations of the two F x F products on all pairs, forward and backward, a molecule."""
+    return 3 * layers * 2 * (2 * hidden**2) * N_ATOMS * N_ATOMS
+
+
+def _stability(molecules: list[Atoms], seconds: float) -> tuple[float, int, float]:
+    from ase_enf.chem.bonds import stability
+
+    many = molecules * 40
+    return _rate(lambda: len(stability(many).sizes), seconds)
+
+
+def _evaluate(molecules: list[Atoms], seconds: float) -> tuple[float, int, float]:
+    reference = metrics.load_reference("qm9")
+    return _rate(lambda: len(molecules) if len(metrics.evaluate(molecules, reference)) else 0, seconds)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
