@@ -63,8 +63,8 @@ def write_table(whole: pd.DataFrame, subset: pd.DataFrame, folder: Path) -> None
         "|---|---|---|---|---|---|",
     ]
     rows = [
-        f"| {row.molecules} | {row.metric} | {row.value:.5f} | {row.stderr:.5f} | {row.denominator} | {row.definition} |"
-        for row in table.itertuples()
+        f"| {where} | {metric} | {value:.5f} | {stderr:.5f} | {denominator} | {definition} |"
+        for where, metric, value, stderr, denominator, definition in table.itertuples(index=False)
     ]
     (folder / "qm9_data_metrics.md").write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
 

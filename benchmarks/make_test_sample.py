@@ -1,6 +1,6 @@
 """Draws the sample of QM9 that the tests use.
 
-    python -m benchmarks.make_test_sample QM9.npz -o tests/data/qm9_sample.npz
+python -m benchmarks.make_test_sample QM9.npz -o tests/data/qm9_sample.npz
 """
 
 from __future__ import annotations

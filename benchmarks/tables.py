@@ -23,7 +23,9 @@ def versions() -> str:
 def machine() -> str:
     """Returns what the figures were measured on, in one line."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), {cuda}"
+    return (
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), {cuda}"
+    )
 
 
 def command() -> str:

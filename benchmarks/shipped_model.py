@@ -1,0 +1,111 @@
+"""The figures of a model card: ``python -m benchmarks.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
+
+Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation split.
+With ``--solvers`` it also measures stability against the number of evaluations of the dynamics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import pandas as pd
+
+import ase_enf
+from ase_enf import metrics, plot
+from ase_enf.chem.bonds import stability
+from ase_enf.data import qm9
+from ase_enf.flow import EVALUATIONS_PER_STEP, Solver
+from ase_enf.model import ENF
+from benchmarks.tables import RESULTS, write_results
+
+
+def main() -> None:
+    """Measures and writes ``results/model_NAME``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", help="shipped name or path")
+    parser.add_argument("-n", type=int, default=1000, help="molecules to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", default=None, help="QM9 in any form, for the likelihood of its validation split")
+    parser.add_argument("--scores", type=int, default=256, help="validation molecules to score")
+    parser.add_argument("--trace", default="hutchinson", help="trace of the scores")
+    parser.add_argument("--solvers", nargs="*", default=[], metavar="METHOD:STEPS:WARP", help="samplers to compare")
+    options = parser.parse_args()
+    flow = ase_enf.load(options.model)
+    if options.solvers:
+        _compare_solvers(flow, options.solvers, options.n, options.seed)
+        return
+    start = time.perf_counter()
+    atoms = ase_enf.generate(flow, options.n, seed=options.seed)
+    speed = options.n / (time.perf_counter() - start)
+    table = metrics.evaluate(atoms, reference="qm9")
+    rows = [
+        *table.itertuples(index=False, name=None),
+        ("samples_per_second", speed, np.nan, options.n, "drawn in one process"),
+    ]
+    if options.data:
+        rows.append(_validation_nll(flow, options))
+    result = pd.DataFrame(rows, columns=list(table.columns))
+    for column in ("value", "stderr"):
+        result[column] = [f"{value:.4g}" for value in result[column]]
+    mismatches = np.array([item.info.get("enf_charge_mismatches", 0) for item in atoms])
+    unstable = _unstable_elements(atoms)
+    notes = (
+        f"{', '.join(f'{key} {value}' for key, value in table.attrs.items())}. Generated charge and type agree on all atoms "
+        f"of {int((mismatches == 0).sum())} of {len(atoms)} molecules. Unstable atoms by element: {unstable}."
+    )
+    write_results(result, f"model_{flow.name}", f"The model `{flow.name}`", notes)
+    plot.gallery(atoms[:24], RESULTS / f"gallery_{flow.name}.png", dpi=110)
+    plot.distance_histogram(atoms, "qm9", RESULTS / f"distances_{flow.name}.png", dpi=110)
+
+
+def _validation_nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
+    valid = qm9.load(options.data, split="valid")
+    chosen = np.random.default_rng(options.seed).permutation(len(valid))[: options.scores]
+    scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace)
+    nll = -scores.log_likelihood
+    how = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
+    definition = f"mean NLL in nats of molecules of the validation split ({how}); stderr over molecules"
+    return "validation_nll", float(nll.mean()), float(nll.std() / np.sqrt(len(nll))), len(nll), definition
+
+
+def _unstable_elements(atoms: list) -> str:
+    """Returns how many atoms of each element are unstable, out of how many."""
+    from ase_enf.chem.bonds import bond_orders, stable_atoms
+
+    unstable: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for item in atoms:
+        numbers = item.numbers[None]
+        good = stable_atoms(numbers, bond_orders(numbers, item.positions[None]))[0]
+        for symbol, stable in zip(item.symbols, good, strict=True):
+            total[symbol] = total.get(symbol, 0) + 1
+            unstable[symbol] = unstable.get(symbol, 0) + (not stable)
+    return ", ".join(f"{symbol} {unstable[symbol]} of {total[symbol]}" for symbol in sorted(total))
+
+
+def _compare_solvers(flow: ENF, solvers: list[str], n: int, seed: int) -> None:
+    rows = []
+    for text in solvers:
+        method, steps, warp = text.split(":")
+        solver = Solver(method, steps=int(steps), warp=float(warp))
+        start = time.perf_counter()
+        verdict = stability(ase_enf.generate(flow, n, seed=seed, solver=solver))
+        seconds = time.perf_counter() - start
+        atom = verdict.stable_atoms.sum() / verdict.n_atoms.sum()
+        evaluations = int(steps) * EVALUATIONS_PER_STEP[method]
+        rows.append(
+            (method, steps, warp, evaluations, f"{atom:.4f}", f"{verdict.stable.mean():.4f}", f"{n / seconds:.1f}")
+        )
+    columns = ["method", "steps", "warp", "evaluations", "atom stability", "molecule stability", "molecules/s"]
+    write_results(
+        pd.DataFrame(rows, columns=columns),
+        f"solvers_{flow.name}",
+        f"Samplers of `{flow.name}`",
+        f"{n} molecules, seed {seed}.",
+    )
+
+
+if __name__ == "__main__":
+    main()
