@@ -27,7 +27,7 @@ class EnergyAndForces(NamedTuple):
     gradient: np.ndarray  # (M, n), nats / Å
 
 
-def log_likelihood_gradient(flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, panels: int = 1) -> EnergyAndForces:
+def log_likelihood_gradient(flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, panels: int = 2) -> EnergyAndForces:
     """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
 
     The exact trace, the mean of q and a fixed-step solver make it a smooth function of the positions that is invariant
@@ -102,6 +102,7 @@ class ENFCalculator(Calculator):
     """
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (ASE's own declaration)
+    discard_results_on_any_change = True  # set(kT=...) asks for new energies
 
     def __init__(
         self, flow: ENF, kT: float = 0.0257, solver: str | Solver | None = None, steps: int | None = None  # noqa: N803

@@ -99,9 +99,9 @@ class _Version(argparse.Action):
     """Prints the version; reads it only when asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        import ase_enf
+        from ase_enf.model import package_version
 
-        print(f"ase-enf {ase_enf.__version__}")
+        print(f"ase-enf {package_version()}")
         parser.exit()
 
 
@@ -208,7 +208,7 @@ def _generate(options: argparse.Namespace) -> None:
         require_folder(options.gallery)
     if options.n < 1:
         raise ValueError(f"n={options.n}: must be at least 1")
-    flow = load(options.model, device=options.device, dtype=options.dtype)
+    flow = load(options.model, device=_own_device(options.device), dtype=options.dtype)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bounds = [options.n * k // world for k in range(world + 1)]
     start, count = bounds[rank], bounds[rank + 1] - bounds[rank]
@@ -237,6 +237,15 @@ def _generate(options: argparse.Namespace) -> None:
     if options.gallery:
         _draw_gallery(shown, options.gallery)
     _say(f"wrote {written} molecules to {options.output}")
+
+
+def _own_device(device: str) -> str:
+    """Returns the GPU of this process among those that torchrun started on this machine."""
+    import torch
+
+    if device not in ("auto", "cuda") or "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.Iterator[Atoms]:
@@ -319,7 +328,7 @@ def _reference(name: str) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from ase_enf.train import CONFIG_FILE, TrainConfig, train
+    from ase_enf.train import BEST_FILE, CONFIG_FILE, STATE_FILE, TrainConfig, train
 
     if options.resume:
         if options.data or options.valid:
@@ -344,7 +353,7 @@ def _train(options: argparse.Namespace) -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not options.resume:
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        if not (Path(config.out) / CONFIG_FILE).exists():
+        if not any((Path(config.out) / name).exists() for name in (STATE_FILE, BEST_FILE)):  # else train refuses
             (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
     model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
     if main_process:
@@ -383,6 +392,8 @@ def _read(path: str, split: str | None = None, n_atoms: int | None = None) -> li
     """Reads structures from anything that ASE or the QM9 reader knows."""
     from ase_enf.data import qm9
 
+    if not (path and Path(path).expanduser().exists()):
+        raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
     atoms = qm9.load(path, split=split, n_atoms=n_atoms)
     if not atoms:
         raise ValueError(f"{path}: holds no structure" + (f" of {n_atoms} atoms" if n_atoms else ""))

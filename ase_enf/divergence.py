@@ -42,10 +42,9 @@ def _directional(
 
 def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Evaluates the field on leaves (or on the graph that leads to x and h, when it must be kept)."""
-    if not create_graph:
-        x, h = x.detach(), h.detach()
-    x = x if x.requires_grad else x.requires_grad_(True)
-    h = h if h.requires_grad or not h.numel() else h.requires_grad_(True)
+    # A leaf of its own where nothing upstream needs a gradient, so that the caller's tensor keeps its flag.
+    x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
+    h = h if create_graph and h.requires_grad else h.detach().requires_grad_(h.numel() > 0)
     dx, dh = field(x, h)
     return x, h, dx, dh
 

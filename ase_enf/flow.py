@@ -184,8 +184,8 @@ class ContinuousFlow:
         start: float,
         end: float,
         trace: TraceMethod | None = None,
-        panels: int = 1,
-        clustering: float = 2.0,
+        panels: int = 2,
+        clustering: float = 3.0,
     ) -> Transformed:
         """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
 
@@ -253,9 +253,10 @@ class ContinuousFlow:
 
         def augmented(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             self.nfe += 1
-            y = state[0]
+            # The adjoint's forward runs without a graph; only inside one may y be part of it.
+            attached = torch.is_grad_enabled() and state[0].requires_grad
+            y = state[0] if attached else state[0].detach().requires_grad_(True)
             with torch.enable_grad():
-                y = y if y.requires_grad else y.requires_grad_(True)
                 dx, dh = self.velocity(t, y[..., :n], y[..., n:])
                 dy = torch.cat([dx, dh], dim=-1)
                 (vj,) = torch.autograd.grad(dy, y, v, create_graph=True)
@@ -299,8 +300,8 @@ class ContinuousFlow:
             low, high = times.min(), times.max()
             inner = self.solver.grid().to(times)
             grid = torch.cat([inner[(inner > low) & (inner < high)], times]).unique()
-            grid = grid if times[0] < times[-1] else grid.flip(0)
-            return {"options": {"grid_constructor": lambda func, y0, t: grid}}
+            # The adjoint comes back over the same grid in the other direction.
+            return {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
         settings: dict[str, object] = {"rtol": self.solver.rtol, "atol": self.solver.atol}
         if h is not None:
             # Each molecule must meet the tolerance by itself: root mean square over its real entries, then the worst.
@@ -312,7 +313,8 @@ class ContinuousFlow:
         try:
             return integrate()
         except AssertionError as error:  # torchdiffeq asserts on underflow of dt and on non-finite values
+            reason = str(error).split(":")[0]  # what follows is a whole tensor
             raise SolverError(
-                f"{self.solver.method} failed ({error}); loosen rtol/atol (now {self.solver.rtol:g}/{self.solver.atol:g}) "
+                f"{self.solver.method} failed ({reason}); loosen rtol/atol (now {self.solver.rtol:g}/{self.solver.atol:g}) "
                 "or use a fixed-step method such as rk4"
             ) from None

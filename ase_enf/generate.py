@@ -232,7 +232,8 @@ class _Sampler:
             if len(drafts) == 1:
                 return [None]
             return [atoms for draft in drafts for atoms in self._integrate([draft])]  # one failed: find it
-        finite = torch.isfinite(batch.positions).all(dim=2).all(dim=1).tolist()
+        both = torch.cat([batch.positions, batch.charges], dim=2)
+        finite = torch.isfinite(both).all(dim=2).all(dim=1).tolist()
         safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # only to convert; failures are discarded
         molecules = to_atoms(safe, self.flow.species)
         mismatches = self._charge_mismatches(batch, molecules)
@@ -304,6 +305,8 @@ def _compositions(flow: ENF, n_atoms: int | None, formula: str | None) -> tuple[
         return [formula], np.ones(1)
     known = flow.config.compositions
     kept = {f: c for f, c in known.items() if n_atoms is None or len(formula_numbers(f)) == n_atoms}
+    if not known:
+        raise ValueError("this model knows the composition of no molecule to draw from; give a formula")
     if not kept:
         raise ValueError(f"n_atoms={n_atoms}: this model saw no composition of that size; give a formula")
     return list(kept), np.array(list(kept.values())) / sum(kept.values())

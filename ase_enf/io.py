@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ase import Atoms
 from ase.io import write
-from ase.io.formats import UnknownFileTypeError, filetype
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from ase_enf.files import require_folder
 
@@ -24,7 +24,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: If its folder does not exist.
-        ValueError: If ASE does not know its ending.
+        ValueError: If ASE does not know its ending, or cannot write that format.
 
     Example:
         >>> check_output("m.extxyz").suffix
@@ -34,11 +34,13 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if path.suffix == ".db":
         return path
     try:
-        known = filetype(str(path), read=False)
+        known = ioformats.get(filetype(str(path), read=False))  # filetype may answer with any unknown ending
     except UnknownFileTypeError:
         known = None
     if not path.suffix or known is None:
         raise ValueError(f"{path}: ASE knows no format of that ending; use .extxyz, .db, .traj or another")
+    if not known.can_write:
+        raise ValueError(f"{path}: ASE reads the format {known.name} of that ending but cannot write it; use .extxyz or .db")
     return path
 
 
@@ -80,8 +82,8 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path of the same ending, renamed at the end."""
-    part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    """Yields a temporary path of the same endings, renamed at the end."""
+    part = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # the whole name: the format of m.extxyz.gz is in it
     try:
         yield part
         os.replace(part, path)

@@ -236,7 +236,7 @@ class ENF(nn.Module):
         noise: Tensor | None = None,
         trace: TraceMethod = divergence.exact,
         solver: Solver | None = None,
-        panels: int = 1,
+        panels: int = 2,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _COLOURS = {1: (0.95, 0.95, 0.95), 6: (0.33, 0.34, 0.36), 7: (0.20, 0.36, 0.88), 8: (0.87, 0.12, 0.10),
             9: (0.36, 0.74, 0.28)}  # fmt: skip
 _STICK = (0.70, 0.71, 0.73)  # colour of bonds
-_STICK_RADII = {1: 0.105, 2: 0.075, 3: 0.06}  # Å, by order
-_STICK_GAP = {1: 0.0, 2: 0.105, 3: 0.15}  # Å, of the outer sticks of a double or triple bond from the axis
+_STICK_RADII = {1: 0.105, 2: 0.075, 3: 0.055}  # Å, by order
+_STICK_GAP = {1: 0.0, 2: 0.135, 3: 0.17}  # Å, of the outer sticks of a double or triple bond from the axis
 _LIGHT = np.array([-0.42, 0.55, 0.72], dtype=np.float32) / np.float32(np.linalg.norm([-0.42, 0.55, 0.72]))
 _EYE = np.array([0, 0, 1], dtype=np.float32)
 _HALF_WAY = (_LIGHT + _EYE) / np.linalg.norm(_LIGHT + _EYE)
@@ -147,12 +147,11 @@ def distance_histogram(
     edges = np.linspace(0, MAX_DISTANCE, N_BINS + 1)
     figure = Figure(figsize=(5.6, 3.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    axes.stairs(_density(known.distances), edges, fill=True, color="#c9d3e0", label=f"{known.name} ({known.n_structures:,})")
-    axes.stairs(
-        _density(seen.distances.sum(axis=0)), edges, color="#c2410c", linewidth=1.3,
-        label=f"these structures ({len(seen.readings):,})",
-    )  # fmt: skip
-    axes.set_xlim(0, _last_filled(edges, known.distances + seen.distances.sum(axis=0)))
+    counts = seen.distances.sum(axis=0)
+    labels = f"{known.name} ({known.n_structures:,})", f"these structures ({len(seen.readings):,})"
+    axes.stairs(_density(known.distances), edges, fill=True, color="#c9d3e0", label=labels[0])
+    axes.stairs(_density(counts), edges, color="#c2410c", linewidth=1.3, label=labels[1])
+    axes.set_xlim(0, _last_filled(edges, known.distances + counts))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("interatomic distance / Å")
     axes.set_ylabel("density / Å$^{-1}$")
@@ -232,8 +231,8 @@ def _blank(width: float, height: float, columns: int, rows: int) -> _Canvas:
     fine = (rows * _SUPERSAMPLE, columns * _SUPERSAMPLE)
     x = (np.arange(fine[1]) + 0.5) / fine[1] * width - width / 2
     y = height / 2 - (np.arange(fine[0]) + 0.5) / fine[0] * height
-    return _Canvas(x, y, np.full(fine, -np.inf, dtype=np.float32), np.zeros((*fine, 3), dtype=np.float32),
-                   np.ones((*fine, 3), dtype=np.float32))  # fmt: skip
+    depth = np.full(fine, -np.inf, dtype=np.float32)
+    return _Canvas(x, y, depth, np.zeros((*fine, 3), dtype=np.float32), np.ones((*fine, 3), dtype=np.float32))
 
 
 def _add_sphere(canvas: _Canvas, centre: NDArray[np.float64], radius: float, colour: tuple[float, ...]) -> None:

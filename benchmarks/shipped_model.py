@@ -1,7 +1,7 @@
 """The figures of a model card: ``python -m benchmarks.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
 
-Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation split.
-With ``--solvers`` it also measures stability against the number of evaluations of the dynamics.
+Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
+split. With ``--solvers`` it measures stability against the number of evaluations of the dynamics instead.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def main() -> None:
         result[column] = [f"{value:.4g}" for value in result[column]]
     mismatches = np.array([item.info.get("enf_charge_mismatches", 0) for item in atoms])
     unstable = _unstable_elements(atoms)
+    versions = ", ".join(f"{key} {value}" for key, value in table.attrs.items())
     notes = (
-        f"{', '.join(f'{key} {value}' for key, value in table.attrs.items())}. Generated charge and type agree on all atoms "
-        f"of {int((mismatches == 0).sum())} of {len(atoms)} molecules. Unstable atoms by element: {unstable}."
+        f"{versions}. Generated charge and type agree on all atoms of {int((mismatches == 0).sum())} of {len(atoms)} "
+        f"molecules. Unstable atoms by element: {unstable}."
     )
     write_results(result, f"model_{flow.name}", f"The model `{flow.name}`", notes)
     plot.gallery(atoms[:24], RESULTS / f"gallery_{flow.name}.png", dpi=110)

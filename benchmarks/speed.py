@@ -40,25 +40,32 @@ def main() -> None:
     device = resolve_device(options.device)
     flow = ase_enf.load(options.model, device=device)
     molecules = generate(flow, 64, seed=0, n_atoms=N_ATOMS)
-    rows = [
-        ("matrix multiply, 20736 x 64 x 64, float32", "GFLOP/s", *_matmul(device, options.seconds)),
-        *(
-            (f"flow-matching step, {layers} x {hidden}, 18 atoms, batch 64", "molecules/s", *_training(layers, hidden, device, options.seconds))
-            for layers, hidden in ((6, 64), (6, 128))
+    seconds, few, some = options.seconds, molecules[:1], molecules[:8]
+    measured = {
+        ("matrix multiply, 20736 x 64 x 64, float32", "GFLOP/s"): _matmul(device, seconds),
+        ("flow-matching step, 6 x 64, 18 atoms, batch 64", "molecules/s"): _training(6, 64, device, seconds),
+        ("flow-matching step, 6 x 128, 18 atoms, batch 64", "molecules/s"): _training(6, 128, device, seconds),
+        ("generate, default solver, 18 atoms, batch 64", "molecules/s"): _rate(
+            lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS)), seconds
         ),
-        ("generate, default solver, 18 atoms, batch 64", "molecules/s", *_rate(lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS)), options.seconds)),
-        ("score, exact trace, 1 draw", "molecules/s", *_rate(lambda: len(score(flow, molecules[:4], trace="exact", draws=1)), options.seconds)),
-        ("score, 8 Hutchinson probes, 1 draw", "molecules/s", *_rate(lambda: len(score(flow, molecules[:16], trace="hutchinson", draws=1)), options.seconds)),
-        ("stability by the distance table", "molecules/s", *_stability(molecules, options.seconds)),
-        ("metrics.evaluate, reference qm9", "molecules/s", *_evaluate(molecules, options.seconds)),
-    ]  # fmt: skip
+        ("score, exact trace, 1 draw, 18 atoms", "molecules/s"): _rate(
+            lambda: len(score(flow, few, trace="exact", draws=1)), seconds
+        ),
+        ("score, 8 Hutchinson probes, 1 draw, 18 atoms", "molecules/s"): _rate(
+            lambda: len(score(flow, some, trace="hutchinson", probes=8, draws=1)), seconds
+        ),
+        ("stability by the distance table, 18 atoms", "molecules/s"): _stability(molecules, seconds),
+        ("metrics.evaluate, reference qm9, 18 atoms", "molecules/s"): _evaluate(molecules, seconds),
+    }
+    rows = [(*what, *figures) for what, figures in measured.items()]
     table = pd.DataFrame(rows, columns=["what", "unit", "rate", "items", "seconds"])
     table["rate"] = [f"{rate:.4g}" for rate in table["rate"]]
     table["seconds"] = [f"{seconds:.2f}" for seconds in table["seconds"]]
     share = _pair_flops(6, 64) * float(table["rate"][1]) / (1e9 * float(table["rate"][0]))
     notes = (
         f"Model `{options.model}`. The pair products of the 6 x 64 training step (forward and backward, "
-        f"{_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {100 * share:.0f} % of the matrix-multiply rate of the same run."
+        f"{_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {100 * share:.0f} % of the matrix-multiply rate "
+        "of the same run."
     )
     write_results(table, "speed" if device.type == "cpu" else "speed_cuda", "Speed", notes)
 
@@ -112,7 +119,7 @@ def _stability(molecules: list[Atoms], seconds: float) -> tuple[float, int, floa
     from ase_enf.chem.bonds import stability
 
     many = molecules * 40
-    return _rate(lambda: len(stability(many).sizes), seconds)
+    return _rate(lambda: len(stability(many).n_atoms), seconds)
 
 
 def _evaluate(molecules: list[Atoms], seconds: float) -> tuple[float, int, float]:

@@ -63,7 +63,8 @@ def test_orders_follow_the_nested_rule_at_all_distances(pair: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pair", "boundary", "below"), [("C-C", 1.64, 1), ("C-C", 1.39, 2), ("C-C", 1.23, 3), ("C-O", 1.16, 3), ("H-H", 0.84, 1)]
+    ("pair", "boundary", "below"),
+    [("C-C", 1.64, 1), ("C-C", 1.39, 2), ("C-C", 1.23, 3), ("C-O", 1.16, 3), ("H-H", 0.84, 1)],
 )
 def test_a_threshold_itself_is_outside(pair: str, boundary: float, below: int) -> None:
     assert pair_order(pair, np.nextafter(boundary, 0)) == below

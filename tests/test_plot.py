@@ -92,7 +92,7 @@ def test_bonds_join_atoms_and_their_order_shows() -> None:
 
 def test_what_is_larger_than_the_frame_is_scaled_to_fit() -> None:
     far = np.array([[-20.0, 0, 0], [20.0, 0, 0]])
-    image = draw(np.array([6, 6]), far, (4.0, 4.0), 120)
+    image = draw(np.array([6, 6]), far, (4.0, 4.0), 400)
     assert np.allclose(image[:, 0], 1) and np.allclose(image[:, -1], 1)
     assert image.min() < 0.9
 

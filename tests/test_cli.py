@@ -1,0 +1,371 @@
+"""The command line: every command, and for every mistake exit code 2 with one line that says what to do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.db import connect
+from ase.io import read, write
+from safetensors.torch import save_file
+
+import ase_enf
+from ase_enf import cli
+from ase_enf.model import ENF, ENFConfig, load
+
+SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
+TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "8", "--validation-size", "4", "--log-every", "1"]
+FAST = ["--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with tiny models, good structures and every kind of bad ones."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    sizes, species = {3: 2, 5: 1}, ("H", "C", "O")
+    fields = {"hidden": 8, "layers": 1, "sizes": sizes, "species": species, "position_scale": 0.7}
+    ENF(ENFConfig(features="joint", **fields), {"data": "nothing", "step": 3}).save(folder / "joint.safetensors")
+    ENF(ENFConfig(features="given", compositions={"H2O": 1}, **fields)).save(folder / "given.safetensors")
+    good = [molecule("H2O"), molecule("CH4")]
+    write(folder / "good.extxyz", good)
+    write(folder / "methane.xyz", good[1:], format="xyz")
+    for name, atoms in {
+        "periodic": Atoms("H2O", good[0].positions, cell=[9, 9, 9], pbc=True),
+        "element": Atoms("H2S", good[0].positions),
+        "one": Atoms("H"),
+        "point": Atoms("H2O", [(0, 0, 0), (1, 0, 0), (1, 0, 0)]),
+        "nan": Atoms("H2O", [(0, 0, 0), (1, 0, np.nan), (0, 1, 0)]),
+        "size": molecule("CH3OH"),
+    }.items():
+        write(folder / f"{name}.extxyz", [good[0], atoms])
+    (folder / "zero.xyz").write_text("0\n\n")
+    (folder / "nothing.xyz").write_text("")
+    (folder / "prose.xyz").write_text("It was a bright cold day in April,\nand the clocks were striking thirteen.\n")
+    (folder / "prose").write_text("It was a bright cold day in April.\n")
+    (folder / "half.safetensors").write_bytes((folder / "joint.safetensors").read_bytes()[:-100])
+    (folder / "tiny.safetensors").write_bytes(b"\x07")
+    save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
+    return folder
+
+
+@pytest.fixture
+def here(workshop, monkeypatch) -> Path:
+    monkeypatch.chdir(workshop)
+    monkeypatch.delenv("ASE_ENF_QM9", raising=False)
+    return workshop
+
+
+def run(*words: object) -> int:
+    """The exit code, as a shell would see it."""
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_generate_writes_what_the_function_returns(here, tmp_path, capsys):
+    out = tmp_path / "m.extxyz"
+    assert run("generate", "joint.safetensors", "-n", 3, "-o", out, "--seed", 5, "--dtype", "float64", *FAST) == 0
+    flow = load("joint.safetensors", dtype="float64", device="cpu")
+    for ours, theirs in zip(read(out, index=":"), ase_enf.generate(flow, 3, seed=5, steps=3), strict=True):
+        assert ours.info == theirs.info and ours.info["enf_model"] == "joint"
+        assert ours.numbers.tolist() == theirs.numbers.tolist()
+        assert np.allclose(ours.positions, theirs.positions, atol=1e-7)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == f"ase-enf: wrote 3 molecules to {out}\n"  # quiet in a pipe
+
+
+def test_generate_options(here, tmp_path):
+    out = tmp_path / "m.db"
+    words = ["--formula", "CH4", "--gallery", tmp_path / "m.png", "--batch-size", 1, "--solver", "rk4", *FAST]
+    assert run("generate", "given.safetensors", "-n", 2, "-o", out, *words) == 0
+    with connect(out) as database:
+        assert [(row.formula, row.seed, row.index, row.data["info"]["enf_solver"]) for row in database.select()] == [
+            ("CH4", 0, 0, "rk4-3"),
+            ("CH4", 0, 1, "rk4-3"),
+        ]
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.traj", "--n-atoms", 5, *FAST) == 0
+    assert {len(atoms) for atoms in read(tmp_path / "m.traj", index=":")} == {5}
+
+
+def test_torchrun_shares_the_work_and_the_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [cli._own_device(name) for name in ("auto", "cuda", "cpu")] == ["auto", "cuda", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [cli._own_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli._own_device("auto") == "auto"
+
+
+@pytest.fixture
+def table(here):
+    return ase_enf.score(load("joint.safetensors", device="cpu"), read("good.extxyz", index=":"), draws=2, steps=3)
+
+
+SCORE = ["score", "joint.safetensors", "good.extxyz", "--draws", 2, *FAST]
+
+
+def test_score_to_a_pipe(table, capsys):
+    assert run(*SCORE) == 0
+    said = capsys.readouterr()
+    assert said.out == table.to_csv(index=False) and said.err == ""
+
+
+def test_score_to_tables(table, tmp_path):
+    for ending in ("csv", "json", "md"):
+        assert run(*SCORE, "-o", tmp_path / f"s.{ending}") == 0
+    assert (tmp_path / "s.csv").read_text() == table.to_csv(index=False)
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["log_likelihood"] for row in rows] == pytest.approx(table.log_likelihood.tolist(), rel=1e-12)
+    lines = (tmp_path / "s.md").read_text().splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| log_likelihood | stderr |") and " H2O |" in lines[2]
+
+
+def test_score_to_structures(table, tmp_path):
+    for ending in ("extxyz", "db"):
+        assert run(*SCORE, "-o", tmp_path / f"s.{ending}") == 0
+    scored = read(tmp_path / "s.extxyz", index=":")
+    assert [atoms.info["enf_log_likelihood"] for atoms in scored] == table.log_likelihood.tolist()
+    with connect(tmp_path / "s.db") as database:
+        best = database.select(f"log_likelihood>{table.log_likelihood.mean()}")
+        assert [row.formula for row in best] == [table.formula[table.log_likelihood.idxmax()]]
+
+
+def test_score_of_an_exact_model(here, capsys):
+    words = ["--trace", "hutchinson", "--probes", 3, *FAST]
+    assert run("score", "given.safetensors", "methane.xyz", *words) == 0
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (row["kind"], row["trace"], row["probes"], row["formula"]) == ("exact", "hutchinson", "3", "CH4")
+
+
+@pytest.mark.parametrize("reference", ["smiles.smi", "methane.xyz"])
+def test_evaluate(here, tmp_path, capsys, reference):
+    pytest.importorskip("rdkit")
+    (here / "smiles.smi").write_text("C methane\n\nCC ethane\n")
+    for ending in ("json", "csv", "md"):
+        words = ["--histogram", tmp_path / "h.png"] if reference == "methane.xyz" and ending == "csv" else []
+        out = tmp_path / f"r.{ending}"
+        assert run("evaluate", "good.extxyz", "--reference", reference, "-o", out, *words) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    values = {row["metric"]: row["value"] for row in report["rows"]}
+    assert values["molecule_stability"] == 1.0 and values["novelty_strict"] == 0.5  # water is new, methane is not
+    assert "rdkit" in " ".join(report).lower()
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert {row["metric"]: float(row["value"]) for row in rows} == pytest.approx(values)
+    assert all(row["definition"] for row in rows)
+    assert (tmp_path / "r.md").read_text().count("\n") == len(rows) + 2
+    assert (tmp_path / "h.png").exists() == (reference == "methane.xyz")
+    said = capsys.readouterr()
+    assert "molecule_stability" in said.out and said.err == ""
+
+
+def test_evaluate_draws_a_gallery(here, tmp_path, capsys):
+    pytest.importorskip("rdkit")
+    assert run("evaluate", "good.extxyz", "--gallery", tmp_path / "g.png") == 0
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    assert "drew 2 molecules" in capsys.readouterr().err
+
+
+def test_train_and_resume(here, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--data", SAMPLE, "--qm9-split", "--n-atoms", 15, "--out", out, "--device", "cpu", "--seed", 4, *TINY]
+    assert run("train", *words, "--steps", 3, "--learning-rate", "2e-3", "--no-attention") == 0
+    assert "validation NLL" in capsys.readouterr().err
+    flow = load(out / "model.safetensors", device="cpu")
+    assert (flow.config.hidden, flow.config.layers, flow.config.attention) == (8, 1, False)
+    assert flow.provenance["training"]["learning_rate"] == 2e-3 and flow.provenance["step"] == 3
+    assert flow.provenance["data"] == "qm9_sample.npz (published train split)"
+    assert list(flow.size_prior.counts) == [15]
+    assert json.loads((out / cli.DATA_FILE).read_text())["n_atoms"] == 15
+    assert run("train", "--resume", out) == 0
+    with open(out / "log.csv") as log:
+        assert [row["step"] for row in csv.DictReader(log)] == ["1", "2", "3"]
+    assert run("train", *words) == 2  # holds a run
+    assert run("info", out / "model.safetensors") == 0
+    assert "features       joint" in capsys.readouterr().out
+
+
+def test_a_run_that_never_saved_is_started_again_with_its_new_data(here, tmp_path):
+    out = tmp_path / "run"
+    words = ["--valid", SAMPLE, "--out", out, "--device", "cpu", "--steps", 1, *TINY]
+    assert run("train", "--data", "periodic.extxyz", *words) == 2
+    assert run("train", "--data", SAMPLE, *words) == 0
+    assert json.loads((out / cli.DATA_FILE).read_text())["train"] == str(SAMPLE.resolve())
+
+
+def test_train_help_has_every_setting(here, capsys):
+    assert run("train", "--help") == 0
+    said = capsys.readouterr().out
+    for name in ("--learning-rate", "--objective", "--no-attention", "--precision", "--time-limit"):
+        assert name in said
+    assert "λ of the kinetic" in said  # the docstring of TrainConfig
+
+
+def test_info(here, capsys):
+    assert run("info", "joint.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "species        H C O\n" in said and "sizes          3 to 5 atoms, 3 molecules\n" in said and "step           3\n" in said
+    assert run("info", "joint.safetensors", "--json") == 0
+    header = json.loads(capsys.readouterr().out)
+    assert header["config"]["hidden"] == 8 and header["provenance"] == {"data": "nothing", "step": 3}
+    assert run("info") == 0  # the shipped names
+
+
+def test_version_and_help(here, capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("ase-enf ")
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("generate", "score", "evaluate", "train", "info"))
+    for command in ("generate", "score", "evaluate", "info"):
+        assert run(command, "--help") == 0
+
+
+GENERATE = ["generate", "joint.safetensors", "-o", "out.extxyz"]
+TRAIN = ["train", "--out", "run", "--device", "cpu", "--steps", "1"]
+BAD = {
+    "periodic cell": (["score", "joint.safetensors", "periodic.extxyz"], "structure 1 (H2O): has periodic boundaries"),
+    "unknown element": (["score", "joint.safetensors", "element.extxyz"], "S unknown to this model"),
+    "one atom": (["score", "joint.safetensors", "one.extxyz"], "structure 1 (H): has 1 atom"),
+    "zero atoms": (["score", "joint.safetensors", "zero.xyz"], "structure 0 (empty): has 0 atom"),
+    "one point": (["score", "joint.safetensors", "point.extxyz"], "atoms 1 and 2 lie on one point"),
+    "NaN": (["score", "joint.safetensors", "nan.extxyz"], "atom 1 has non-finite coordinates"),
+    "size never seen": (["score", "joint.safetensors", "size.extxyz"], "a size this model never saw"),
+    "empty file": (["score", "joint.safetensors", "nothing.xyz"], "nothing.xyz"),
+    "no structure": (["score", "joint.safetensors", "prose.xyz"], "prose.xyz"),
+    "no format": (["score", "joint.safetensors", "prose"], "prose"),
+    "missing structures": (["score", "joint.safetensors", "missing.xyz"], "missing.xyz: no such file; name one"),
+    "no name": (["score", "joint.safetensors", ""], "'': no such file"),
+    "truncated weights": (["generate", "half.safetensors"], "half.safetensors: is no readable .safetensors"),
+    "a byte of weights": (["info", "tiny.safetensors"], "tiny.safetensors: is no readable .safetensors"),
+    "foreign weights": (["score", "foreign.safetensors", "good.extxyz"], "holds no ase-enf model"),
+    "text as weights": (["info", "prose"], "prose: is no readable .safetensors"),
+    "unknown model": (["generate", "qm8", "-n", "3"], "qm8: no such weights file"),
+    "unknown model info": (["info", "qm8"], "qm8: no such weights file"),
+    "folder of output": ([*GENERATE[:2], "-o", "no/out.extxyz"], "the folder no does not exist"),
+    "folder of scores": (["score", "joint.safetensors", "good.extxyz", "-o", "no/s.csv"], "the folder no does not exist"),
+    "folder of report": (["evaluate", "good.extxyz", "-o", "no/r.json"], "the folder no does not exist"),
+    "folder of gallery": ([*GENERATE, "--gallery", "no/g.png"], "the folder no does not exist"),
+    "format of output": ([*GENERATE[:2], "-o", "out.nonsense"], "ASE knows no format"),
+    "format of scores": (["score", "joint.safetensors", "good.extxyz", "-o", "s.nonsense"], "ASE knows no format"),
+    "format of report": (["evaluate", "good.extxyz", "-o", "r.nonsense"], "one of these endings"),
+    "n=0": ([*GENERATE, "-n", "0"], "n=0: must be at least 1"),
+    "negative n": ([*GENERATE, "-n", "-3"], "n=-3: must be at least 1"),
+    "n is no number": ([*GENERATE, "-n", "many"], "invalid int value: 'many'"),
+    "seed": ([*GENERATE, "--seed", "-1"], "seed=-1: must be at least 0"),
+    "batch size": ([*GENERATE, "--batch-size", "0"], "batch_size=0"),
+    "n_atoms": ([*GENERATE, "--n-atoms", "4"], "n_atoms=4"),
+    "formula of a joint model": ([*GENERATE, "--formula", "H2O"], "features='given'"),
+    "formula": (["generate", "given.safetensors", "--formula", "H2("], "not a chemical formula"),
+    "device": ([*GENERATE, "--device", "cpuu"], "device 'cpuu' is unknown"),
+    "dtype": ([*GENERATE, "--dtype", "float16"], "choose float32 or float64"),
+    "solver": ([*GENERATE, "--solver", "rk5"], "choose one of dopri5"),
+    "steps of dopri5": ([*GENERATE, "--solver", "dopri5", "--steps", "3"], "chooses its own steps"),
+    "trace": (["score", "joint.safetensors", "good.extxyz", "--trace", "exakt"], "trace 'exakt' is unknown"),
+    "draws": (["score", "joint.safetensors", "good.extxyz", "--draws", "0"], "draws=0"),
+    "no command": ([], "arguments are required: COMMAND"),
+    "unknown command": (["create"], "invalid choice: 'create'"),
+    "unknown option": ([*GENERATE, "--fast"], "unrecognized arguments: --fast"),
+    "missing argument": (["score", "joint.safetensors"], "arguments are required: structures"),
+    "evaluate a missing file": (["evaluate", "missing.xyz"], "missing.xyz: no such file"),
+    "evaluate nothing": (["evaluate", "nothing.xyz"], "nothing.xyz"),
+    "missing reference": (["evaluate", "good.extxyz", "--reference", "missing.smi"], "missing.smi"),
+    "histogram of nothing": (["evaluate", "good.extxyz", "--histogram", "h.png"], "add --reference"),
+    "train on nothing": (["train"], "training needs --data"),
+    "train without validation": (["train", "--data", "good.extxyz", "--out", "run"], "--valid"),
+    "train without out": (["train", "--data", "good.extxyz", "--valid", "good.extxyz"], "--out is missing"),
+    "train on a missing file": ([*TRAIN, "--data", "missing.xyz", "--valid", "good.extxyz"], "missing.xyz: no such file"),
+    "train on a cell": ([*TRAIN, "--data", "periodic.extxyz", "--valid", "good.extxyz"], "periodic"),
+    "train without that size": ([*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--n-atoms", "9"], "of 9 atoms"),
+    "train a strange objective": ([*TRAIN, "--data", "x", "--valid", "x", "--objective", "gan"], "objective 'gan' is unknown"),
+    "split of unnumbered": ([*TRAIN, "--data", "good.extxyz", "--qm9-split"], "good.extxyz"),
+    "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
+    "resume with data": (["train", "--resume", "run", "--data", "good.extxyz"], "leave --data and --valid out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name):
+    words, expected = BAD[name]
+    before = set(os.listdir(here))
+    assert run(*words) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("ase-enf") and said.err.count("\n") == 1 and said.err.endswith("\n"), said.err
+    assert expected in said.err and "Traceback" not in said.err
+    assert set(os.listdir(here)) - before <= {"run"}  # no half file is left
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("words", [GENERATE, ["score", "joint.safetensors", "good.extxyz"]])
+def test_a_missing_gpu_is_one_line(here, capfd, words):
+    assert run(*words, "--device", "cuda") == 2
+    said = capfd.readouterr().err
+    assert said.startswith("ase-enf: error: device 'cuda': this machine has 0 usable CUDA") and said.count("\n") == 1
+
+
+def test_a_warning_is_one_line(here, tmp_path, capfd, monkeypatch):
+    sample = ENF.sample
+    calls = []
+
+    def failing_once(self, *arguments):
+        batch = sample(self, *arguments)
+        if not calls:
+            batch.positions[0] = torch.nan
+        calls.append(1)
+        return batch
+
+    monkeypatch.setattr(ENF, "sample", failing_once)
+    assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz", *FAST) == 0
+    assert "ase-enf: warning: 1 of 3 integrations failed and were drawn again\n" in capfd.readouterr().err
+
+
+def test_an_interruption_leaves_nothing_half(here, tmp_path, capfd, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ENF, "sample", interrupted)
+    assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz") == 130
+    assert capfd.readouterr().err == "ase-enf: interrupted\n" and not os.listdir(tmp_path)
+
+
+def test_a_defect_keeps_its_traceback(here, tmp_path, monkeypatch):
+    def defective(*_: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(ENF, "sample", defective)
+    with pytest.raises(AssertionError, match="ours"):
+        run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz")
+
+
+def process(*words: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(ase_enf.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "ase_enf.cli", *words], capture_output=True, text=True, env=environment)
+
+
+def test_a_process_that_succeeds(here, tmp_path):
+    done = process("generate", "joint.safetensors", "-n", "2", "-o", str(tmp_path / "m.extxyz"), *FAST)
+    assert (done.returncode, done.stdout) == (0, "") and "wrote 2 molecules" in done.stderr
+    assert len(read(tmp_path / "m.extxyz", index=":")) == 2
+
+
+@pytest.mark.parametrize("name", ["periodic cell", "unknown command"])
+def test_a_process_that_fails(here, name):
+    words, expected = BAD[name]
+    done = process(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr and done.stderr.count("\n") == 1

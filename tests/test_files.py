@@ -1,0 +1,72 @@
+"""A file is whole or not there."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ase_enf.files import atomic_write, require_folder
+
+
+def test_a_file_appears_when_it_is_written_to_the_end(tmp_path):
+    with atomic_write(tmp_path / "a") as handle:
+        handle.write(b"new")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_an_interruption_leaves_what_was_there(tmp_path, old, error):
+    if old is not None:
+        (tmp_path / "a").write_bytes(old)
+    with pytest.raises(error), atomic_write(tmp_path / "a") as handle:
+        handle.write(b"half")
+        raise error
+    assert os.listdir(tmp_path) == ([] if old is None else ["a"])
+    assert old is None or (tmp_path / "a").read_bytes() == old
+
+
+def test_an_old_file_is_replaced_only_at_the_end(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with atomic_write(tmp_path / "a") as handle:
+        handle.write(b"new")
+        handle.flush()
+        assert (tmp_path / "a").read_bytes() == b"old"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_two_writers_do_not_mix(tmp_path):
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
+        first.write(b"1" * 1000)
+        second.write(b"2" * 1000)
+    assert (tmp_path / "a").read_bytes() in (b"1" * 1000, b"2" * 1000)
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names))[1])
+    with atomic_write(tmp_path / "a") as handle:
+        handle.write(b"whole")
+    assert calls == ["fsync", "replace"]
+
+
+def test_missing_folders_are_made(tmp_path):
+    with atomic_write(tmp_path / "b" / "c" / "a") as handle:
+        handle.write(b"whole")
+    assert (tmp_path / "b" / "c" / "a").read_bytes() == b"whole"
+
+
+def test_require_folder(tmp_path, monkeypatch):
+    assert require_folder(str(tmp_path / "a")) == tmp_path / "a"
+    monkeypatch.chdir(tmp_path)
+    assert str(require_folder("a")) == "a"
+    (tmp_path / "file").write_text("")
+    for missing in ("no", "file"):  # a file is no folder
+        with pytest.raises(FileNotFoundError, match=f"^{missing}/a: the folder {missing} does not exist") as caught:
+            require_folder(f"{missing}/a")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,405 @@
+"""Scores: equal to an independent computation, a function of the shape of a molecule alone, with honest error bars."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.db import connect
+from ase.io import read, write
+from scipy.linalg import null_space
+from scipy.spatial.transform import Rotation
+from scipy.special import expit, log_expit
+from scipy.stats import norm
+
+import ase_enf
+from ase_enf.flow import Solver
+from ase_enf.io import write_structures
+from ase_enf.score import COLUMNS, EXACT_DIMENSIONS, _Scorer, annotate, combine, score
+
+# One panel, whatever its error: theorems that hold to rounding, at the cost of one pass.
+FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
+
+
+def ethane(twist: float) -> Atoms:
+    """Ethane with its methyl groups turned against each other by ``twist`` degrees: chiral (D3) unless 0 or 60."""
+    angles = np.radians([[0, 120, 240], [twist, twist + 120, twist + 240]])
+    hydrogens = [
+        (1.02 * math.cos(angle), 1.02 * math.sin(angle), z)
+        for z, ring in zip((1.16, -1.16), angles, strict=True)
+        for angle in ring
+    ]
+    return Atoms("C2H6", [(0, 0, 0.76), (0, 0, -0.76), *hydrogens])
+
+
+def neopentane() -> Atoms:
+    """Carbon in a tetrahedron of methyl groups (Td): twelve equivalent hydrogens."""
+    corners = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+    carbons = 0.885 * corners
+    hydrogens = [
+        carbon + 1.09 * (0.943 * other + 0.333 * corner / math.sqrt(3))
+        for corner, carbon in zip(corners, carbons, strict=True)
+        for axis in range(3)
+        for other in [(corner * np.eye(3)[axis] * -2 + corner * (1 - np.eye(3)[axis])) / math.sqrt(6)]
+    ]
+    return Atoms("C5H12", [(0, 0, 0), *carbons, *hydrogens])
+
+
+def moved(atoms: Atoms, seed: int = 0) -> Atoms:
+    """The same molecule, reflected, turned, shifted, and with its atoms in another order."""
+    rng = np.random.default_rng(seed)
+    other = atoms[rng.permutation(len(atoms))]
+    turn = Rotation.random(random_state=seed).as_matrix() * (-1) ** seed
+    other.positions = other.positions @ turn.T + rng.standard_normal(3)
+    return other
+
+
+def values(flow, atoms, **options) -> np.ndarray:
+    return score(flow, atoms, **({"trace": "exact", "draws": 2} | FAST | options)).log_likelihood.to_numpy()
+
+
+@pytest.mark.parametrize("name", ["H2O", "CH3CH2OH", "CH4"])
+def test_invariant_to_rotation_reflection_translation_and_order(flow, name):
+    flow, atoms = flow.double(), molecule(name)
+    if name == "CH3CH2OH":
+        atoms.rattle(0.1, seed=2)
+    expected = values(flow, atoms)
+    assert values(flow, [moved(atoms, seed) for seed in range(4)]) == pytest.approx(np.repeat(expected, 4), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        molecule("C6H6"),
+        ethane(60),
+        neopentane(),
+        pytest.param(ethane(25), marks=pytest.mark.xfail(strict=True, reason="canonical_order: D3 has no mirror plane")),
+    ],
+    ids=["benzene", "ethane", "neopentane", "twisted ethane"],
+)
+def test_equivalent_atoms_share_their_noise_in_symmetric_molecules(make_flow, atoms):
+    flow = make_flow("joint", layers=1, sizes={len(atoms): 1}).double()
+    expected = values(flow, atoms, draws=1)
+    copies = [moved(atoms, seed) for seed in range(6)]
+    assert values(flow, copies, draws=1) == pytest.approx(np.repeat(expected, 6), abs=1e-8)
+
+
+def test_hutchinson_does_not_depend_on_the_order_of_atoms(flow):
+    flow, atoms = flow.double(), molecule("CH3CH2OH")
+    atoms.rattle(0.1, seed=2)
+    expected = values(flow, atoms, trace="hutchinson", probes=2)
+    shuffled = atoms[np.random.default_rng(1).permutation(9)]
+    shuffled.positions += 1.0
+    assert values(flow, shuffled, trace="hutchinson", probes=2) == pytest.approx(expected, abs=1e-8)
+
+
+def integrate(flow, y0: torch.Tensor, n: int, context: torch.Tensor | None, steps: int = 48) -> torch.Tensor:
+    """Takes one molecule from data to latent space with Runge and Kutta's own formula, t = s², shape (M, n + F)."""
+    mask = torch.ones(1, len(y0), dtype=torch.bool)
+
+    def slope(s: float, y: torch.Tensor) -> torch.Tensor:
+        t = torch.tensor(s**2, dtype=torch.float64)
+        dx, dh = flow.dynamics(t, y[None, :, :n], y[None, :, n:], mask, context)
+        return 2 * s * torch.cat([dx, dh], dim=-1)[0]
+
+    y, d = y0, 1.0 / steps
+    for k in range(steps):
+        s = k * d
+        k1 = slope(s, y)
+        k2 = slope(s + d / 2, y + d / 2 * k1)
+        k3 = slope(s + d / 2, y + d / 2 * k2)
+        k4 = slope(s + d, y + d * k3)
+        y = y + d / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return y
+
+
+def reference_log_density(flow, positions: np.ndarray, h: np.ndarray, context: torch.Tensor | None) -> float:
+    """log p(x, h̃) by the change of variables with the whole Jacobian, in orthonormal coordinates of the subspace."""
+    m, n = positions.shape
+    features = h.shape[1]
+    basis = torch.from_numpy(np.kron(null_space(np.ones((1, m))), np.eye(n)))  # (M n, (M − 1) n)
+    scale = flow.config.position_scale
+    start = basis.T @ torch.from_numpy((positions - positions.mean(axis=0)).ravel())
+    dimension = len(start)
+
+    def latent(c: torch.Tensor) -> torch.Tensor:
+        x = (basis @ c[:dimension]).view(m, n) / scale
+        z = integrate(flow, torch.cat([x, c[dimension:].view(m, features)], dim=1), n, context)
+        return torch.cat([basis.T @ z[:, :n].reshape(-1), z[:, n:].reshape(-1)])
+
+    c = torch.cat([start, torch.from_numpy(h.ravel())])
+    jacobian = torch.autograd.functional.jacobian(latent, c)
+    return float(norm.logpdf(latent(c).detach().numpy()).sum() + np.linalg.slogdet(jacobian.numpy())[1])
+
+
+ACCURATE = {"trace": "exact", "solver": Solver("rk4", steps=48, warp=2.0), "tolerance": 1e-6}
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("features", ["given", "none"])
+def test_exact_score_is_the_change_of_variables(make_flow, features, dimension):
+    flow = make_flow(features, scale=0.6, layers=1, dimension=dimension).double()
+    atoms = Atoms("OHH", [(0, 0, 0), (0.96, 0.1, 0), (-0.24, 0.93, 0)])
+    context = torch.eye(3, dtype=torch.float64)[[2, 0, 0]][None] if features == "given" else None  # H, C, O
+    expected = reference_log_density(flow, atoms.positions[:, :dimension], np.zeros((3, 0)), context)
+    row = score(flow, atoms, **ACCURATE).iloc[0]
+    assert row.log_likelihood == pytest.approx(expected, abs=1e-6)
+    assert row.stderr < 1e-6
+
+
+def test_joint_bound_is_eq_12(make_flow, monkeypatch):
+    flow = make_flow("joint", scale=0.4, layers=1, sizes={2: 3, 3: 1}).double()
+    atoms = Atoms("OH", [(0, 0, 0), (0.96, 0.1, 0)])
+    noise = np.random.default_rng(0).standard_normal((2, 2, 4))  # draw, atom, (H, C, O, charge)
+    monkeypatch.setattr(_Scorer, "_noise", lambda self, ranks, width: torch.from_numpy(noise))
+    shift, scale = np.array(flow.config.feature_shift), np.array(flow.config.feature_scale)
+    weights = []
+    for eps in noise:
+        log_q, lifted = 0.0, np.zeros((2, 4))
+        for i, (kind, charge) in enumerate([(2, 8), (0, 1)]):
+            u = np.eye(4)[kind] * [1, 1, 1, 0] + eps[i] * [0.1, 0.1, 0.1, 0.25]
+            log_q += norm.logpdf(eps[i]).sum() - 3 * math.log(0.1) - math.log(0.25)
+            for k in range(3):
+                gap = u[kind] - u[k]
+                lifted[i, k] = u[kind] - np.logaddexp(0, gap) if k != kind else u[k]
+                log_q -= log_expit(gap) if k != kind else 0.0
+            lifted[i, 3] = charge + expit(u[3])
+            log_q -= log_expit(u[3]) + log_expit(-u[3])
+        log_p = reference_log_density(flow, atoms.positions, (lifted - shift) * scale, None)
+        weights.append(log_p + 2 * np.log(scale).sum() - log_q + math.log(3 / 4))
+    row = score(flow, atoms, draws=2, **ACCURATE).iloc[0]
+    assert row.log_likelihood == pytest.approx(np.logaddexp(*weights) - math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_a_row_does_not_depend_on_its_batch(flow, trace):
+    flow = flow.double()
+    many = [molecule(name) for name in ("H2O", "CH4", "HCO")]
+    many[0].rattle(0.1, seed=1)
+    alone = np.concatenate([values(flow, atoms, trace=trace) for atoms in many])
+    for batch_size in (3, 32):
+        assert values(flow, many, trace=trace, batch_size=batch_size) == pytest.approx(alone, abs=1e-9)
+
+
+def test_the_refined_panels_are_those_of_the_row_itself(make_flow):
+    flow = make_flow("none", layers=1).double()
+    stretched = [molecule("H2O"), molecule("H2O")]
+    stretched[1].positions *= 3.0
+    options = {"tolerance": 1e-4, "solver": Solver("rk4", steps=4, warp=2.0)}
+    alone = pd.concat([score(flow, atoms, **options) for atoms in stretched], ignore_index=True)
+    pd.testing.assert_frame_equal(score(flow, stretched, **options), alone, rtol=1e-10)
+    assert score(flow, stretched, **(options | {"tolerance": 1e-9})).nfe.min() > alone.nfe.min()
+
+
+def test_conformers_share_their_noise(make_flow):
+    flow = make_flow("joint", layers=1).double()
+    noisy = [values(flow, molecule("H2O"), seed=seed, draws=1)[0] for seed in range(6)]
+    near = molecule("H2O")
+    near.positions *= 1.0001
+    gaps = [values(flow, near, seed=seed, draws=1)[0] - value for seed, value in enumerate(noisy)]
+    assert np.std(noisy) > 0.3  # seeds matter
+    assert np.std(gaps) < 0.02 * np.std(noisy)
+
+
+KINDS = {"joint": "bound", "given": "exact", "none": "exact"}
+
+
+def test_columns_and_kinds(flow):
+    atoms = [molecule("H2O"), molecule("CH3CH2OH")]
+    table = score(flow, atoms, draws=2, **FAST)
+    assert tuple(table.columns) == COLUMNS and list(table.index) == [0, 1]
+    assert table.kind.tolist() == [KINDS[flow.features]] * 2
+    assert table.formula.tolist() == ["H2O", "C2H6O"] and table.n_atoms.tolist() == [3, 9]
+    assert table.trace.tolist() == ["exact", "exact"] and table.probes.tolist() == [0, 0]
+    assert table.draws.tolist() == [2 if flow.features == "joint" else 1] * 2
+    assert np.isfinite(table.log_likelihood).all() and (table.stderr >= 0).all() and (table.nfe > 15).all()
+    table = score(flow, iter(atoms), trace="hutchinson", probes=3, draws=2, **FAST)
+    assert table.trace.tolist() == ["hutchinson"] * 2 and table.probes.tolist() == [3, 3]
+    assert len(score(flow, atoms[0], draws=1, **FAST)) == 1
+
+
+def test_auto_changes_to_hutchinson_above_its_limit(make_flow):
+    flow = make_flow("none", layers=1, hidden=4)
+    limit = EXACT_DIMENSIONS // 3
+    chains = [Atoms(f"H{m}", [(k, 0.1 * (k % 2), 0) for k in range(m)]) for m in (limit, limit + 1)]
+    table = score(flow, chains, probes=2, solver=Solver("euler", steps=1), tolerance=math.inf)
+    assert table.trace.tolist() == ["exact", "hutchinson"]
+
+
+def test_the_bound_grows_with_the_draws(make_flow):
+    flow, water = make_flow("joint", layers=1).double(), molecule("H2O")
+    seeds = range(8)
+    few, some, many = (
+        np.array([values(flow, water, seed=seed, draws=draws)[0] for seed in seeds]) for draws in (1, 4, 16)
+    )
+    # Burda et al. 2016: E log mean of K weights rises with K, for every spread of the weights.
+    assert few.mean() < some.mean() < many.mean()
+    # The first draws of a seed are those of a shorter request, and no weight is negative.
+    assert (some >= few - math.log(4) - 1e-9).all() and (many >= some - math.log(4) - 1e-9).all()
+
+
+def test_more_draws_only_add_to_the_noise(make_flow):
+    flow = make_flow("joint", layers=1).double()
+    small, large = (score_noise(flow, draws) for draws in (2, 5))
+    assert torch.equal(large[:2], small)
+
+
+def score_noise(flow, draws: int) -> torch.Tensor:
+    return _Scorer(flow, "exact", 1, draws, 0, 1.0, 32)._noise([np.array([2, 0, 1])], 4)
+
+
+def test_hutchinson_agrees_with_the_exact_trace_within_its_error(make_flow):
+    flow, atoms = make_flow("given", layers=1).double(), molecule("CH4")
+    exact = values(flow, atoms)[0]
+    rows = [score(flow, atoms, trace="hutchinson", probes=16, seed=seed, **FAST).iloc[0] for seed in range(10)]
+    z = np.array([(row.log_likelihood - exact) / row.stderr for row in rows])
+    assert np.abs(z).max() < 4.5  # t with 15 degrees of freedom, ten of them
+    assert 0.4 < np.sqrt((z**2).mean()) < 1.8  # an error bar neither too short nor too long
+
+
+def test_hutchinson_is_unbiased_for_one_draw_of_a_bound(make_flow):
+    flow, atoms = make_flow("joint", layers=1).double(), molecule("CH4")
+    gaps = [
+        values(flow, atoms, trace="hutchinson", probes=8, seed=seed, draws=1)[0] - values(flow, atoms, seed=seed, draws=1)[0]
+        for seed in range(8)
+    ]
+    assert abs(np.mean(gaps)) < 4.5 * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+
+
+def test_spreads_that_one_number_cannot_tell_are_nan(make_flow):
+    water = molecule("H2O")
+    joint, given = make_flow("joint", layers=1), make_flow("given", layers=1)
+    assert math.isnan(score(joint, water, draws=1, **FAST).stderr[0])
+    assert math.isnan(score(given, water, trace="hutchinson", probes=1, **FAST).stderr[0])
+    assert score(joint, water, draws=2, **FAST).stderr[0] > 0
+    assert score(given, water, trace="hutchinson", probes=2, **FAST).stderr[0] > 0
+    assert score(given, water, draws=1, **FAST).stderr[0] >= 0
+
+
+def test_combine():
+    assert combine(np.log([[1.0, 3.0]]), 0.0)[0] == pytest.approx(math.log(2.0))
+    assert combine(np.array([[-5000.0, -5001.0]]), 0.0)[0] == pytest.approx(-5000 + math.log((1 + math.exp(-1)) / 2))
+    assert combine(np.array([[1.0]]), 0.3) == (1.0, pytest.approx(0.3))
+    probes = np.array([[1.0], [3.0]])
+    assert combine(probes, 0.0) == (2.0, pytest.approx(1.0))  # std √2, two probes
+    assert combine(np.log([[1.0, 3.0]]), 0.0)[1] == pytest.approx(0.5)  # std √2 / √2 over a mean of 2
+    assert combine(probes, 2.0)[1] == pytest.approx(math.sqrt(5.0))
+
+
+def test_annotate_returns_copies(flow):
+    atoms = [molecule("H2O"), molecule("CH4")]
+    atoms[0].info["mine"] = "kept"
+    before = copy.deepcopy(atoms)
+    table = score(flow, atoms, draws=2, **FAST)
+    scored = annotate(flow, atoms, draws=2, **FAST)
+    for original, untouched, item, row in zip(atoms, before, scored, table.itertuples(), strict=True):
+        assert original == untouched and original.info == untouched.info and item is not original
+        assert item == original
+        assert item.info == untouched.info | {
+            "enf_log_likelihood": row.log_likelihood,
+            "enf_log_likelihood_stderr": row.stderr,
+            "enf_log_likelihood_kind": KINDS[flow.features],
+            "enf_log_likelihood_trace": "exact",
+            "enf_model": "unnamed",
+        }
+        item.positions += 1.0
+        item.info.clear()
+        assert original == untouched and original.info == untouched.info
+
+
+def test_an_unknown_error_is_left_out(make_flow):
+    (scored,) = annotate(make_flow("joint", layers=1), molecule("H2O"), draws=1, **FAST)
+    assert "enf_log_likelihood_stderr" not in scored.info and "enf_log_likelihood" in scored.info
+
+
+def test_scores_survive_the_formats(make_flow, tmp_path):
+    scored = annotate(make_flow("given", layers=1), [molecule("H2O"), molecule("CH4")], **FAST)
+    write(tmp_path / "s.extxyz", scored)
+    for before, after in zip(scored, read(tmp_path / "s.extxyz", index=":"), strict=True):
+        assert after.info == before.info  # to the last digit
+    write_structures(tmp_path / "s.db", scored)
+    with connect(tmp_path / "s.db") as database:
+        for before, row in zip(scored, database.select(), strict=True):
+            assert row.log_likelihood == before.info["enf_log_likelihood"]
+            assert row.log_likelihood_kind == "exact"
+            assert row.data["info"] == before.info
+
+
+BAD_STRUCTURES = {
+    "periodic": (Atoms("H2", [(0, 0, 0), (0, 0, 1)], cell=[5, 5, 5], pbc=[1, 0, 0]), "periodic"),
+    "element": (Atoms("HCl", [(0, 0, 0), (0, 0, 1)]), "Cl unknown"),
+    "one atom": (Atoms("H"), "1 atom"),
+    "zero atoms": (Atoms(), "0 atom"),
+    "one point": (Atoms("OHH", [(0, 0, 0), (0, 0, 1), (0, 0, 1)]), "atoms 1 and 2 lie on one point"),
+    "NaN": (Atoms("H2", [(0, 0, 0), (0, math.nan, 1)]), "atom 1 has non-finite"),
+    "size": (molecule("CH3OH"), "6 atoms, a size this model never saw"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STRUCTURES)
+def test_bad_structures_are_one_line_that_names_them(make_flow, name):
+    bad, words = BAD_STRUCTURES[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        score(make_flow("joint", layers=1), [molecule("H2O"), molecule("CH4"), bad])
+    assert str(caught.value).startswith("structure 2 (") and "\n" not in str(caught.value)
+
+
+def test_a_structure_off_the_plane_is_named_by_its_place(make_flow):
+    flat = Atoms("X3", [(0, 0, 0), (1, 0, 0), (0, 1, 0)])
+    with pytest.raises(ValueError, match="^structure 3: leaves the xy plane"):
+        tilted = flat.copy()
+        tilted.rotate(20, "x")
+        score(make_flow("none", layers=1, dimension=2), [flat, flat, flat, tilted], batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trace": "exakt"}, "trace 'exakt'"),
+        ({"probes": 0}, "probes=0"),
+        ({"draws": 0}, "draws=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"solver": "rk5"}, "'rk5'"),
+        ({"device": "cpuu"}, "'cpuu'"),
+    ],
+)
+def test_bad_options_are_one_line(make_flow, options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        score(make_flow("joint", layers=1), molecule("H2O"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_score(make_flow):
+    with pytest.raises(ValueError, match="^no structures to score"):
+        score(make_flow("joint", layers=1), [])
+
+
+@pytest.mark.parametrize("wrong", [["H2O"], [molecule("H2O").positions]])
+def test_what_is_no_atoms(make_flow, wrong):
+    with pytest.raises(TypeError, match=r"^structure 0: expected ase\.Atoms"):
+        score(make_flow("joint", layers=1), wrong)
+
+
+def test_sizes_never_seen_are_fine_where_no_prior_counts(make_flow):
+    assert np.isfinite(score(make_flow("given", layers=1), molecule("CH3OH"), **FAST).log_likelihood[0])
+
+
+def test_the_flow_is_not_modified(make_flow):
+    flow = make_flow("joint", layers=1)
+    before, state = copy.deepcopy(flow.state_dict()), torch.get_rng_state()
+    score(flow, molecule("H2O"), draws=2, device="cpu", **FAST)
+    assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
+    assert all(parameter.grad is None for parameter in flow.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_name_stays_a_function():
+    assert ase_enf.score is score and callable(ase_enf.annotate)
