@@ -141,8 +141,8 @@ def _add_score(commands: Any) -> None:
     command.add_argument("structures", help="any file ASE reads; all its images are scored")
     command.add_argument("-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures")
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
-    command.add_argument("--probes", type=int, default=8, help="probes of hutchinson")
-    command.add_argument("--draws", type=int, default=4, help="draws K of the importance-weighted bound")
+    command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
+    command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
     _add_sampling(command, "noise", batch_size=32)
 
 

@@ -22,6 +22,9 @@ Velocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 
+# An interval of the quadrature.
+Panel = tuple[float, float]
+
 ADAPTIVE = ("dopri5", "dopri8", "bosh3")
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
 
@@ -99,6 +102,8 @@ class Transformed(NamedTuple):
     ladj: Tensor  # (B,), ∫ Tr J dt in the direction of travel, nats; zeros when no trace was asked for
     error: Tensor  # (B,), estimated integration error of ladj, nats
     samples: Tensor  # (P, B), ladj by each probe alone; (1, B) for an exact trace
+    by_panel: Tensor  # (N, P, B), what each panel of the quadrature adds to samples
+    panel_error: Tensor  # (N, B), what each panel adds to error
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
@@ -113,7 +118,17 @@ class Regularised(NamedTuple):
     nfe: int
 
 
-def gauss_kronrod(panels: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor]:
+def equal_panels(count: int) -> list[Panel]:
+    """Returns [0, 1] cut into equal panels.
+
+    Example:
+        >>> equal_panels(2)
+        [(0.0, 0.5), (0.5, 1.0)]
+    """
+    return [(k / count, (k + 1) / count) for k in range(count)]
+
+
+def gauss_kronrod(panels: Sequence[Panel]) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes and weights of the composite Gauss-Kronrod 7-15 rule.
 
     Args:
@@ -184,13 +199,13 @@ class ContinuousFlow:
         start: float,
         end: float,
         trace: TraceMethod | None = None,
-        panels: int = 2,
+        panels: int | Sequence[Panel] = 2,
         clustering: float = 3.0,
     ) -> Transformed:
         """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
 
-        The quadrature runs in u with t = u^clustering, Gauss-Kronrod 7-15 on ``panels`` equal panels; its error is
-        estimated by the difference of the two orders.
+        The quadrature runs in u with t = u^clustering, Gauss-Kronrod 7-15 on each panel; its error is estimated by the
+        difference of the two orders, panel by panel.
 
         Args:
             x: Positions, shape (B, M, n).
@@ -198,7 +213,8 @@ class ContinuousFlow:
             start: 0 or 1.
             end: 1 or 0.
             trace: ``divergence.exact`` or a closure over probes; None leaves ladj at zero.
-            panels: Number of panels.
+            panels: Number of equal panels of u in [0, 1], or the panels themselves (a part of them gives that part of
+                the integral).
             clustering: How much denser the nodes lie near the data.
 
         Raises:
@@ -207,24 +223,29 @@ class ContinuousFlow:
         self.nfe = 0
         if trace is None:
             path = self._solve(x, h, torch.tensor([start, end], dtype=torch.float64))
-            zero = torch.zeros_like(x[:, 0, 0])
-            return Transformed(*path[-1], zero, zero.clone(), zero.unsqueeze(0), self.nfe)
-        edges = [k / panels for k in range(panels + 1)]
-        u, kronrod, gauss = gauss_kronrod(list(zip(edges, edges[1:], strict=False)))
+            zero = x.new_zeros(1, 1, len(x))
+            return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero, zero[0], self.nfe)
+        panels = equal_panels(panels) if isinstance(panels, int) else panels
+        u, kronrod, gauss = gauss_kronrod(panels)
         times = u**clustering
         speed = clustering * u ** (clustering - 1.0)  # dt/du
-        if start > end:
-            times, kronrod, gauss, speed = times.flip(0), -kronrod.flip(0), -gauss.flip(0), speed.flip(0)
+        order = torch.arange(len(u)) if start < end else torch.arange(len(u)).flip(0)
         ends = torch.tensor([start, end], dtype=torch.float64)
-        path = self._solve(x, h, torch.cat([ends[:1], times, ends[1:]]))
-        samples = []
-        for t, (x_t, h_t) in zip(times, path[1:-1], strict=True):
-            samples.append(trace(self._field(t.to(x)), x_t, h_t).samples)
+        path = self._solve(x, h, torch.cat([ends[:1], times[order], ends[1:]]))
+        samples: list[Tensor] = [x] * len(u)
+        for node, (x_t, h_t) in zip(order.tolist(), path[1:-1], strict=True):
+            samples[node] = trace(self._field(times[node].to(x)), x_t, h_t).samples
             self.nfe += 1
-        integrand = torch.stack(samples).double() * speed.to(x.device)[:, None, None]  # (Q, P, B)
-        by_probe = (kronrod.to(x.device)[:, None, None] * integrand).sum(dim=0)
-        error = ((kronrod - gauss).to(x.device)[:, None, None] * integrand).sum(dim=0).mean(dim=0).abs()
-        return Transformed(*path[-1], by_probe.mean(dim=0).to(x), error.to(x), by_probe.to(x), self.nfe)
+        values = torch.stack(samples).double()  # (Q, P, B)
+        direction = 1.0 if start < end else -1.0
+        by_panel, gauss_by_panel = (
+            (values * (direction * weight * speed).to(x.device)[:, None, None]).unflatten(0, (len(panels), -1)).sum(dim=1)
+            for weight in (kronrod, gauss)
+        )
+        panel_error = (by_panel - gauss_by_panel).mean(dim=1).abs()  # of the mean over probes
+        total = by_panel.sum(dim=0)
+        ladj, error = total.mean(dim=0), panel_error.sum(dim=0)
+        return Transformed(*path[-1], *(t.to(x) for t in (ladj, error, total, by_panel, panel_error)), self.nfe)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""

@@ -22,7 +22,7 @@ from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import ContinuousFlow, Solver, TraceMethod, Velocity
+from ase_enf.flow import ContinuousFlow, Panel, Solver, TraceMethod, Transformed, Velocity
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 
@@ -126,6 +126,8 @@ class LogProb(NamedTuple):
     log_size: Tensor  # log p_M(M), zero unless "joint"
     error: Tensor  # estimated integration error
     samples: Tensor  # (P, B), ladj by each probe alone
+    by_panel: Tensor  # (N, P, B), the flow's part of samples, by panel of the quadrature
+    panel_error: Tensor  # (N, B), the panels' parts of error
     nfe: int
 
 
@@ -236,7 +238,7 @@ class ENF(nn.Module):
         noise: Tensor | None = None,
         trace: TraceMethod = divergence.exact,
         solver: Solver | None = None,
-        panels: int = 2,
+        panels: int | Sequence[Panel] = 2,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
@@ -245,7 +247,7 @@ class ENF(nn.Module):
             noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
             solver: How the state is integrated, dopri5 at 1e-5 by default.
-            panels: Panels of the quadrature of the trace.
+            panels: Panels of the quadrature of the trace; see ``ContinuousFlow.transport``.
 
         Raises:
             SolverError: If the solver fails.
@@ -254,19 +256,20 @@ class ENF(nn.Module):
             encoded = self.encode(batch, noise)
             flow = self.flow(encoded.mask, encoded.context, solver)
             z = flow.forward(encoded.x, encoded.h, trace, panels=panels)
-            return self._terms(encoded, z.x, z.h, z.ladj, z.error, z.samples, z.nfe)
+            return self._terms(encoded, z)
 
-    def _terms(
-        self, encoded: Encoded, z_x: Tensor, z_h: Tensor, ladj: Tensor, error: Tensor, samples: Tensor, nfe: int
-    ) -> LogProb:
+    def _terms(self, encoded: Encoded, z: Transformed) -> LogProb:
         mask = encoded.mask
-        log_base = base.position_log_prob(z_x, mask) + base.feature_log_prob(z_h, mask)
+        log_base = base.position_log_prob(z.x, mask) + base.feature_log_prob(z.h, mask)
         log_size = torch.zeros_like(log_base)
         if self.config.features == "joint":
             log_size = self.size_prior.log_prob(mask.sum(dim=-1).tolist()).to(log_base)
-        ladj = ladj + encoded.log_volume
+        ladj = z.ladj + encoded.log_volume
         total = log_base + ladj - encoded.log_q + log_size
-        return LogProb(total, log_base, ladj, encoded.log_q, log_size, error, samples + encoded.log_volume, nfe)
+        samples = z.samples + encoded.log_volume
+        return LogProb(
+            total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.by_panel, z.panel_error, z.nfe
+        )
 
     def sample(
         self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None
@@ -326,8 +329,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
     if text is None:
         raise ValueError(f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save")
-    header = json.loads(text)
-    if header.get("format", 0) > FORMAT_VERSION:
+    try:
+        header = json.loads(text)
+        newer = header.get("format", 0) > FORMAT_VERSION
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: has a damaged header ({error}); fetch or train it again") from None
+    if newer:
         raise ValueError(f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade")
     return header
 
@@ -391,7 +398,7 @@ def load(name_or_path: str | os.PathLike[str], device: str | torch.device = "aut
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         model.load_state_dict(state, strict=True)
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again") from None
     model.name = path.stem

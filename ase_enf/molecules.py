@@ -104,17 +104,18 @@ def formula_numbers(formula: str) -> np.ndarray:
     return np.array(numbers)
 
 
-def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0) -> None:
+def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension: int = 3) -> None:
     """Raises one clear line if ``atoms`` cannot be an input of a flow over ``species``.
 
     Args:
         atoms: The structure.
         species: Elements the flow knows; empty for a flow of positions only, which takes any.
         index: The position in the caller's list, named in the message.
+        dimension: 3, or 2 for a flow in the xy plane.
 
     Raises:
-        ValueError: For a periodic cell, fewer than two atoms, non-finite coordinates, two atoms on one point, or an
-            element the flow does not know.
+        ValueError: For a periodic cell, fewer than two atoms, non-finite coordinates, two atoms on one point, atoms off
+            the xy plane of a two-dimensional flow, or an element the flow does not know.
     """
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
     if atoms.pbc.any():
@@ -127,6 +128,11 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0) -> None:
     unknown = sorted(set(atoms.symbols) - set(species)) if species else []
     if unknown:
         raise ValueError(f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; train one on your elements")
+    height = np.ptp(atoms.positions[:, 2])
+    if dimension == 2 and height > COINCIDENT:
+        raise ValueError(
+            f"{name}: leaves the xy plane by {height:.3g} Å, but the model is two-dimensional; set z to 0"
+        )
     distance, i, j = closest_pair(atoms.positions)
     if distance < COINCIDENT:
         raise ValueError(f"{name}: atoms {i} and {j} lie on one point; remove the duplicate")
@@ -152,7 +158,7 @@ def to_batch(
         A batch on the CPU.
 
     Raises:
-        ValueError: See :func:`check_atoms`; also if ``dimension`` is 2 and a structure leaves the xy plane.
+        ValueError: See :func:`check_atoms`.
 
     Example:
         >>> from ase.build import molecule
@@ -160,9 +166,7 @@ def to_batch(
         [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
     """
     for index, item in enumerate(atoms):
-        check_atoms(item, species, index)
-        if dimension == 2 and np.ptp(item.positions[:, 2]) > COINCIDENT:
-            raise ValueError(f"structure {index}: leaves the xy plane, but the model is two-dimensional; set z to 0")
+        check_atoms(item, species, index, dimension)
     width = max_atoms or max(len(item) for item in atoms)
     column = {atomic_numbers[symbol]: k for k, symbol in enumerate(species)}
     positions = np.zeros((len(atoms), width, dimension))

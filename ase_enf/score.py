@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
-from ase_enf.flow import Solver, TraceMethod
+from ase_enf.flow import Panel, Solver, TraceMethod, equal_panels
 from ase_enf.generate import resolve_solver
 from ase_enf.model import ENF, resolve_device
 from ase_enf.molecules import COINCIDENT, canonical_order, check_atoms, one_or_many, to_batch
@@ -28,7 +28,7 @@ TRACES = ("auto", "exact", "hutchinson")
 DEFAULT_SOLVER = Solver("rk4", steps=16, warp=2.0)
 # "auto" takes the exact trace up to this many dimensions M (n + F): all of DW4, LJ13 and QM9 with given types.
 EXACT_DIMENSIONS = 96
-FIRST_PANELS, MAX_PANELS = 2, 8
+FIRST_PANELS, NARROWEST_PANEL = 2, 1 / 32
 # Streams of the noise: of q, of the probes.
 _Q, _PROBES = 1, 2
 
@@ -53,8 +53,8 @@ def score(
     flow: ENF,
     atoms: Atoms | Iterable[Atoms],
     trace: str = "auto",
-    probes: int = 8,
-    draws: int = 4,
+    probes: int = 4,
+    draws: int = 2,
     seed: int = 0,
     solver: str | Solver | None = None,
     steps: int | None = None,
@@ -84,8 +84,8 @@ def score(
         seed: Of the noise.
         solver: A ``Solver`` or the name of a method; rk4 on a fixed grid by default, refined by the quadrature nodes.
         steps: Number of fixed steps, when ``solver`` is a name or None.
-        tolerance: Quadrature panels are doubled until the estimated integration error is below this many nats, or 8
-            panels are reached. The estimate is that of the lower of two orders; the error of the higher, which is
+        tolerance: Quadrature panels are halved until the estimated integration error is below this many nats, or they
+            are 1/32 wide. The estimate is that of the lower of two orders; the error of the higher, which is
             reported, is smaller by orders of magnitude when the path is smooth.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
@@ -171,6 +171,32 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
     return result
 
 
+class _Integral:
+    """The integral of the trace for one row: what its panels give, and which are to be evaluated next."""
+
+    def __init__(self) -> None:
+        self.pending: list[Panel] = equal_panels(FIRST_PANELS)
+        self.parts: dict[Panel, tuple[np.ndarray, float]] = {}  # by probe and draw (P, K), and its error
+        self.constant = np.zeros(1)  # (K,), everything but the integral
+        self.evaluations = 0
+
+    @property
+    def error(self) -> float:
+        """Estimated integration error, nats."""
+        return sum(error for _, error in self.parts.values())
+
+    def refine(self, tolerance: float) -> None:
+        """Halves the panels whose share of the error is too large, unless they are as narrow as allowed."""
+        self.pending = []
+        if self.error <= tolerance:
+            return
+        for (low, high), (_, error) in list(self.parts.items()):
+            if error > tolerance / len(self.parts) and high - low > NARROWEST_PANEL:
+                del self.parts[low, high]
+                middle = (low + high) / 2
+                self.pending += [(low, middle), (middle, high)]
+
+
 class _Scorer:
     """One request: everything that its structures share."""
 
@@ -214,36 +240,42 @@ class _Scorer:
                 yield members[k : k + together]
 
     def _estimate(self, rows: list[_Row]) -> list[_Estimate]:
-        """Scores one batch, doubling the panels of those rows whose integration error is too large."""
-        results: list[_Estimate | None] = [None] * len(rows)
-        spent = [0] * len(rows)
-        waiting, panels = list(range(len(rows))), FIRST_PANELS
-        while waiting:
-            by_draw, error, nfe = self._log_weights([rows[k] for k in waiting], panels)
-            again = []
-            for place, k in enumerate(waiting):
-                spent[k] += nfe
-                worst = float(error[place].max())
-                if worst > self.tolerance and panels < MAX_PANELS:
-                    again.append(k)
-                else:
-                    value, stderr = combine(by_draw[:, place], worst)
-                    unknown = self.flow.features == "joint" and self.draws == 1
-                    unknown |= self.probes == 1 and self.trace_of(len(rows[k].atoms)) == "hutchinson"
-                    results[k] = _Estimate(value, math.nan if unknown else stderr, spent[k])
-            waiting, panels = again, 2 * panels
-        return [result for result in results if result is not None]
+        """Scores one batch, halving panels of the quadrature where a row's integration error is too large.
 
-    def _log_weights(self, rows: list[_Row], panels: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Returns log weights by probe, row and draw (P, R, K), integration errors (R, K), and evaluations a draw."""
+        Each row has panels of its own, so that it does not depend on its batch mates.
+        """
+        integrals = [_Integral() for _ in rows]
+        while pending := {tuple(item.pending) for item in integrals if item.pending}:
+            for panels in pending:
+                members = [k for k, item in enumerate(integrals) if tuple(item.pending) == panels]
+                self._integrate([rows[k] for k in members], [integrals[k] for k in members], panels)
+                for k in members:
+                    integrals[k].refine(self.tolerance)
+        return [self._result(row, integral) for row, integral in zip(rows, integrals, strict=True)]
+
+    def _integrate(self, rows: list[_Row], integrals: list[_Integral], panels: tuple[Panel, ...]) -> None:
+        """Adds these panels to the integrals of these rows."""
         flow, config, k = self.flow, self.flow.config, self.draws
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
         ranks = [row.rank for row in rows]
         noise = self._noise(ranks, config.flow_features) if flow.features == "joint" else None
         out = flow.log_prob(batch.repeat(k), noise, self._trace_method(ranks), self.solver, panels)
-        constant = (out.log_prob - out.ladj).double()
-        weights = (out.samples.double() + constant).view(-1, len(rows), k)
-        return weights.cpu().numpy(), out.error.double().view(len(rows), k).cpu().numpy(), out.nfe * k
+        constant = out.log_prob.double() - out.by_panel.double().sum(dim=0).mean(dim=0)
+        by_panel = out.by_panel.double().unflatten(-1, (len(rows), k)).cpu().numpy()  # (N, P, R, K)
+        error = out.panel_error.double().unflatten(-1, (len(rows), k)).cpu().numpy()  # (N, R, K)
+        for place, integral in enumerate(integrals):
+            integral.constant = constant.view(len(rows), k)[place].cpu().numpy()
+            integral.evaluations += out.nfe * k
+            for panel, value, wrong in zip(panels, by_panel[:, :, place], error[:, place], strict=True):
+                integral.parts[panel] = (value, float(wrong.max()))
+
+    def _result(self, row: _Row, integral: _Integral) -> _Estimate:
+        weights = integral.constant + sum(value for value, _ in integral.parts.values())
+        value, stderr = combine(weights, integral.error)
+        # One draw of a bound, or one probe, says nothing of their spread.
+        unknown = self.flow.features == "joint" and self.draws == 1
+        unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
+        return _Estimate(value, math.nan if unknown else stderr, integral.evaluations)
 
     def _noise(self, ranks: list[np.ndarray], width: int) -> Tensor:
         """Returns ε of q for every row and draw, shape (R K, M, width)."""

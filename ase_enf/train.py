@@ -6,6 +6,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -162,7 +163,7 @@ class MoleculeSet:
         if not atoms:
             raise ValueError("no structures to train on; the data set is empty")
         for index, item in enumerate(atoms):
-            check_atoms(item, species, index)
+            check_atoms(item, species, index, dimension)
         sizes = np.array([len(item) for item in atoms])
         numbers = np.concatenate([item.numbers for item in atoms])
         centered = [(xyz := item.positions[:, :dimension]) - xyz.mean(axis=0) for item in atoms]
@@ -339,6 +340,7 @@ class _Trainer:
         )
         self.clip = Clipper()
         self.step, self.skipped, self.consecutive_skips = 0, 0, 0
+        self.between_steps = True  # False while weights, history and step number disagree
         self.best, self.elapsed = math.inf, 0.0
         self.window: list[list[float]] = []
         self.best_weights: dict[str, Tensor] | None = None
@@ -363,6 +365,7 @@ class _Trainer:
                     self.elapsed = before + time.monotonic() - started
                     bar.update(1)
                     self._periodic(bar)
+                    self.between_steps = True
                     out_of_time = config.time_limit is not None and time.monotonic() - started > 3600 * config.time_limit
                     if self.step >= total or self._any(out_of_time):
                         break
@@ -370,7 +373,8 @@ class _Trainer:
                     continue
                 break
         except KeyboardInterrupt:
-            self._save_state()
+            if self.between_steps:
+                self._save_state()
             raise
         finally:
             bar.close()
@@ -378,7 +382,7 @@ class _Trainer:
         self._save_state()
         return self._result()
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch, the same in every epoch."""
         batches = len(self.data.epoch_plan(self.config.batch_size, (self.config.seed, 0)))
@@ -414,11 +418,12 @@ class _Trainer:
                 loss, value = self.stepper(batch.to(self.device), generator)
             finite = bool(torch.isfinite(loss))
             if finite or self.ranks.world > 1:  # every rank must take part in the reduction
-                loss.backward()
+                _backward(loss)
         except SolverError:
             if self.ranks.world > 1:  # the other ranks wait in a reduction that this one cannot join
                 raise
             finite, loss, value = False, torch.tensor(math.nan), torch.tensor(math.nan)
+        self.between_steps = False
         norm = self.clip(self.parameters) if finite or self.ranks.world > 1 else math.nan
         if math.isfinite(norm) and finite:
             self.optimizer.step()
@@ -441,7 +446,7 @@ class _Trainer:
         validated = self._validate() if self.step % validate_every == 0 and self.step < self.total_steps else None
         if self.step % config.log_every == 0 or validated:
             self._log(validated, bar)
-        if self.step % config.checkpoint_every == 0:
+        if self.step % config.checkpoint_every == 0 or validated:  # no best weights without a state to resume
             self._save_state()
 
     def _log(self, validated: tuple[float, float] | None, bar: tqdm | None = None) -> None:
@@ -472,11 +477,14 @@ class _Trainer:
         for k in range(0, len(index), self.config.batch_size):
             batch = self.valid.batch(index[k : k + self.config.batch_size]).to(self.device)
             generator = _generator(self.config.seed, k, 0, stream=1)
-            with torch.no_grad():
-                losses.append(float(self.objective(model, batch, generator).value) * len(batch.mask))
-            nlls.append(_validation_nll(model, batch, generator))
+            try:
+                with torch.no_grad():
+                    losses.append(float(self.objective(model, batch, generator).value) * len(batch.mask))
+                nlls.append(_validation_nll(model, batch, generator))
+            except SolverError:  # too stiff at the moment, which training may mend
+                return math.nan, math.nan
         valid_loss, nll = sum(losses) / len(index), float(torch.cat(nlls).mean())
-        if self.best_weights is None or nll < self.best:
+        if self.best_weights is None or nll < self.best or not math.isfinite(self.best):
             self.best = nll
             self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             if self.out:
@@ -628,13 +636,24 @@ def schedule(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
 
 
+def _backward(loss: Tensor) -> None:
+    """Back-propagates; the adjoint solves an ODE there, and torchdiffeq asserts where it cannot."""
+    try:
+        loss.backward()
+    except AssertionError as error:
+        raise SolverError(f"the adjoint failed ({str(error).split(':')[0]}); lower tolerance or use adjoint=False") from None
+
+
 def _validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:
     """Negative log-likelihood with one draw of q and one probe, nats, shape (B,); cheap, the same noise every time."""
     shape = (*batch.mask.shape, model.config.flow_features)
     noise = torch.randn(shape, generator=generator).to(batch.positions)
     probes = divergence.draw_probes(batch.positions, noise, 1, generator)
     solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
-    return -model.log_prob(batch, noise, lambda f, x, h: divergence.hutchinson(f, x, h, probes), solver).log_prob.cpu()
+    result = model.log_prob(batch, noise, lambda f, x, h: divergence.hutchinson(f, x, h, probes), solver)
+    # A size that training has not seen counts as seen once: at −inf no set of weights would be better than another.
+    floor = -math.log(1 + sum(model.config.sizes.values()))
+    return -(result.log_base + result.ladj - result.log_q + result.log_size.clamp(min=floor)).cpu()
 
 
 def _generator(seed: int, step: int, rank: int, stream: int = 0) -> torch.Generator:

@@ -12,7 +12,12 @@ from ase.io import read, write
 
 from ase_enf.io import check_output, write_structures
 
-INFO = {"enf_model": "tiny", "enf_seed": 7, "enf_log_likelihood": -12.345678901234567, "enf_log_likelihood_kind": "exact"}
+INFO = {
+    "enf_model": "tiny",
+    "enf_seed": 7,
+    "enf_log_likelihood": -12.345678901234567,
+    "enf_log_likelihood_kind": "exact",
+}
 
 
 @pytest.fixture
@@ -47,7 +52,10 @@ def test_databases_select_by_likelihood(structures, tmp_path):
             for atoms in structures
         ]
         assert [row.data["info"] for row in rows] == [atoms.info for atoms in structures]
-        assert [row.formula for row in database.select("log_likelihood>-13.4,log_likelihood_kind=exact")] == ["H2O", "CH4"]
+        assert [row.formula for row in database.select("log_likelihood>-13.4,log_likelihood_kind=exact")] == [
+            "H2O",
+            "CH4",
+        ]
         assert np.array_equal(rows[2].toatoms().positions, structures[2].positions)
     assert os.listdir(tmp_path) == ["m.db"]
 

@@ -100,7 +100,7 @@ def test_bad_input_gets_one_line_with_index_value_and_remedy(case, water):
 
 
 def test_structures_off_the_plane_are_refused_in_two_dimensions(methane):
-    with pytest.raises(ValueError, match=r"structure 1: .*xy plane.*set z to 0"):
+    with pytest.raises(ValueError, match=r"structure 1 .CH4.: .*xy plane.*set z to 0"):
         to_batch([Atoms("C2", positions=[[0, 0, 0], [0, 1, 0]]), methane], SPECIES, dimension=2)
 
 
@@ -157,3 +157,19 @@ def test_canonical_order_follows_element_and_distance_not_the_file(ethanol):
     turned = ethanol.copy()
     turned.rotate(77, (1, 2, 3))
     assert np.array_equal(canonical_order(turned), rank)
+
+
+@pytest.mark.parametrize("name", ["CH4", "C2H6", "C6H6", "C3H6_D3h", "NH3"])
+def test_canonical_order_of_a_symmetric_molecule_is_one_up_to_isometry(name):
+    """Whichever of its equivalent atoms comes first in the file, the labelled structure is congruent to itself."""
+    atoms = molecule(name)
+    generator = np.random.default_rng(0)
+
+    def distances(a):
+        return a[np.argsort(canonical_order(a))].get_all_distances()
+
+    before = distances(atoms)
+    for _ in range(8):
+        shuffled = atoms[generator.permutation(len(atoms))]
+        shuffled.rotate(360 * generator.random(), generator.standard_normal(3))
+        assert np.allclose(distances(shuffled), before, atol=1e-5)

@@ -79,7 +79,9 @@ def test_invariant_to_rotation_reflection_translation_and_order(flow, name):
         molecule("C6H6"),
         ethane(60),
         neopentane(),
-        pytest.param(ethane(25), marks=pytest.mark.xfail(strict=True, reason="canonical_order: D3 has no mirror plane")),
+        pytest.param(
+            ethane(25), marks=pytest.mark.xfail(strict=True, reason="canonical_order: D3 has no mirror plane")
+        ),
     ],
     ids=["benzene", "ethane", "neopentane", "twisted ethane"],
 )
@@ -194,7 +196,7 @@ def test_the_refined_panels_are_those_of_the_row_itself(make_flow):
     options = {"tolerance": 1e-4, "solver": Solver("rk4", steps=4, warp=2.0)}
     alone = pd.concat([score(flow, atoms, **options) for atoms in stretched], ignore_index=True)
     pd.testing.assert_frame_equal(score(flow, stretched, **options), alone, rtol=1e-10)
-    assert score(flow, stretched, **(options | {"tolerance": 1e-9})).nfe.min() > alone.nfe.min()
+    assert score(flow, stretched, **(options | {"tolerance": 1e-14})).nfe.min() > alone.nfe.min()
 
 
 def test_conformers_share_their_noise(make_flow):
@@ -266,7 +268,8 @@ def test_hutchinson_agrees_with_the_exact_trace_within_its_error(make_flow):
 def test_hutchinson_is_unbiased_for_one_draw_of_a_bound(make_flow):
     flow, atoms = make_flow("joint", layers=1).double(), molecule("CH4")
     gaps = [
-        values(flow, atoms, trace="hutchinson", probes=8, seed=seed, draws=1)[0] - values(flow, atoms, seed=seed, draws=1)[0]
+        values(flow, atoms, trace="hutchinson", probes=8, seed=seed, draws=1)[0]
+        - values(flow, atoms, seed=seed, draws=1)[0]
         for seed in range(8)
     ]
     assert abs(np.mean(gaps)) < 4.5 * np.std(gaps, ddof=1) / math.sqrt(len(gaps))

@@ -1,0 +1,531 @@
+"""The trainer: it learns, it resumes to the same numbers, it loses little to a kill, and it says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+
+from ase_enf.flow import SolverError
+from ase_enf.model import load, read_header
+from ase_enf.objectives import FlowMatching
+from ase_enf.train import Clipper, MoleculeSet, TrainConfig, TrainingError, schedule, train
+
+train_module = importlib.import_module("ase_enf.train")  # ase_enf.train is the function
+ROOT = Path(__file__).parents[1]
+TIMING = ("examples_per_s", "elapsed_s")
+
+
+def rattled(names: str, count: int, seed: int = 0) -> list[Atoms]:
+    """``count`` distorted copies of each molecule."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        for name in names.split():
+            atoms = molecule(name)
+            atoms.positions += 0.05 * rng.standard_normal(atoms.positions.shape)
+            result.append(atoms)
+    return result
+
+
+TRAIN, VALID = rattled("H2O CO2 NH3", 4), rattled("H2O CO2 NH3", 1, seed=1)
+
+
+def tiny(**fields) -> TrainConfig:
+    defaults = {
+        "hidden": 8, "layers": 2, "batch_size": 4, "steps": 8, "warmup": 2, "validation_size": 3, "validate_every": 3,
+        "checkpoint_every": 2, "log_every": 1, "device": "cpu", "ema": 0.9,
+    }  # fmt: skip
+    if fields.get("objective") == "nll":
+        defaults |= {"features": "given", "tolerance": 1e-2, "learning_rate": 1e-3}
+    return TrainConfig(**(defaults | fields))
+
+
+def log_of(folder) -> list[dict[str, str]]:
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+def state_of(folder) -> dict:
+    return torch.load(Path(folder) / "state.pt", weights_only=True)
+
+
+def equal(a, b) -> bool:
+    """Bitwise equality of nested containers of tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b or (a != a and b != b)
+
+
+def assert_same_run(first, second):
+    assert log_of(first) == log_of(second)
+    left, right = state_of(first), state_of(second)
+    for name in left.keys() - {"config", "elapsed"}:
+        assert equal(left[name], right[name]), name
+    for file in ("model.safetensors", "last.safetensors"):
+        states = [load(Path(folder) / file, "cpu").state_dict() for folder in (first, second)]
+        assert equal(*states), file
+
+
+def stop_at(monkeypatch, step: int, error: BaseException, where: str = "before"):
+    """Makes the run die at a step: before it, or in the middle of its bookkeeping."""
+    plain = train_module._Trainer._train_step
+
+    def dying(self, index):
+        if self.step == step and where == "before":
+            raise error
+        if self.step == step and where == "inside":
+            update = self.optimizer.step
+
+            def half():
+                update()
+                raise error
+
+            self.optimizer.step = half
+        plain(self, index)
+
+    monkeypatch.setattr(train_module._Trainer, "_train_step", dying)
+
+
+# Learning
+
+
+def test_flow_matching_lowers_its_loss(tmp_path):
+    config = tiny(steps=60, learning_rate=5e-3, validate_every=1000, checkpoint_every=1000, log_every=60)
+    rows = []
+    for steps in (1, 60):
+        flow = train(dataclasses.replace(config, steps=steps), TRAIN, VALID)
+        batch = MoleculeSet(TRAIN, flow.species, 3).batch(np.arange(12))
+        with torch.no_grad():
+            draws = [FlowMatching()(flow, batch, torch.Generator().manual_seed(s)).loss.item() for s in range(8)]
+        rows.append(np.mean(draws))
+    assert rows[1] < 0.85 * rows[0]
+
+
+def test_maximum_likelihood_raises_the_likelihood(tmp_path):
+    config = tiny(
+        objective="nll", steps=12, learning_rate=1e-2, warmup=1, out=str(tmp_path / "run"), checkpoint_every=99
+    )
+    train(config, TRAIN[::3], VALID[::3])
+    values = [float(row["value"]) for row in log_of(tmp_path / "run")]
+    assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.5
+
+
+def test_what_comes_back_is_the_best_average_in_evaluation_mode(tmp_path):
+    flow = train(tiny(out=str(tmp_path / "run")), TRAIN, VALID)
+    assert not flow.training and not any(p.requires_grad for p in flow.parameters())
+    kept = load(tmp_path / "run" / "model.safetensors", "cpu")
+    assert equal(flow.state_dict(), kept.state_dict())
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "config.json", "last.safetensors", "log.csv", "model.safetensors", "state.pt",
+    ]  # fmt: skip
+    provenance = read_header(tmp_path / "run" / "model.safetensors")["provenance"]
+    assert provenance["objective"] == "flow_matching" and provenance["molecules"] == 12
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["hidden"] == 8
+    rows = log_of(tmp_path / "run")
+    best = min(float(row["valid_nll"]) for row in rows if row["valid_nll"])
+    assert provenance["validation_nll"] <= best + 1e-4
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+
+
+def test_training_leaves_its_inputs_alone():
+    before = [a.copy() for a in TRAIN]
+    train(tiny(steps=1), TRAIN, VALID)
+    assert all(a == b and np.array_equal(a.positions, b.positions) for a, b in zip(TRAIN, before, strict=True))
+
+
+# Facts that come from the data
+
+
+def test_species_sizes_and_scales_come_from_the_data():
+    flow = train(tiny(steps=1), TRAIN, VALID)
+    assert flow.species == ("H", "C", "N", "O")
+    assert flow.config.sizes == {3: 8, 4: 4} and flow.config.compositions == {}
+    data = MoleculeSet(TRAIN, flow.species, 3)
+    encoded = flow.encode(data.batch(np.arange(12)), torch.zeros(12, 4, 5))
+    dimensions = 8 * 6 + 4 * 9
+    assert encoded.x.square().sum().item() == pytest.approx(dimensions, rel=1e-4)  # unit variance on the subspace
+    mean = encoded.h[encoded.mask].mean(dim=0)
+    assert mean[4].abs() < 1e-4  # charges; types lie at 1 and at 1 − softplus(1) instead of 0, where q's mean puts them
+    share = torch.tensor([20, 4, 4, 12]) / 40
+    assert torch.allclose(mean[:4], 0.3 * (1 - share) * (1 - math.log(1 + math.e)), atol=1e-4)
+    given = train(tiny(steps=1, features="given"), TRAIN, VALID)
+    assert given.config.compositions == {"CO2": 4, "H2O": 4, "H3N": 4}
+    positions = train(tiny(steps=1, features="none"), TRAIN, VALID)
+    assert positions.species == () and positions.config.flow_features == 0
+
+
+def test_one_element_alone_can_be_learned():
+    trimers = rattled("O3", 4)
+    assert train(tiny(steps=2), trimers, trimers).species == ("O",)
+
+
+def test_initial_weights_bring_their_model(tmp_path):
+    first = train(tiny(steps=2, features="given"), TRAIN, VALID)
+    first.save(tmp_path / "first.safetensors")
+    config = tiny(steps=1, learning_rate=1e-12, ema=0.0, initial=str(tmp_path / "first.safetensors"), hidden=99)
+    again = train(config, TRAIN, VALID)
+    assert again.config == first.config
+    for a, b in zip(again.parameters(), first.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    with pytest.raises(ValueError, match="F unknown to this model"):
+        train(config, [molecule("HF")], VALID)
+
+
+def test_a_size_only_validation_has_does_not_stop_the_search_for_the_best(tmp_path):
+    train(tiny(out=str(tmp_path / "run")), TRAIN, [*VALID, molecule("CH4")])
+    assert all(math.isfinite(float(row["valid_nll"])) for row in log_of(tmp_path / "run") if row["valid_nll"])
+
+
+# Batches
+
+
+def test_epoch_plan_covers_every_molecule_once_and_repeats_with_its_seed():
+    data = MoleculeSet(TRAIN + TRAIN[:1], ("H", "C", "N", "O"), 3)
+    plans = [data.epoch_plan(4, seed) for seed in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    for plan in plans:
+        assert sorted(np.concatenate(plan).tolist()) == list(range(13))
+        assert max(map(len, plan)) <= 4 and len(plan) == len(plans[0])
+        assert sum(len({int(data.sizes[k]) for k in index}) > 1 for index in plan) <= 1  # the leftovers alone mix sizes
+    assert all(np.array_equal(a, b) for a, b in zip(plans[0], plans[1], strict=True))
+    for other in plans[2:]:
+        assert any(len(a) != len(b) or (a != b).any() for a, b in zip(plans[0], other, strict=True))
+
+
+def test_gathered_batches_are_those_of_to_batch():
+    from ase_enf.molecules import to_batch
+
+    species = ("H", "C", "N", "O")
+    gathered = MoleculeSet(TRAIN, species, 3).batch(np.array([2, 0, 5]))
+    direct = to_batch([TRAIN[2], TRAIN[0], TRAIN[5]], species)
+    assert all(torch.equal(a, b) for a, b in zip(gathered, direct, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (lambda: [molecule("H2O"), Atoms("H")], "structure 1 (H): has 1 atom"),
+        (lambda: [Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.7]], pbc=True)], "structure 0 (H2): has periodic"),
+        (lambda: [], "training set is empty"),
+    ],
+)
+def test_bad_structures_are_named(bad, words):
+    with pytest.raises(ValueError) as caught:
+        train(tiny(), bad(), VALID)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_validation_is_checked_too():
+    with pytest.raises(ValueError, match="validation set is empty"):
+        train(tiny(), TRAIN, [])
+    with pytest.raises(ValueError, match=r"structure 0 \(HF\): element\(s\) F unknown"):
+        train(tiny(), TRAIN, [molecule("HF")])
+
+
+def test_two_dimensions_refuse_structures_off_the_plane():
+    with pytest.raises(ValueError, match=r"structure 0 .*leaves the xy plane"):
+        train(tiny(dimension=2, features="none"), [molecule("CH4")], [molecule("CH4")])
+
+
+# Interruption
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs, one an objective."""
+    runs = {}
+    for objective, steps in (("flow_matching", 8), ("nll", 5)):
+        folder = tmp_path_factory.mktemp(objective) / "run"
+        train(tiny(objective=objective, steps=steps, out=str(folder)), TRAIN, VALID)
+        runs[objective] = folder
+    return runs
+
+
+@pytest.mark.parametrize(("objective", "steps", "killed", "saved"), [("flow_matching", 8, 5, 4), ("nll", 5, 3, 3)])
+def test_a_killed_run_loses_only_the_work_since_its_save_and_resumes_to_the_same_numbers(
+    whole, tmp_path, monkeypatch, objective, steps, killed, saved
+):
+    """An error that no handler sees stands for the kill; the validation of step 3 saves as well."""
+    config = tiny(objective=objective, steps=steps, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="kill"):
+        stop_at(patch, killed, RuntimeError("kill -9"))
+        train(config, TRAIN, VALID)
+    assert state_of(tmp_path / "run")["step"] == saved
+    torch.manual_seed(1234)  # what a fresh process would not know
+    train(config, TRAIN, VALID, resume=True)
+    assert_same_run(whole[objective], tmp_path / "run")
+
+
+@pytest.mark.parametrize(("where", "saved"), [("before", 5), ("inside", 4)])
+def test_control_c_saves_what_is_whole(whole, tmp_path, monkeypatch, where, saved):
+    config = tiny(out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5, KeyboardInterrupt(), where)
+        train(config, TRAIN, VALID)
+    assert state_of(tmp_path / "run")["step"] == saved
+    train(config, TRAIN, VALID, resume=True)
+    assert_same_run(whole["flow_matching"], tmp_path / "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole["flow_matching"], tmp_path / "run")
+    train(tiny(out=str(tmp_path / "run")), TRAIN, VALID, resume=True)
+    assert_same_run(whole["flow_matching"], tmp_path / "run")
+
+
+def test_a_time_limit_stops_and_leaves_the_rest_for_later(whole, tmp_path):
+    config = tiny(out=str(tmp_path / "run"), time_limit=1e-9)
+    train(config, TRAIN, VALID)
+    assert state_of(tmp_path / "run")["step"] == 1
+    train(dataclasses.replace(config, time_limit=None), TRAIN, VALID, resume=True)
+    assert log_of(tmp_path / "run") == log_of(whole["flow_matching"])
+    assert equal(state_of(tmp_path / "run")["model"], state_of(whole["flow_matching"])["model"])
+
+
+def test_seeds_matter(whole):
+    other = train(tiny(seed=1), TRAIN, VALID)
+    assert not equal(other.state_dict(), load(whole["flow_matching"] / "model.safetensors", "cpu").state_dict())
+
+
+def test_an_existing_run_is_not_overwritten(whole):
+    before = (whole["flow_matching"] / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; resume it, or choose another folder"):
+        train(tiny(out=str(whole["flow_matching"])), TRAIN, VALID)
+    assert (whole["flow_matching"] / "state.pt").read_bytes() == before
+
+
+def test_resuming_needs_a_run_of_the_same_data(whole, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(tiny(out=str(tmp_path / "none")), TRAIN, VALID, resume=True)
+    with pytest.raises(ValueError, match=r"needs config\.out"):
+        train(tiny(), TRAIN, VALID, resume=True)
+    with pytest.raises(ValueError, match="another model or other data"):
+        train(tiny(out=str(whole["flow_matching"])), TRAIN[:6], VALID, resume=True)
+
+
+def test_every_folder_with_weights_can_be_resumed(tmp_path, monkeypatch):
+    """A first validation before the first checkpoint must not leave a run that can neither go on nor start anew."""
+    config = tiny(out=str(tmp_path / "run"), checkpoint_every=1000)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, 4, RuntimeError("kill -9"))
+        train(config, TRAIN, VALID)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    train(config, TRAIN, VALID, resume=True)
+    assert state_of(tmp_path / "run")["step"] == 8
+
+
+# Steps that fail
+
+
+def fail_on(monkeypatch, steps, failure):
+    plain = train_module._Trainer._train_step
+
+    def failing(self, index):
+        objective = self.stepper.objective
+        if self.step in steps:
+            self.stepper.objective = failure(objective)
+        plain(self, index)
+        self.stepper.objective = objective
+
+    monkeypatch.setattr(train_module._Trainer, "_train_step", failing)
+
+
+def _nan_loss(objective):
+    return lambda *a: objective(*a)._replace(loss=objective(*a).loss * math.nan)
+
+
+def _nan_gradient(objective):
+    def call(model, *a):
+        loss = objective(model, *a)
+        return loss._replace(
+            loss=loss.loss + 0.0 * next(model.parameters()).sum().sub(1e30).exp().log().clamp(-1).sqrt()
+        )
+
+    return call
+
+
+def _solver_fails(objective):
+    def call(*a):
+        raise SolverError("dopri5 failed")
+
+    return call
+
+
+class _Underflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("underflow in dt 0.0")
+
+
+def _adjoint_fails(objective):
+    return lambda *a: objective(*a)._replace(loss=_Underflow.apply(objective(*a).loss))
+
+
+@pytest.mark.parametrize("failure", [_nan_loss, _nan_gradient, _solver_fails, _adjoint_fails])
+def test_a_failing_step_is_skipped_and_counted(tmp_path, monkeypatch, failure):
+    fail_on(monkeypatch, {2, 3}, failure)
+    flow = train(tiny(out=str(tmp_path / "run"), validate_every=100, steps=6), TRAIN, VALID)
+    rows = log_of(tmp_path / "run")
+    assert [int(row["skipped"]) for row in rows] == [0, 0, 1, 2, 2, 2]
+    assert [math.isfinite(float(row["loss"])) for row in rows] == [True, True, False, False, True, True]
+    assert all(torch.isfinite(p).all() for p in flow.parameters())
+    assert int(state_of(tmp_path / "run")["ema"]["n_averaged"]) == 4
+
+
+def test_steps_that_keep_failing_end_the_run_with_a_remedy(monkeypatch):
+    fail_on(monkeypatch, range(1000), _nan_loss)
+    with pytest.raises(TrainingError, match=r"20 steps in a row .*lower learning_rate \(now 0\.001\)"):
+        train(tiny(steps=100), TRAIN, VALID)
+
+
+def test_a_validation_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    plain, calls = train_module._validation_nll, []
+
+    def once(*a):
+        calls.append(a)
+        if len(calls) == 1:
+            raise SolverError("dopri5 failed")
+        return plain(*a)
+
+    monkeypatch.setattr(train_module, "_validation_nll", once)
+    train(tiny(out=str(tmp_path / "run")), TRAIN, VALID)
+    values = [float(row["valid_nll"]) for row in log_of(tmp_path / "run") if row["valid_nll"]]
+    assert math.isnan(values[0]) and math.isfinite(values[1])
+    assert math.isfinite(state_of(tmp_path / "run")["best"])
+
+
+# Parts
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    values = [schedule(step, 100, 10) for step in range(101)]
+    assert values[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert max(values) == 1.0 and values[100] == pytest.approx(0.0)
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(0 < schedule(step, 3, 500) <= 1 for step in range(3))  # shorter than its warm-up
+
+
+def test_clipper_follows_recent_norms():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    clip = Clipper()
+
+    def push(size: float) -> float:
+        parameter.grad = torch.tensor([0.0, size])
+        return clip([parameter])
+
+    assert [push(1.0) for _ in range(10)] == [1.0] * 10
+    assert push(100.0) == pytest.approx(100.0)  # the norm before
+    assert parameter.grad.norm().item() == pytest.approx(1.5, rel=1e-4)  # 1.5 · mean + 2 · std
+    assert clip.norms[-1] == pytest.approx(1.5)
+    norms = list(clip.norms)
+    limit = 1.5 * np.mean(norms) + 2 * np.std(norms)
+    assert not math.isfinite(push(math.inf)) and list(clip.norms) == norms
+    push(1000.0)
+    assert parameter.grad.norm().item() == pytest.approx(limit, rel=1e-4)
+    assert list(Clipper(clip.norms).norms) == list(clip.norms)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"objective": "diffusion"}, "objective 'diffusion' is unknown; choose one of flow_matching, nll"),
+        ({"precision": "int8"}, "precision 'int8' is unknown"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
+        ({"learning_rate": math.nan}, "learning_rate=nan: must be positive"),
+        ({"ema": 1.0}, "ema=1.0: must be in [0, 1)"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"dequantizer": "learned"}, "collapses under flow matching"),
+        ({"objective": "nll", "compile": True}, "use compile=False"),
+    ],
+)
+def test_configuration_refuses_what_cannot_be_run(fields, words):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**fields)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"network": "gnn", "augment": True},
+        {"precision": "bf16"},
+        {"objective": "nll", "features": "joint", "dequantizer": "learned"},
+        {"objective": "nll", "features": "none", "adjoint": False},
+    ],
+)
+def test_combinations_run(fields):
+    flow = train(tiny(steps=2, validate_every=100, **fields), TRAIN[:6], VALID)
+    assert all(torch.isfinite(p).all() for p in flow.parameters())
+
+
+def test_global_settings_are_put_back():
+    precision = torch.get_float32_matmul_precision()
+    train(tiny(steps=1, precision="tf32"), TRAIN, VALID)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+# Several processes
+
+
+def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
+    """Each rank trains on its own share; the averaged weights and what they are made from agree bit for bit."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        import torch
+        torch.set_num_threads(1)
+        import importlib
+        t = importlib.import_module("ase_enf.train")
+        from test_train import TRAIN, VALID, tiny
+        plain, seen = t._Trainer._train_step, []
+        def watched(self, index):
+            seen.extend(index.tolist())
+            plain(self, index)
+            torch.save([p.detach().clone() for p in self.parameters], {str(tmp_path)!r} + f"/raw{{self.ranks.rank}}.pt")
+        t._Trainer._train_step = watched
+        flow = t.train(tiny(steps=3, validate_every=100, out={str(tmp_path / "run")!r}), TRAIN * 2, VALID)
+        flow.save({str(tmp_path)!r} + "/flow" + os.environ["RANK"] + ".safetensors")
+        torch.save(seen, {str(tmp_path)!r} + "/seen" + os.environ["RANK"] + ".pt")
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    raw, seen = (
+        [torch.load(tmp_path / f"{name}{k}.pt", weights_only=True) for k in (0, 1)] for name in ("raw", "seen")
+    )
+    assert equal(raw[0], raw[1])
+    assert equal(*(load(tmp_path / f"flow{k}.safetensors", "cpu").state_dict() for k in (0, 1)))
+    assert len(set(seen[0]) | set(seen[1])) == 24 and not set(seen[0]) & set(seen[1])
+    assert [int(row["step"]) for row in log_of(tmp_path / "run")] == [1, 2, 3]
+    assert state_of(tmp_path / "run")["world"] == 2
