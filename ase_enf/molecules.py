@@ -214,8 +214,9 @@ def canonical_order(atoms: Atoms) -> np.ndarray:
     """Returns the order (element, then distance to the centroid) in which noise is attached to atoms.
 
     Noise attached in this order makes a score independent of the order of atoms in the file. Ties, which symmetric
-    molecules have, are broken by the distances to all atoms and then by those to the atoms placed before, so that the
-    labelled structure is the same up to a rotation or reflection, whichever of the equivalent atoms comes first.
+    molecules have, are broken by the distances to all atoms and to those placed before; where several choices look alike
+    all are followed, and those are kept whose table of distances comes first. What is left over at the end is the same
+    structure up to a rotation or reflection.
 
     Args:
         atoms: One structure.
@@ -232,14 +233,21 @@ def canonical_order(atoms: Atoms) -> np.ndarray:
     radius = np.round(np.linalg.norm(centered, axis=1), ORDER_DECIMALS)
     distances = np.round(np.linalg.norm(centered[:, None] - centered[None], axis=-1), ORDER_DECIMALS)
     keys = [(int(z), r, *sorted(d)) for z, r, d in zip(atoms.numbers, radius, distances.tolist(), strict=True)]
+    place_of_key = {key: place for place, key in enumerate(sorted(set(keys)))}
+    classes = [place_of_key[key] for key in keys]
+    rows = distances.tolist()
+    orders: list[tuple[int, ...]] = [()]
+    for _ in atoms:
+        extended = {
+            (*order, atom): (classes[atom], *(rows[atom][placed] for placed in order))
+            for order in orders
+            for atom in range(len(atoms))
+            if atom not in order
+        }
+        first = min(extended.values())
+        orders = [order for order, key in extended.items() if key == first]
     rank = np.empty(len(atoms), dtype=int)
-    waiting = set(range(len(atoms)))
-    for place in range(len(atoms)):
-        first = min(waiting, key=lambda atom: keys[atom])
-        waiting.remove(first)
-        rank[first] = place
-        for atom in waiting:
-            keys[atom] = (*keys[atom], distances[first, atom])
+    rank[list(orders[0])] = np.arange(len(atoms))
     return rank
 
 

@@ -325,8 +325,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name):
+def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name, monkeypatch):
     words, expected = BAD[name]
+    if name.startswith(("folder of", "format of")):  # said before anything is computed
+        monkeypatch.delattr(ENF, "sample")
+        monkeypatch.delattr(ENF, "log_prob")
     before = set(os.listdir(here))
     assert run(*words) == 2
     said = capfd.readouterr()

@@ -144,7 +144,7 @@ FAKE = """
 
 ```bash
 git clone https://example.org/a && cd a
-python3 -m venv .venv && pip install -c constraints.txt '.[test]' && ase-enf --version
+python3 -m venv .venv && pip install -c constraints.txt '.[test]' && ase-enf --help
 python -m pytest   # the tests
 ```
 
@@ -189,7 +189,7 @@ def test_blocks_are_found_with_language_line_and_reason():
 
 def test_commands_leave_out_what_sets_up_an_environment():
     found = blocks(FAKE)
-    assert commands(found[0]) == ["ase-enf --version"]
+    assert commands(found[0]) == ["ase-enf --help"]
     assert [shlex.split(command) for command in commands(found[2])] == [
         ["ase-enf", "info", "--json", "nothing.safetensors", "||", "true"]
     ]
