@@ -130,9 +130,7 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
         raise ValueError(f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; train one on your elements")
     height = np.ptp(atoms.positions[:, 2])
     if dimension == 2 and height > COINCIDENT:
-        raise ValueError(
-            f"{name}: leaves the xy plane by {height:.3g} Å, but the model is two-dimensional; set z to 0"
-        )
+        raise ValueError(f"{name}: leaves the xy plane by {height:.3g} Å, but the model is two-dimensional; set z to 0")
     distance, i, j = closest_pair(atoms.positions)
     if distance < COINCIDENT:
         raise ValueError(f"{name}: atoms {i} and {j} lie on one point; remove the duplicate")

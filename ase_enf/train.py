@@ -641,7 +641,8 @@ def _backward(loss: Tensor) -> None:
     try:
         loss.backward()
     except AssertionError as error:
-        raise SolverError(f"the adjoint failed ({str(error).split(':')[0]}); lower tolerance or use adjoint=False") from None
+        reason = str(error).split(":")[0]
+        raise SolverError(f"the adjoint failed ({reason}); lower tolerance or use adjoint=False") from None
 
 
 def _validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:

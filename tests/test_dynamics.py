@@ -32,8 +32,8 @@ def state(mode, dtype):
         flowing, context = mode
         mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
         real = mask.unsqueeze(-1)
-        x = 1.5 * torch.randn(2, 5, n, dtype=dtype)
-        h, c = torch.randn(2, 5, flowing, dtype=dtype) * real, torch.randn(2, 5, context, dtype=dtype) * real
+        x = 1.5 * torch.randn(2, 5, n, dtype=torch.float64).to(dtype)
+        h, c = (torch.randn(2, 5, k, dtype=torch.float64).to(dtype) * real for k in (flowing, context))
         return torch.tensor(0.3, dtype=dtype), (x - masked_mean(x, mask)) * real, h, mask, c if context else None
 
     return build
@@ -101,12 +101,15 @@ def test_context_steers_the_velocity(dynamics, state, mode):
 @pytest.mark.parametrize("kind", ["egnn", "gnn"])
 def test_every_parameter_gets_a_gradient(dynamics, state, kind):
     field = dynamics(kind)
+    with torch.no_grad():  # where the tanh is not saturated
+        for parameter in field.parameters():
+            parameter.mul_(0.5)
     dx, dh = field(*state())
     (dx.square().sum() + dh.square().sum()).backward()
     for name, parameter in field.named_parameters():
         assert parameter.grad is not None, name
         if name == "network.out.bias" and kind == "gnn":  # pushes all atoms alike, which centring removes
-            assert torch.allclose(parameter.grad[:3], torch.zeros(3, dtype=parameter.dtype), atol=1e-6)
+            assert parameter.grad[:3].abs().max() < 1e-4
             continue
         assert parameter.grad.abs().sum() > 0, name
 

@@ -95,7 +95,7 @@ def test_feature_weight_weighs_the_features(make_flow, batch_of, methane):
     flow = make_flow("joint")
     batch = batch_of([methane], flow)
     losses = [FlowMatching(feature_weight=w)(flow, batch, seeded()).loss.item() for w in (0.0, 1.0, 2.0)]
-    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-9)
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-5)
     assert losses[1] > losses[0] > 0
 
 
