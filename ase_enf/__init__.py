@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ase_enf.train import TrainConfig as TrainConfig
     from ase_enf.train import train as train
 
-# Public name → module that defines it. `generate`, `score` and `train` are functions, although modules have those names.
+# Public name → module that defines it. `generate`, `score` and `train` are functions, though modules have those names.
 _PUBLIC = {
     "ENF": "model",
     "ENFCalculator": "calculator",
@@ -66,7 +66,10 @@ def __getattr__(name: str) -> Any:
     elif name == "__version__":
         from importlib import metadata
 
-        value = metadata.version("ase-enf")
+        try:
+            value = metadata.version("ase-enf")
+        except metadata.PackageNotFoundError:  # a source tree that is not installed
+            value = "unknown"
     else:
         raise AttributeError(f"module 'ase_enf' has no attribute {name!r}")
     globals()[name] = value

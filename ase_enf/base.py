@@ -49,7 +49,9 @@ def feature_log_prob(z: Tensor, mask: Tensor) -> Tensor:
     return -0.5 * z.square().sum(dim=(1, 2)) - 0.5 * count * LOG_2PI
 
 
-def sample_latent(rng: np.random.Generator, n_atoms: int, dimension: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+def sample_latent(
+    rng: np.random.Generator, n_atoms: int, dimension: int, features: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one latent molecule: a Gaussian projected on the zero-mean subspace, and Gaussian features.
 
     Args:

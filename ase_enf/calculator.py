@@ -12,8 +12,7 @@ from ase.calculators.calculator import CalculationFailed, Calculator, Calculator
 from torch import Tensor
 
 from ase_enf import base, divergence
-from ase_enf.flow import Solver, SolverError
-from ase_enf.generate import resolve_solver
+from ase_enf.flow import Solver, SolverError, resolve_solver
 from ase_enf.model import ENF
 from ase_enf.molecules import to_batch
 
@@ -27,7 +26,9 @@ class EnergyAndForces(NamedTuple):
     gradient: np.ndarray  # (M, n), nats / Å
 
 
-def log_likelihood_gradient(flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, panels: int = 2) -> EnergyAndForces:
+def log_likelihood_gradient(
+    flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, panels: int = 2
+) -> EnergyAndForces:
     """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
 
     The exact trace, the mean of q and a fixed-step solver make it a smooth function of the positions that is invariant
@@ -59,7 +60,9 @@ def log_likelihood_gradient(flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SO
         total = _log_likelihood(flow, batch._replace(positions=positions), solver, panels)
         (gradient,) = torch.autograd.grad(total, positions)
     if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
-        raise SolverError(f"log-likelihood of {atoms.get_chemical_formula()} is not finite; move its atoms apart or use more steps")
+        raise SolverError(
+            f"log-likelihood of {atoms.get_chemical_formula()} is not finite; move its atoms apart or use more steps"
+        )
     return EnergyAndForces(float(total.detach()), gradient[0].cpu().double().numpy())
 
 
@@ -79,7 +82,7 @@ class ENFCalculator(Calculator):
     it. It is *not* a potential energy: a flow trained on relaxed structures gives a sharp well around each of them, and
     absolute values mean something within one composition only. ``ase.io.write`` stores it as ``energy``.
 
-    ``results`` also hold ``log_likelihood`` (nats), which ASE's writers drop; ``ase_enf.annotate`` keeps it in ``info``.
+    ``results`` also hold ``log_likelihood`` (nats), which ASE's writers drop; ``ase_enf.annotate`` puts it in ``info``.
 
     Args:
         flow: A flow, as of ``ase_enf.load``; float64 (``load(..., dtype="float64")``) for forces to rounding.
@@ -105,15 +108,28 @@ class ENFCalculator(Calculator):
     discard_results_on_any_change = True  # set(kT=...) asks for new energies
 
     def __init__(
-        self, flow: ENF, kT: float = 0.0257, solver: str | Solver | None = None, steps: int | None = None  # noqa: N803
+        self,
+        flow: ENF,
+        kT: float = 0.0257,
+        solver: str | Solver | None = None,
+        steps: int | None = None,  # noqa: N803
     ) -> None:
         self._flow = flow
         self._solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
         if self._solver.adaptive:
-            raise CalculatorSetupError(f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint")
+            raise CalculatorSetupError(
+                f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint"
+            )
         if not kT > 0:
             raise CalculatorSetupError(f"kT={kT}: must be a positive energy in eV")
         super().__init__(kT=float(kT), model=flow.name, solver=self._solver.method, steps=self._solver.steps)
+
+    def set(self, **settings: Any) -> dict[str, Any]:
+        """Changes kT; anything else takes a new calculator."""
+        fixed = set(settings) - {"kT"} if hasattr(self, "parameters") and self.parameters else set()
+        if fixed:
+            raise CalculatorSetupError(f"{sorted(fixed)[0]} is fixed; make a new ENFCalculator for another")
+        return super().set(**settings)
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
 TABLES = (".csv", ".json", ".md")
+PICTURES = (".png", ".pdf", ".svg")
 _USAGE, _INTERRUPTED = 2, 130
 
 
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except _user_errors() as error:
-            _say(f"error: {' '.join(str(error).split())}")
+            remedy = "; lower --batch-size" if type(error).__name__ == "OutOfMemoryError" else ""
+            _say(f"error: {' '.join(str(error).split())}{remedy}")
             return _USAGE
     return 0
 
@@ -58,12 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that tell a user what to do; anything else is a defect and keeps its traceback."""
     from ase.calculators.calculator import CalculatorError
+    from torch import OutOfMemoryError
 
     from ase_enf.flow import SolverError
     from ase_enf.generate import GenerationError
     from ase_enf.train import TrainingError
 
-    return (ValueError, TypeError, OSError, CalculatorError, SolverError, GenerationError, TrainingError)
+    return (
+        ValueError,
+        TypeError,
+        OSError,
+        CalculatorError,
+        SolverError,
+        GenerationError,
+        TrainingError,
+        OutOfMemoryError,
+    )
 
 
 def _say(text: str) -> None:
@@ -84,7 +97,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(training: bool) -> argparse.ArgumentParser:
     """Builds the parser; the options of training are those of TrainConfig, which costs an import of torch."""
-    parser = _Parser(prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules.")
+    parser = _Parser(
+        prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules."
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
@@ -106,7 +121,9 @@ class _Version(argparse.Action):
 
 
 def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     command.set_defaults(run=run)
     return command
 
@@ -119,7 +136,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) -> None:
     command.add_argument("--seed", type=int, default=0, help=f"seed of the {what}")
-    command.add_argument("--solver", default=None, help="dopri5, rk4, midpoint, euler; a fixed-step default when left out")
+    command.add_argument(
+        "--solver", default=None, help="dopri5, rk4, midpoint, euler; a fixed-step default when left out"
+    )
     command.add_argument("--steps", type=int, default=None, help="fixed steps")
     command.add_argument("--batch-size", type=int, default=batch_size, help="structures computed together")
 
@@ -139,7 +158,9 @@ def _add_score(commands: Any) -> None:
     command = _command(commands, "score", "Log-likelihood of structures, nats.", _score)
     _add_model(command)
     command.add_argument("structures", help="any file ASE reads; all its images are scored")
-    command.add_argument("-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures")
+    command.add_argument(
+        "-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures"
+    )
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
     command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
@@ -149,7 +170,9 @@ def _add_score(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     command = _command(commands, "evaluate", "Stability, validity, uniqueness and novelty of structures.", _evaluate)
     command.add_argument("structures", help="any file ASE reads")
-    command.add_argument("--reference", default=None, help="qm9, a file of SMILES (.smi, .txt), or a file of structures")
+    command.add_argument(
+        "--reference", default=None, help="qm9, a file of SMILES (.smi, .txt), or a file of structures"
+    )
     command.add_argument("-o", "--output", default=None, help=".json, .csv or .md")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 structures")
     command.add_argument("--histogram", default=None, metavar="PNG", help="distances against the reference's")
@@ -178,10 +201,11 @@ def _train_fields() -> list[tuple[str, type, Any, str]]:
 
     hints = typing.get_type_hints(TrainConfig)
     described = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", TrainConfig.__doc__ or "", re.MULTILINE))
+    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in described.items()}
     return [
-        (field.name, _plain_type(hints[field.name]), field.default, " ".join(described.get(field.name, "").split()).replace("%", "%%"))
+        (field.name, _plain_type(hints[field.name]), field.default, texts.get(field.name, ""))
         for field in dataclasses.fields(TrainConfig)
-    ]  # fmt: skip
+    ]
 
 
 def _plain_type(hint: Any) -> type:
@@ -193,19 +217,19 @@ def _plain_type(hint: Any) -> type:
 
 def _add_info(commands: Any) -> None:
     command = _command(commands, "info", "What a model is and how it was trained.", _info)
-    command.add_argument("model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out")
+    command.add_argument(
+        "model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out"
+    )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ase_enf.files import require_folder
     from ase_enf.generate import igenerate
     from ase_enf.io import check_output, write_structures
     from ase_enf.model import load
 
-    check_output(options.output)
-    if options.gallery:
-        require_folder(options.gallery)
+    check_output(options.output, options.n)
+    _check_picture(options.gallery)
     if options.n < 1:
         raise ValueError(f"n={options.n}: must be at least 1")
     flow = load(options.model, device=_own_device(options.device), dtype=options.dtype)
@@ -255,7 +279,8 @@ def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.I
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    # The first process waits for the last one, however long that takes.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     try:
         parts: list[list[Atoms]] | None = [[] for _ in range(world)] if rank == 0 else None
         dist.gather_object(list(stream), parts)
@@ -282,21 +307,24 @@ def _score(options: argparse.Namespace) -> None:
     table = score(flow, atoms, **{name: getattr(options, name) for name in names})
     if not options.output:
         print(table.to_csv(index=False), end="")
-        return
-    if suffix in TABLES:
+    elif suffix in TABLES:
         _write_table(table, options.output)
     else:
         write_structures(options.output, with_scores(atoms, table, flow.name))
-    _say(f"wrote {len(table)} scores to {options.output}")
+    if options.output:
+        _say(f"wrote {len(table)} scores to {options.output}")
+    if table.log_likelihood.isna().any():
+        raise ValueError("not every structure could be scored; see the warning above")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from ase_enf import metrics, plot
     from ase_enf.files import require_folder
 
-    for path in (options.output, options.gallery, options.histogram):
-        if path:
-            require_folder(path)
+    if options.output:
+        require_folder(options.output)
+    for picture in (options.gallery, options.histogram):
+        _check_picture(picture)
     if options.output and Path(options.output).suffix not in TABLES:
         raise ValueError(f"{options.output}: a report is written as {', '.join(TABLES)}; choose one of these endings")
     if options.histogram and not options.reference:
@@ -328,7 +356,7 @@ def _reference(name: str) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from ase_enf.train import BEST_FILE, CONFIG_FILE, STATE_FILE, TrainConfig, train
+    from ase_enf.train import BEST_FILE, CONFIG_FILE, RESUME_MAY_CHANGE, STATE_FILE, TrainConfig, train
 
     if options.resume:
         if options.data or options.valid:
@@ -336,7 +364,13 @@ def _train(options: argparse.Namespace) -> None:
         folder = Path(options.resume)
         saved = _read_json(folder / CONFIG_FILE)
         sources = _read_json(folder / DATA_FILE)
-        config = TrainConfig(**{**saved, "out": str(folder), "time_limit": options.time_limit})
+        changed = {
+            name: getattr(options, name) for name, _, default, _ in _train_fields() if getattr(options, name) != default
+        }
+        fixed = [name for name in changed if name not in RESUME_MAY_CHANGE]
+        if fixed:
+            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed; leave it out")
+        config = TrainConfig(**{**saved, "time_limit": None, **changed, "out": str(folder)})
     else:
         if not options.data or not (options.valid or options.qm9_split):
             raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
@@ -357,8 +391,8 @@ def _train(options: argparse.Namespace) -> None:
             (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
     model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
     if main_process:
-        nll = model.provenance["validation_nll"]
-        _say(f"validation NLL {nll:.3f} nats after {model.provenance['step']} steps; weights in {config.out}/model.safetensors")
+        nll, step = model.provenance["validation_nll"], model.provenance["step"]
+        _say(f"validation NLL {nll:.3f} nats at step {step}; weights in {config.out}/model.safetensors")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -423,6 +457,14 @@ def _write_table(table: pd.DataFrame, output: str) -> None:
         text = header + "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     with atomic_write(output) as handle:
         handle.write(text.encode())
+
+
+def _check_picture(path: str | None) -> None:
+    """Raises before any work if a picture could not be written there."""
+    from ase_enf.files import require_folder
+
+    if path and require_folder(path).suffix not in PICTURES:
+        raise ValueError(f"{path}: a picture is written as {', '.join(PICTURES)}; choose one of these endings")
 
 
 def _draw_gallery(atoms: Sequence[Atoms], path: str) -> None:

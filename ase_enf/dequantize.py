@@ -43,7 +43,10 @@ def lift_types(u: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
     threshold = (u * types).sum(dim=-1, keepdim=True)
     others = 1.0 - types
     gap = threshold - u
-    lifted = u * types + (threshold - F.softplus(gap)) * others
+    below = torch.minimum(
+        threshold - F.softplus(gap), torch.nextafter(threshold.detach(), threshold.detach() - 1.0)
+    )  # no tie by rounding
+    lifted = u * types + below * others
     return lifted, F.logsigmoid(gap) * others
 
 
@@ -57,7 +60,9 @@ def lift_charges(u: Tensor, charges: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         h̃, shape (B, M, 1), and log|∂h̃/∂u|, shape (B, M, 1).
     """
-    return charges + torch.sigmoid(u), F.logsigmoid(u) + F.logsigmoid(-u)
+    # Rounding must not carry the sum to the next integer.
+    lifted = torch.minimum(charges + torch.sigmoid(u), torch.nextafter(charges + 1.0, charges))
+    return lifted, F.logsigmoid(u) + F.logsigmoid(-u)
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,7 @@ def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FixedQ(nn.Module):
-    """q(h̃|h) without parameters: Gaussian scores around the one-hot type, narrow noise around the middle of the interval.
+    """q(h̃|h) without parameters: Gaussian scores around the one-hot type, narrow noise in the middle of the interval.
 
     Its noise does not shrink during training, which is what flow matching needs (a learned q would collapse under a
     regression loss).

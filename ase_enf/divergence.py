@@ -34,7 +34,9 @@ def _directional(
         return torch.zeros(y[0].shape[0], dtype=y[0].dtype, device=y[0].device)
     inputs = [t for t in y if t.numel()]
     outputs, weights = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(outputs, inputs, weights, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    grads = torch.autograd.grad(
+        outputs, inputs, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
     directions = [w for t, w in zip(y, v, strict=True) if t.numel()]
     terms = [(g * w).sum(dim=(1, 2)) for g, w in zip(grads, directions, strict=True) if g is not None]
     return torch.stack(terms).sum(dim=0) if terms else torch.zeros_like(y[0][:, 0, 0])
@@ -52,8 +54,8 @@ def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[T
 def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Divergence:
     """Trace of the Jacobian, one reverse pass for each of the M (n + F) directions.
 
-    Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are given in the ambient space; because the field has no mean and
-    does not see one, the ambient trace is the trace on the zero-mean subspace (eq. 10).
+    Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are given in the ambient space; because the field has no mean, the
+    ambient trace is the trace on the zero-mean subspace (eq. 10): Tr P J P = Tr P J = Tr J for a projected field.
 
     The directions of all molecules go together: atoms of different molecules never interact.
 
@@ -86,14 +88,20 @@ def _diagonal_sum(out: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     """Returns Σ_k ∂out_k/∂y_k for each molecule, shape (B,)."""
     size, atoms, components = y.shape
     directions = torch.eye(atoms * components, dtype=y.dtype, device=y.device).view(-1, 1, atoms, components)
-    # Small molecules are bound by the number of calls, large ones by memory traffic: as many directions together as fit.
+    # Small molecules are bound by the number of calls, large ones by memory: as many directions together as fit.
     chunk = max(1, VECTORISED_PAIRS // (size * atoms * atoms))
     total = torch.zeros(size, dtype=y.dtype, device=y.device)
     for v in directions.split(chunk):
         v = v.expand(-1, size, -1, -1)
         (grad,) = torch.autograd.grad(
-            out, y, v if chunk > 1 else v[0], is_grads_batched=chunk > 1, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )  # fmt: skip
+            out,
+            y,
+            v if chunk > 1 else v[0],
+            is_grads_batched=chunk > 1,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
         if grad is None:  # out does not depend on y
             return total
         total = total + (grad * v).sum(dim=(0, 2, 3))

@@ -56,3 +56,19 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def brief(error: Exception) -> str:
+    """Returns the kind of an error with the first line of what it says, for messages of one line.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        ``"Kind: message"``.
+
+    Example:
+        >>> brief(EOFError("cut"))
+        'EOFError: cut'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -14,7 +14,6 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
 
 # (t, x, h) → (dx, dh), mask and context bound by closure.
@@ -25,7 +24,8 @@ TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 # An interval of the quadrature.
 Panel = tuple[float, float]
 
-ADAPTIVE = ("dopri5", "dopri8", "bosh3")
+# Not dopri8 and bosh3: torchdiffeq interpolates their last step, which costs them all digits beyond the fifth.
+ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
 
 # Gauss-Kronrod 7-15 on [−1, 1] (QUADPACK's qk15): nodes ≥ 0 in falling order, Kronrod weights, Gauss weights of the
@@ -47,7 +47,10 @@ _GAUSS_WEIGHTS = (
 
 
 class SolverError(RuntimeError):
-    """The solver could not integrate: the step underflowed or the state left the finite numbers."""
+    """The adaptive solver could not integrate: its step underflowed or the state left the finite numbers.
+
+    Fixed steps carry a non-finite state to the end; whoever asked for them looks at the result.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Solver:
     """How an ODE is integrated.
 
     Args:
-        method: "dopri5" (adaptive; also "dopri8", "bosh3") or "rk4", "midpoint", "euler" (fixed steps).
+        method: "dopri5" (adaptive) or "rk4", "midpoint", "euler" (fixed steps).
         steps: Number of fixed steps; ignored by adaptive methods.
         rtol: Relative tolerance of adaptive methods.
         atol: Absolute tolerance of adaptive methods.
@@ -89,9 +92,40 @@ class Solver:
         """Whether the method chooses its own steps."""
         return self.method in ADAPTIVE
 
+    def __str__(self) -> str:
+        if self.adaptive:
+            return f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
+        return f"{self.method}, {self.steps} steps, warp {self.warp:g}"
+
     def grid(self) -> Tensor:
         """Returns the fixed times, shape (steps + 1,), float64."""
         return torch.linspace(0.0, 1.0, self.steps + 1, dtype=torch.float64) ** self.warp
+
+
+def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
+    """Turns a name, a number of steps or nothing into a ``Solver``.
+
+    Raises:
+        ValueError: For an unknown method, or steps for an adaptive one.
+
+    Example:
+        >>> resolve_solver(None, 10, Solver("midpoint")).steps
+        10
+    """
+    if isinstance(solver, Solver):
+        if steps is not None:
+            raise ValueError(f"steps={steps}: the given Solver already says {solver.steps}; leave one of them out")
+        return solver
+    chosen = Solver(
+        method=solver or default.method,
+        steps=default.steps if steps is None else steps,
+        rtol=default.rtol,
+        atol=default.atol,
+        warp=default.warp,
+    )
+    if steps is not None and chosen.adaptive:
+        raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
+    return chosen
 
 
 class Transformed(NamedTuple):
@@ -100,7 +134,7 @@ class Transformed(NamedTuple):
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
     ladj: Tensor  # (B,), ∫ Tr J dt in the direction of travel, nats; zeros when no trace was asked for
-    error: Tensor  # (B,), estimated integration error of ladj, nats
+    error: Tensor  # (B,), estimated error of the quadrature of ladj (not of the path), nats
     samples: Tensor  # (P, B), ladj by each probe alone; (1, B) for an exact trace
     by_panel: Tensor  # (N, P, B), what each panel of the quadrature adds to samples
     panel_error: Tensor  # (N, B), what each panel adds to error
@@ -159,7 +193,7 @@ class ContinuousFlow:
     """The flow of a velocity field between t = 0 (data) and t = 1 (latent) (eq. 7).
 
     Likelihoods solve for the state alone and integrate the trace by quadrature along the solved path: the trace does
-    not feed back into the state, so it is needed at a few nodes only, and two orders of the rule give an error estimate.
+    not feed back into the state, so it is needed at a few nodes only, and two orders of the rule estimate the error.
 
     Args:
         velocity: ``(t, x, h) → (dx, dh)``; x (B, M, n), h (B, M, F).
@@ -169,6 +203,7 @@ class ContinuousFlow:
     Example:
         A linear field has a known flow: dx/dt = a x gives x(1) = eᵃ x(0) and ladj = a (M − 1) n on the subspace.
 
+        >>> from ase_enf import divergence
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
         >>> x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         >>> velocity = lambda t, x, h: (0.5 * (x - x.mean(1, keepdim=True)), h)
@@ -239,7 +274,9 @@ class ContinuousFlow:
         values = torch.stack(samples).double()  # (Q, P, B)
         direction = 1.0 if start < end else -1.0
         by_panel, gauss_by_panel = (
-            (values * (direction * weight * speed).to(x.device)[:, None, None]).unflatten(0, (len(panels), -1)).sum(dim=1)
+            (values * (direction * weight * speed).to(x.device)[:, None, None])
+            .unflatten(0, (len(panels), -1))
+            .sum(dim=1)
             for weight in (kronrod, gauss)
         )
         panel_error = (by_panel - gauss_by_panel).mean(dim=1).abs()  # of the mean over probes
@@ -257,7 +294,8 @@ class ContinuousFlow:
     ) -> Regularised:
         """Takes data to latent space with trace and regularisers inside the solver, differentiable for training.
 
-        kinetic = ∫ ‖f‖² dt and jacobian = ∫ ‖vᵀ J‖² dt (Finlay et al. 2020), with one probe v for the whole solve.
+        kinetic = ∫ ‖f‖² dt and jacobian = ∫ ‖vᵀ J‖² dt (Finlay et al. 2020), with one probe v for the whole solve. The
+        tolerance is met on average over the batch, which is faster; likelihoods that are reported use :meth:`forward`.
 
         Args:
             x: Positions, shape (B, M, n).
@@ -336,6 +374,7 @@ class ContinuousFlow:
         except AssertionError as error:  # torchdiffeq asserts on underflow of dt and on non-finite values
             reason = str(error).split(":")[0]  # what follows is a whole tensor
             raise SolverError(
-                f"{self.solver.method} failed ({reason}); loosen rtol/atol (now {self.solver.rtol:g}/{self.solver.atol:g}) "
+                f"{self.solver.method} failed ({reason}); loosen rtol and atol, now {self.solver.rtol:g} and "
+                f"{self.solver.atol:g}, "
                 "or use a fixed-step method such as rk4"
             ) from None

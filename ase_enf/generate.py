@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_enf import base
-from ase_enf.flow import Solver, SolverError
+from ase_enf.flow import Solver, SolverError, resolve_solver
 from ase_enf.model import ENF, resolve_device
 from ase_enf.molecules import COINCIDENT, Batch, closest_pair, formula_numbers, to_atoms
 
@@ -73,7 +73,7 @@ def generate(
 
     Returns:
         Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
-        ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose generated
+        ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose drawn
         charge is not that of their type).
 
     Raises:
@@ -125,32 +125,6 @@ def igenerate(
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress)
 
 
-def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
-    """Turns a name, a number of steps or nothing into a ``Solver``.
-
-    Raises:
-        ValueError: For an unknown method, or steps for an adaptive one.
-
-    Example:
-        >>> resolve_solver(None, 10, DEFAULT_SOLVER).steps
-        10
-    """
-    if isinstance(solver, Solver):
-        if steps is not None:
-            raise ValueError(f"steps={steps}: the given Solver already says {solver.steps}; leave one of them out")
-        return solver
-    chosen = Solver(
-        method=solver or default.method,
-        steps=default.steps if steps is None else steps,
-        rtol=default.rtol,
-        atol=default.atol,
-        warp=default.warp,
-    )
-    if steps is not None and chosen.adaptive:
-        raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
-    return chosen
-
-
 class _Sampler:
     """One request, checked, with everything that its molecules share."""
 
@@ -174,7 +148,9 @@ class _Sampler:
         self.compositions = _compositions(flow, n_atoms, formula)
         if n_atoms is not None and self.compositions is None and n_atoms not in flow.size_prior:
             seen = list(flow.size_prior.counts)
-            raise ValueError(f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw")
+            raise ValueError(
+                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw"
+            )
 
     def stream(self, indices: Sequence[int], progress: bool) -> Iterator[Atoms]:
         """Yields the molecules ``indices`` in order."""
@@ -186,7 +162,9 @@ class _Sampler:
                     redrawn += atoms.info["enf_attempts"] - 1
                     yield atoms
         if redrawn:
-            warnings.warn(f"{redrawn} of {len(indices) + redrawn} integrations failed and were drawn again", stacklevel=2)
+            warnings.warn(
+                f"{redrawn} of {len(indices) + redrawn} integrations failed and were drawn again", stacklevel=2
+            )
 
     def _window(self, indices: Sequence[int], bar: tqdm) -> list[Atoms]:
         done: dict[int, Atoms] = {}
@@ -209,14 +187,16 @@ class _Sampler:
                 f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
                 "use more steps, or train the model further"
             )
-        rng = np.random.default_rng((self.seed, index, attempt))
+        # Size and composition stay when the noise is drawn again: failures must not tilt them.
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
         config = self.flow.config
         numbers = None
         if self.compositions is not None:
             formulas, weights = self.compositions
             numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
         size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng)
-        return _Draft(index, attempt, numbers, *base.sample_latent(rng, size, config.dimension, config.flow_features))
+        noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
+        return _Draft(index, attempt, numbers, *base.sample_latent(noise, size, config.dimension, config.flow_features))
 
     def _same_size(self, drafts: list[_Draft]) -> Iterator[list[_Draft]]:
         for size in sorted({len(draft.x) for draft in drafts}):
@@ -262,15 +242,16 @@ class _Sampler:
         if self.flow.features != "joint":
             return [None] * len(molecules)
         charges = batch.charges[..., 0].cpu().numpy()
-        return [int((charge[: len(atoms)] != atoms.numbers).sum()) for charge, atoms in zip(charges, molecules, strict=True)]
+        return [
+            int((charge[: len(atoms)] != atoms.numbers).sum()) for charge, atoms in zip(charges, molecules, strict=True)
+        ]
 
     def _annotated(self, atoms: Atoms, draft: _Draft, mismatches: int | None) -> Atoms:
-        steps = "" if self.solver.adaptive else f"-{self.solver.steps}"
         atoms.info.update(
             enf_model=self.flow.name,
             enf_seed=self.seed,
             enf_index=draft.index,
-            enf_solver=f"{self.solver.method}{steps}",
+            enf_solver=str(self.solver),
             enf_attempts=draft.attempt + 1,
         )
         if mismatches is not None:
@@ -297,9 +278,14 @@ def _compositions(flow: ENF, n_atoms: int | None, formula: str | None) -> tuple[
         numbers = formula_numbers(formula)
         unknown = sorted(set(Formula(formula).count()) - set(flow.species))
         if unknown:
-            raise ValueError(f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(flow.species)}")
+            raise ValueError(
+                f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "
+                f"which knows {', '.join(flow.species)}"
+            )
         if n_atoms is not None and n_atoms != len(numbers):
-            raise ValueError(f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out")
+            raise ValueError(
+                f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out"
+            )
         if len(numbers) < 2:
             raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
         return [formula], np.ones(1)
@@ -310,4 +296,3 @@ def _compositions(flow: ENF, n_atoms: int | None, formula: str | None) -> tuple[
     if not kept:
         raise ValueError(f"n_atoms={n_atoms}: this model saw no composition of that size; give a formula")
     return list(kept), np.array(list(kept.values())) / sum(kept.values())
-

@@ -84,7 +84,9 @@ def pair_differences(x: Tensor) -> tuple[Tensor, Tensor]:
     return difference, difference.square().sum(dim=-1)
 
 
-def random_rotations(count: int, n: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def random_rotations(
+    count: int, n: int, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Draws Haar-distributed rotations by the QR decomposition of Gaussian matrices.
 
     The signs of R's diagonal are moved into Q, without which QR is not Haar (Mezzadri 2007, math-ph/0609050).

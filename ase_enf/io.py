@@ -19,7 +19,7 @@ _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed
 _STREAMED = (".extxyz", ".xyz")
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
+def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
     """Returns ``path`` if structures can be written there, before anything is computed for it.
 
     Raises:
@@ -39,8 +39,12 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         known = None
     if not path.suffix or known is None:
         raise ValueError(f"{path}: ASE knows no format of that ending; use .extxyz, .db, .traj or another")
+    if known.single and count > 1:
+        raise ValueError(f"{path}: the format {known.name} holds one structure, not {count}; use .extxyz or .db")
     if not known.can_write:
-        raise ValueError(f"{path}: ASE reads the format {known.name} of that ending but cannot write it; use .extxyz or .db")
+        raise ValueError(
+            f"{path}: ASE reads the format {known.name} of that ending but cannot write it; use .extxyz or .db"
+        )
     return path
 
 
@@ -48,8 +52,8 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
     """Writes structures in the format of the file's ending; the file appears when it is complete.
 
     ``.extxyz`` (and ``.xyz``, in the same extended format) keeps ``info`` and is written as the structures come.
-    ``.db`` becomes an ASE database whose rows have ``log_likelihood`` and its companions as keys, and all of ``info`` in
-    ``data["info"]``. Any other ending goes to ``ase.io.write``, which may drop ``info``.
+    ``.db`` becomes an ASE database whose rows have ``log_likelihood`` and its companions as keys and all of ``info``
+    in ``data["info"]``. Any other ending goes to ``ase.io.write``, which may drop ``info``.
 
     Args:
         path: Where to; an existing file is replaced.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ase.data import atomic_numbers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class ENFConfig:
     Args:
         features: "joint" (types and charges flow with the positions), "given" (types are the condition) or "none"
             (positions only).
-        species: Elements in the order of the one-hot columns; empty for "none".
+        species: Elements in the order of the one-hot columns; "none" has none and takes any.
         sizes: Counts of molecule sizes in the training set, the prior p_M.
         compositions: Counts of formulas (Hill) in the training set, from which "given" draws; else empty.
         dimension: Dimension n of space, 2 or 3.
@@ -72,7 +73,7 @@ class ENFConfig:
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)
-        set_field("species", tuple(self.species))
+        set_field("species", () if self.features == "none" else tuple(self.species))
         set_field("sizes", {int(size): int(count) for size, count in self.sizes.items()})
         set_field("compositions", dict(self.compositions))
         width = self.flow_features
@@ -86,6 +87,15 @@ class ENFConfig:
             raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
         if self.features != "none" and not self.species:
             raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
+        unknown = [symbol for symbol in self.species if symbol not in atomic_numbers]
+        if unknown or len(set(self.species)) < len(self.species):
+            raise ValueError(f"species {self.species}: must be different chemical symbols")
+        if min(self.hidden, self.layers) < 1:
+            raise ValueError(f"hidden={self.hidden}, layers={self.layers}: both must be at least 1")
+        if min(self.sizes, default=2) < 2:
+            raise ValueError(f"sizes: {min(self.sizes)} atom(s) have no density on centred positions; the least is 2")
+        if not all(math.isfinite(scale) and scale > 0 for scale in self.feature_scale):
+            raise ValueError(f"feature_scale {self.feature_scale}: all must be positive")
         if not (math.isfinite(self.position_scale) and self.position_scale > 0):
             raise ValueError(f"position_scale {self.position_scale}: must be a positive length in Å")
         if not len(self.feature_shift) == len(self.feature_scale) == width:
@@ -178,7 +188,7 @@ class ENF(nn.Module):
 
     @property
     def features(self) -> str:
-        """"joint", "given" or "none"."""
+        """ "joint", "given" or "none"."""
         return self.config.features
 
     @property
@@ -328,14 +338,18 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
     if text is None:
-        raise ValueError(f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save")
+        raise ValueError(
+            f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save"
+        )
     try:
         header = json.loads(text)
         newer = header.get("format", 0) > FORMAT_VERSION
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: has a damaged header ({error}); fetch or train it again") from None
     if newer:
-        raise ValueError(f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade")
+        raise ValueError(
+            f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade"
+        )
     return header
 
 
@@ -356,8 +370,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is unknown; choose auto, cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA device(s); use cpu or auto")
+        raise ValueError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA device(s); use cpu or auto"
+        )
     return chosen
 
 
@@ -374,7 +392,9 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known[name]
 
 
-def load(name_or_path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "float32") -> ENF:
+def load(
+    name_or_path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "float32"
+) -> ENF:
     """Loads a flow: a shipped name such as ``"qm9"``, or a path to ``.safetensors``.
 
     Nothing in the file is executed: tensors and JSON only.
@@ -400,7 +420,9 @@ def load(name_or_path: str | os.PathLike[str], device: str | torch.device = "aut
         model.load_state_dict(state, strict=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again") from None
+        raise ValueError(
+            f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"
+        ) from None
     model.name = path.stem
     return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
 

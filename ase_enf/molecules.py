@@ -68,7 +68,9 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
     many = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     for index, item in enumerate(many):
         if not isinstance(item, Atoms):
-            raise TypeError(f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read")
+            raise TypeError(
+                f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read"
+            )
     return many
 
 
@@ -119,15 +121,23 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
     """
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
     if atoms.pbc.any():
-        raise ValueError(f"{name}: has periodic boundaries {atoms.pbc.tolist()}; the flow has no cells, set atoms.pbc = False for a molecule")
+        raise ValueError(
+            f"{name}: has periodic boundaries {atoms.pbc.tolist()}; the flow has no cells, "
+            "set atoms.pbc = False for a molecule"
+        )
     if len(atoms) < 2:
         raise ValueError(f"{name}: has {len(atoms)} atom(s); a density on centred positions needs at least 2")
     if not np.isfinite(atoms.positions).all():
         bad = int(np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))[0])
-        raise ValueError(f"{name}: atom {bad} has non-finite coordinates {atoms.positions[bad].tolist()}; repair the input file")
+        raise ValueError(
+            f"{name}: atom {bad} has non-finite coordinates {atoms.positions[bad].tolist()}; repair the input file"
+        )
     unknown = sorted(set(atoms.symbols) - set(species)) if species else []
     if unknown:
-        raise ValueError(f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; train one on your elements")
+        raise ValueError(
+            f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; "
+            "train one on your elements"
+        )
     height = np.ptp(atoms.positions[:, 2])
     if dimension == 2 and height > COINCIDENT:
         raise ValueError(f"{name}: leaves the xy plane by {height:.3g} Å, but the model is two-dimensional; set z to 0")
@@ -165,7 +175,12 @@ def to_batch(
     """
     for index, item in enumerate(atoms):
         check_atoms(item, species, index, dimension)
-    width = max_atoms or max(len(item) for item in atoms)
+    if not atoms:
+        raise ValueError("no structures to convert; the list is empty")
+    largest = max(len(item) for item in atoms)
+    width = max_atoms or largest
+    if width < largest:
+        raise ValueError(f"max_atoms={max_atoms}: a structure has {largest} atoms; leave it out or raise it")
     column = {atomic_numbers[symbol]: k for k, symbol in enumerate(species)}
     positions = np.zeros((len(atoms), width, dimension))
     types = np.zeros((len(atoms), width, len(species)))
@@ -212,9 +227,9 @@ def canonical_order(atoms: Atoms) -> np.ndarray:
     """Returns the order (element, then distance to the centroid) in which noise is attached to atoms.
 
     Noise attached in this order makes a score independent of the order of atoms in the file. Ties, which symmetric
-    molecules have, are broken by the distances to all atoms and to those placed before; where several choices look alike
-    all are followed, and those are kept whose table of distances comes first. What is left over at the end is the same
-    structure up to a rotation or reflection.
+    molecules have, are broken by the distances to all atoms and to those placed before; where several choices look
+    alike all are followed, and those are kept whose table of distances comes first. What is left over at the end is
+    the same structure up to a rotation or reflection.
 
     Args:
         atoms: One structure.

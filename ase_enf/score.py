@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -12,13 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 from tqdm import tqdm
 
 from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
-from ase_enf.flow import Panel, Solver, TraceMethod, equal_panels
-from ase_enf.generate import resolve_solver
+from ase_enf.flow import Panel, Solver, TraceMethod, equal_panels, resolve_solver
 from ase_enf.model import ENF, resolve_device
 from ase_enf.molecules import COINCIDENT, canonical_order, check_atoms, one_or_many, to_batch
 
@@ -70,9 +71,10 @@ def score(
       log p(x, h, M) ≥ E log 1/K Σ_k p(x, h̃_k, M) / q(h̃_k | h), tighter in K (Burda et al. 2016; K = 1 is eq. 12).
 
     Positions are in Å and densities live on the zero-centre-of-mass subspace, so values compare within one
-    composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone: noise
-    (of q, of the probes) is attached to atoms in a canonical order and is the same for every row, so the order of atoms
-    does not matter and conformers share their noise.
+    composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone:
+    noise (of q, of the probes) is attached to atoms in a canonical order and is the same for every row, so the order of
+    atoms does not matter and conformers share their noise. (An adaptive solver chooses steps for a whole batch:
+    with one, a row depends on its batch mates at the level of the tolerance.)
 
     Args:
         flow: A flow, as of ``ase_enf.load``.
@@ -115,6 +117,12 @@ def score(
     scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, seed, tolerance, batch_size)
     scorer.solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
     estimates = scorer.run(many, sys.stderr.isatty() if progress is None else progress)
+    lost = [k for k, estimate in enumerate(estimates) if not math.isfinite(estimate.log_likelihood)]
+    if lost:
+        names = ", ".join(f"{k} ({many[k].get_chemical_formula()})" for k in lost[:5])
+        warnings.warn(
+            f"{len(lost)} structure(s) have no finite log-likelihood, structure {names}; use more steps", stacklevel=2
+        )
     rows = []
     for item, estimate in zip(many, estimates, strict=True):
         used = scorer.trace_of(len(item))
@@ -159,8 +167,10 @@ def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> li
 def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list[Atoms]:
     """Returns copies of ``atoms`` with the rows of ``table`` in their ``info``; see :func:`annotate`."""
     result = []
-    for item, row in zip(atoms, table.itertuples(), strict=True):
-        item = item.copy()
+    for original, row in zip(atoms, table.itertuples(), strict=True):
+        item = original.copy()
+        if isinstance(original.calc, SinglePointCalculator):  # energies read from a file, which copy leaves behind
+            item.calc = SinglePointCalculator(item, **original.calc.results)
         item.info["enf_log_likelihood"] = float(row.log_likelihood)
         if math.isfinite(row.stderr):
             item.info["enf_log_likelihood_stderr"] = float(row.stderr)
@@ -299,7 +309,8 @@ class _Scorer:
 
     def _draw(self, stream: int, place: int, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the noise of one place of the canonical order; more draws or atoms only add to it."""
-        return np.random.default_rng((self.seed, stream, place)).standard_normal(shape)
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(stream, place))
+        return np.random.default_rng(sequence).standard_normal(shape)
 
 
 def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float]:
@@ -338,16 +349,24 @@ def _check(flow: ENF, atoms: list[Atoms], trace: str, probes: int, draws: int, s
         raise ValueError("no structures to score; the input is empty")
     if trace not in TRACES:
         raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
-    for name, value, least in (("probes", probes, 1), ("draws", draws, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+    for name, value, least in (
+        ("probes", probes, 1),
+        ("draws", draws, 1),
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     for index, item in enumerate(atoms):
         check_atoms(item, flow.species, index)
-        if flow.config.dimension == 2 and np.ptp(item.positions[:, 2]) > COINCIDENT:  # as to_batch, which sees one batch
+        if (
+            flow.config.dimension == 2 and np.ptp(item.positions[:, 2]) > COINCIDENT
+        ):  # as to_batch, which sees one batch
             raise ValueError(f"structure {index}: leaves the xy plane, but the model is two-dimensional; set z to 0")
         if flow.features == "joint" and len(item) not in flow.size_prior:
             seen = list(flow.size_prior.counts)
             raise ValueError(
-                f"structure {index} ({item.get_chemical_formula()}): has {len(item)} atoms, a size this model never saw "
-                f"(sizes {seen[0]} to {seen[-1]}), so log p_M is minus infinity; score it with a features='given' model"
+                f"structure {index} ({item.get_chemical_formula()}): has {len(item)} atoms, a size this model never "
+                f"saw (sizes {seen[0]} to {seen[-1]}), so log p_M is minus infinity; "
+                "score it with a features='given' model"
             )

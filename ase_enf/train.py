@@ -1,4 +1,4 @@
-"""The trainer: one loop for every experiment, on CPU or GPU, resumable to the same numbers, with torchrun or without."""
+"""The trainer: one loop for every experiment, on CPU or GPU, resumable to the same numbers, alone or by torchrun."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections import Counter, deque
@@ -23,14 +24,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ase import Atoms
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ase_enf import divergence
-from ase_enf.files import atomic_write
+from ase_enf.files import atomic_write, brief
 from ase_enf.flow import Solver, SolverError
 from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
@@ -40,7 +41,19 @@ from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE, LOG_FILE = (
     "state.pt", "model.safetensors", "last.safetensors", "config.json", "log.csv",
 )  # fmt: skip
-LOG_COLUMNS = ("step", "epoch", "loss", "value", "valid_loss", "valid_nll", "lr", "grad_norm", "skipped", "examples_per_s", "elapsed_s")
+LOG_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "value",
+    "valid_loss",
+    "valid_nll",
+    "lr",
+    "grad_norm",
+    "skipped",
+    "examples_per_s",
+    "elapsed_s",
+)
 PRECISIONS = ("float32", "tf32", "bf16")
 # Separation of one-hot types (and spread of charges) inside the flow, against positions of unit variance: smaller
 # than one lets the positions be decided first on the way from noise to data.
@@ -48,6 +61,11 @@ FEATURE_SPREAD = 0.3
 # A run that skips this many steps in a row does not recover by itself.
 MAX_CONSECUTIVE_SKIPS = 20
 GRADIENT_HISTORY = 50
+# What may differ when a run is resumed; the rest decides which numbers come next.
+RESUME_MAY_CHANGE = (
+    "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "initial",
+    "out", "device", "precision", "compile",
+)  # fmt: skip
 
 
 class TrainingError(RuntimeError):
@@ -134,6 +152,11 @@ class TrainConfig:
         for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("warmup", "weight_decay", "regularisation", "seed", "validate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ValueError(f"time_limit={self.time_limit}: must be a positive number of hours")
         for name in ("learning_rate", "tolerance", "time_power"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
@@ -142,7 +165,9 @@ class TrainConfig:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: must be at least 1")
         if self.objective == "flow_matching" and self.dequantizer == "learned" and self.features == "joint":
-            raise ValueError("dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'")
+            raise ValueError(
+                "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'"
+            )
         if self.compile and self.objective == "nll":
             raise ValueError("compile=True fails under the second derivatives of objective='nll'; use compile=False")
 
@@ -167,14 +192,16 @@ class MoleculeSet:
         sizes = np.array([len(item) for item in atoms])
         numbers = np.concatenate([item.numbers for item in atoms])
         centered = [(xyz := item.positions[:, :dimension]) - xyz.mean(axis=0) for item in atoms]
-        column = np.zeros(int(numbers.max()) + 1, dtype=np.int64)
+        column = np.zeros(len(chemical_symbols), dtype=np.int64)
         for k, symbol in enumerate(species):
             column[atomic_numbers[symbol]] = k
         self.sizes = torch.from_numpy(sizes)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.positions = torch.from_numpy(np.concatenate(centered)).float()
         self.charges = torch.from_numpy(numbers).float().unsqueeze(-1)
-        self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[:, : len(species)]
+        self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[
+            :, : len(species)
+        ]
         self.compositions = Counter(item.symbols.formula.format("hill") for item in atoms)
 
     def __len__(self) -> int:
@@ -210,7 +237,7 @@ class MoleculeSet:
         return math.sqrt(float(self.positions.double().square().sum()) / dimensions)
 
     def feature_standardisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns shift and scale of (types, charge): zero mean, one-hot and charge spread by ``FEATURE_SPREAD``."""
+        """Returns shift and scale of (types, charge): about zero mean, spread by ``FEATURE_SPREAD``."""
         spread = float(self.charges.double().std()) or 1.0
         shift = [*self.types.double().mean(dim=0).tolist(), float(self.charges.double().mean()) + 0.5]
         return tuple(shift), (FEATURE_SPREAD,) * self.types.shape[-1] + (FEATURE_SPREAD / spread,)
@@ -230,7 +257,7 @@ class Clipper:
         """Clips in place and returns the norm before; a non-finite norm leaves the history alone."""
         limit = 1.5 * float(np.mean(self.norms)) + 2.0 * float(np.std(self.norms)) if self.norms else math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit if math.isfinite(limit) else 1e9))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:  # a history of zeros would clip everything to zero
             self.norms.append(min(norm, limit))
         return norm
 
@@ -294,7 +321,9 @@ def train(
     """
     with _distributed(config) as ranks, _float32_matmul(config.precision):
         keep_memory()
-        return _Trainer(config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress, source).run()
+        return _Trainer(
+            config, one_or_many(train_atoms), one_or_many(valid_atoms), resume, ranks, progress, source
+        ).run()
 
 
 class _Trainer:
@@ -326,8 +355,10 @@ class _Trainer:
         dimension = initial.config.dimension if initial else config.dimension
         self.data = MoleculeSet(train_atoms, species, dimension)
         self.valid = MoleculeSet(valid_atoms, species, dimension)
-        torch.manual_seed(config.seed)
-        self.model = (initial or ENF(self._model_config(species))).to(self.device).requires_grad_(True).train()
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
+            torch.manual_seed(config.seed)
+            model = initial or ENF(self._model_config(species))
+        self.model = model.to(self.device).requires_grad_(True).train()
         self.objective = self._objective()
         self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -344,6 +375,7 @@ class _Trainer:
         self.best, self.elapsed = math.inf, 0.0
         self.window: list[list[float]] = []
         self.best_weights: dict[str, Tensor] | None = None
+        self.best_provenance: dict[str, Any] = {}
         if state is not None:
             self._restore(state)
         self.stepper: nn.Module = _Step(self.model, self.objective)
@@ -357,6 +389,7 @@ class _Trainer:
         config = self.config
         started, before = time.monotonic(), self.elapsed
         total = self.total_steps
+        finished = self.step >= total
         bar = tqdm(total=total, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True)
         try:
             while self.step < total:
@@ -366,7 +399,9 @@ class _Trainer:
                     bar.update(1)
                     self._periodic(bar)
                     self.between_steps = True
-                    out_of_time = config.time_limit is not None and time.monotonic() - started > 3600 * config.time_limit
+                    out_of_time = (
+                        config.time_limit is not None and time.monotonic() - started > 3600 * config.time_limit
+                    )
                     if self.step >= total or self._any(out_of_time):
                         break
                 else:
@@ -378,7 +413,8 @@ class _Trainer:
             raise
         finally:
             bar.close()
-        self._validate()
+        if self.step >= total and not finished:  # stopped by the time limit, a run is not validated out of turn
+            self._log(self._validate())
         self._save_state()
         return self._result()
 
@@ -425,7 +461,7 @@ class _Trainer:
             finite, loss, value = False, torch.tensor(math.nan), torch.tensor(math.nan)
         self.between_steps = False
         norm = self.clip(self.parameters) if finite or self.ranks.world > 1 else math.nan
-        if math.isfinite(norm) and finite:
+        if math.isfinite(norm) and (finite or self.ranks.world > 1):  # the norm is the same on all ranks, the loss not
             self.optimizer.step()
             self.ema.update_parameters(self.model)
             self.consecutive_skips = 0
@@ -444,7 +480,7 @@ class _Trainer:
         config = self.config
         validate_every = config.validate_every or self.steps_per_epoch
         validated = self._validate() if self.step % validate_every == 0 and self.step < self.total_steps else None
-        if self.step % config.log_every == 0 or validated:
+        if self.step < self.total_steps and (self.step % config.log_every == 0 or validated):
             self._log(validated, bar)
         if self.step % config.checkpoint_every == 0 or validated:  # no best weights without a state to resume
             self._save_state()
@@ -458,7 +494,19 @@ class _Trainer:
         rate = self.config.learning_rate * schedule(self.step, self.total_steps, self.config.warmup)
         speed = self.step * self.config.batch_size * self.ranks.world / max(self.elapsed, 1e-9)
         valid_loss, valid_nll = validated or ("", "")
-        row = (self.step, self.step // self.steps_per_epoch, loss, value, valid_loss, valid_nll, rate, norm, self.skipped, speed, self.elapsed)
+        row = (
+            self.step,
+            self.step // self.steps_per_epoch,
+            loss,
+            value,
+            valid_loss,
+            valid_nll,
+            rate,
+            norm,
+            self.skipped,
+            speed,
+            self.elapsed,
+        )
         self.window.clear()
         if bar is not None:
             bar.set_postfix(loss=f"{loss:.4f}", **({"nll": f"{valid_nll:.2f}"} if validated else {}))
@@ -471,7 +519,9 @@ class _Trainer:
         if not self.ranks.main:
             return None
         model = self._averaged()
-        index = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(len(self.valid))[: self.config.validation_size])
+        index = torch.from_numpy(
+            np.random.default_rng(self.config.seed).permutation(len(self.valid))[: self.config.validation_size]
+        )
         index = index[self.valid.sizes[index].argsort(stable=True)]
         losses, nlls = [], []
         for k in range(0, len(index), self.config.batch_size):
@@ -487,15 +537,16 @@ class _Trainer:
         if self.best_weights is None or nll < self.best or not math.isfinite(self.best):
             self.best = nll
             self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            self.best_provenance = model.provenance = self._provenance()
             if self.out:
-                self._provenance_of(model).save(self.out / BEST_FILE)
+                model.save(self.out / BEST_FILE)
         return valid_loss, nll
 
     def _averaged(self) -> ENF:
         return self.ema.module.eval()
 
-    def _provenance_of(self, model: ENF) -> ENF:
-        model.provenance = {
+    def _provenance(self) -> dict[str, Any]:
+        return {
             "objective": self.config.objective,
             "training": dataclasses.asdict(self.config),
             "step": self.step,
@@ -509,16 +560,20 @@ class _Trainer:
             "ase_enf": package_version(),
             "torch": torch.__version__,
         }
-        return model
 
     def _result(self) -> ENF:
         if self.ranks.world > 1:
             dist.barrier()
-        model = self._provenance_of(self._averaged())
+        model = self._averaged()
         if self.ranks.main and self.out:
+            model.provenance = self._provenance()
             model.save(self.out / LAST_FILE)
         if self.best_weights is not None:
             model.load_state_dict(self.best_weights)
+            model.provenance = self.best_provenance
+        if self.ranks.world > 1:  # only the first process has validated
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
         return model.requires_grad_(False).eval()
 
     def _save_state(self) -> None:
@@ -536,6 +591,7 @@ class _Trainer:
             "norms": list(self.clip.norms),
             "window": self.window,
             "best_weights": self.best_weights,
+            "best_provenance": json.dumps(self.best_provenance),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -553,7 +609,10 @@ class _Trainer:
         if resume:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
-            return torch.load(path, map_location=self.device, weights_only=True)
+            try:
+                return torch.load(path, map_location=self.device, weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{path}: is no whole training state ({brief(error)}); start the run again") from None
         if path.exists() or (self.out / BEST_FILE).exists():
             raise ValueError(f"{self.out}: already holds a run; resume it, or choose another folder")
         if self.ranks.world > 1:
@@ -567,13 +626,28 @@ class _Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         if json.loads(state["model_config"]) != json.loads(json.dumps(dataclasses.asdict(self.model.config))):
-            raise ValueError(f"{self.out}: the run was made for another model or other data; resume with those of the run")
+            raise ValueError(
+                f"{self.out}: the run was made for another model or other data; resume with those of the run"
+            )
+        if state["world"] != self.ranks.world:
+            raise ValueError(
+                f"{self.out}: the run was made by {state['world']} process(es), not {self.ranks.world}; "
+                "resume it with as many"
+            )
+        before, now = json.loads(state["config"]), dataclasses.asdict(self.config)
+        changed = [name for name in before if name not in RESUME_MAY_CHANGE and before[name] != now.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.out}: the run was made with {changed[0]}={before[changed[0]]!r}, not {now.get(changed[0])!r}; "
+                "resume it with its own settings"
+            )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip = Clipper(state["norms"])
         for name in ("step", "skipped", "consecutive_skips", "best", "elapsed", "window", "best_weights"):
             setattr(self, name, state[name])
+        self.best_provenance = json.loads(state["best_provenance"])
         if self.ranks.main:
             _truncate_log(self.out / LOG_FILE, self.step)
 
@@ -677,7 +751,8 @@ def _ema_update(decay: float):  # noqa: ANN202 (torch's own callback type)
 def _truncate_log(path: Path, step: int) -> None:
     """Drops rows written after the last save, so that a resumed log has every step once."""
     rows = list(csv.reader(path.read_text().splitlines()))
-    kept = [rows[0], *(row for row in rows[1:] if int(row[0]) <= step)]
+    whole = [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
+    kept = [LOG_COLUMNS, *(row for row in whole if int(row[0]) <= step)]
     with atomic_write(path) as handle:
         text = io.TextIOWrapper(handle, newline="", write_through=True)
         csv.writer(text).writerows(kept)

@@ -40,9 +40,7 @@ def test_everything_published_arrives_in_published_units() -> None:
     atoms = record.to_atoms()
     assert str(atoms.symbols) == "CH4"
     np.testing.assert_array_equal(atoms.positions[0], [-0.0126981359, 1.0858041578, 0.0080009958])
-    np.testing.assert_array_equal(
-        atoms.arrays["qm9_mulliken"], [-0.535689, 0.133921, 0.133922, 0.133923, 0.133923]
-    )
+    np.testing.assert_array_equal(atoms.arrays["qm9_mulliken"], [-0.535689, 0.133921, 0.133922, 0.133923, 0.133923])
     assert atoms.info["qm9_index"] == 1
     assert (atoms.info["qm9_A"], atoms.info["qm9_U0"], atoms.info["qm9_Cv"]) == (157.7118, -40.47893, 6.469)
     assert atoms.info["qm9_gap"] == pytest.approx(atoms.info["qm9_lumo"] - atoms.info["qm9_homo"])

@@ -25,7 +25,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ase_enf.data import DataError, DataNotFoundError
-from ase_enf.files import atomic_write
+from ase_enf.files import atomic_write, brief
 
 SPLITS = ("train", "valid", "test")
 """Names of the codes 0, 1 and 2 of a split; code 3 marks the excluded molecules."""
@@ -206,19 +206,3 @@ def _info_column(atoms: Sequence[Atoms], key: str, dtype: type) -> NDArray[Any] 
     if not atoms or any(key not in molecule.info for molecule in atoms):
         return None
     return np.array([molecule.info[key] for molecule in atoms], dtype=dtype)
-
-
-def brief(error: Exception) -> str:
-    """Returns the kind of an error with the first line of what it says, for messages of one line.
-
-    Args:
-        error: Any error.
-
-    Returns:
-        ``"Kind: message"``.
-
-    Example:
-        >>> brief(EOFError("cut"))
-        'EOFError: cut'
-    """
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

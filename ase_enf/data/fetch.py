@@ -13,8 +13,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from ase_enf.data import DataError
-from ase_enf.data.compact import brief
-from ase_enf.files import atomic_write
+from ase_enf.files import atomic_write, brief
 
 
 class Remote(NamedTuple):

@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ase_enf.data import DataError, DataNotFoundError, compact
-from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable, brief
+from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable
 from ase_enf.data.fetch import REMOTES, cache_folder, download, hide
 from ase_enf.data.raw import N_MOLECULES, is_raw, raw_files, read_raw
+from ase_enf.files import brief
 
 __all__ = ["cache_folder", "download", "load", "published_split", "read_excluded", "save_npz"]
 
