@@ -374,7 +374,7 @@ class ContinuousFlow:
         except AssertionError as error:  # torchdiffeq asserts on underflow of dt and on non-finite values
             reason = str(error).split(":")[0]  # what follows is a whole tensor
             raise SolverError(
-                f"{self.solver.method} failed ({reason}); loosen rtol and atol, now {self.solver.rtol:g} and "
-                f"{self.solver.atol:g}, "
+                f"{self.solver.method} failed ({reason}); loosen rtol and atol (now {self.solver.rtol:g} and "
+                f"{self.solver.atol:g}) "
                 "or use a fixed-step method such as rk4"
             ) from None

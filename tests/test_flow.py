@@ -317,7 +317,7 @@ def test_failure_of_the_solver_is_one_line_with_the_remedy(state, kind, directio
     flow = ContinuousFlow(velocity, mask)
     arguments = ((torch.ones_like(x), h), []) if direction == "forward_regularised" else ()
     with pytest.raises(
-        SolverError, match=r"dopri5 failed .*loosen rtol/atol \(now 1e-05/1e-05\) or use a fixed-step"
+        SolverError, match=r"dopri5 failed .*loosen rtol and atol \(now 1e-05 and 1e-05\) or use a fixed-step"
     ) as caught:
         getattr(flow, direction)(x, h, *arguments)
     assert "\n" not in str(caught.value)
