@@ -107,6 +107,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_train(commands, training)
     _add_info(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -221,6 +222,23 @@ def _add_info(commands: Any) -> None:
         "model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out"
     )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+def _add_convert(commands: Any) -> None:
+    text = "Convert the QM9 weights published with the paper (en_flows) to this package's format."
+    command = _command(commands, "convert-en-flows", text, _convert)
+    command.add_argument("checkpoint", help=".npz of the arrays, or the torch checkpoint; read without pickle")
+    command.add_argument("-o", "--output", required=True, help="the .safetensors to write")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ase_enf.en_flows import convert_en_flows
+    from ase_enf.files import require_folder
+
+    if require_folder(options.output).suffix != ".safetensors":
+        raise ValueError(f"{options.output}: weights are written as .safetensors; choose that ending")
+    convert_en_flows(options.checkpoint).save(options.output)
+    _say(f"wrote {options.output}")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -29,9 +29,9 @@ def machine() -> str:
 
 
 def command() -> str:
-    """Returns the command line of this process as a user would type it."""
+    """Returns the command line of this process as a user would type it; of paths the last part."""
     module = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    return " ".join(["python -m", module, *(Path(word).name for word in sys.argv[1:])])
 
 
 def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "") -> None:

@@ -44,8 +44,9 @@ ALLOWED = {
     "calculator": _CORE | {"model"},
     "train": _CORE | {"files", "model", "objectives"},
     "io": {"files"},
+    "en_flows": {"files", "model"},
     # L5
-    "cli": {"data", "files", "flow", "generate", "io", "metrics", "model", "plot", "score", "train"},
+    "cli": {"data", "en_flows", "files", "flow", "generate", "io", "metrics", "model", "plot", "score", "train"},
     # side: never torch
     "data": {"data", "files"},
     "chem": {"chem"},

@@ -1,0 +1,126 @@
+"""Weights published with the paper (github.com/vgsatorras/en_flows) as a flow of this package."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_enf.files import brief
+from ase_enf.model import ENF, ENFConfig
+
+# Sizes of the 100,000 training molecules of QM9, which the published p_M counts.
+QM9_SIZES = {
+    3: 1, 4: 4, 5: 5, 6: 9, 7: 16, 8: 49, 9: 124, 10: 362, 11: 807, 12: 1689, 13: 3060, 14: 5136, 15: 7796, 16: 10644,
+    17: 13025, 18: 13364, 19: 13832, 20: 9482, 21: 9970, 22: 3393, 23: 4848, 24: 539, 25: 1506, 26: 48, 27: 266, 29: 25,
+}  # fmt: skip
+SPECIES = ("H", "C", "N", "O", "F")
+
+_ACTNORM = "flow.transformations.0."
+_DYNAMICS = "flow.transformations.1.odefunc.dynamics.egnn."
+_DEQUANTIZER = "dequantizer.net_fn.egnn."
+# Their module → ours, inside one layer.
+_LAYER = {
+    "edge_mlp.0": "messages.edge_in",
+    "edge_mlp.2": "messages.edge_out",
+    "att_mlp.0": "messages.gate",
+    "node_mlp.0": "node.node_in",
+    "node_mlp.2": "node.node_out",
+    "coord_mlp.0": "position_in",
+    "coord_mlp.2": "position_out",
+}
+
+
+def convert_en_flows(path: str | os.PathLike[str]) -> ENF:
+    """Reads a checkpoint of the published code (QM9, E-NF with argmax-variational dequantisation) as an ``ENF``.
+
+    The scaling layer (ActNorm) becomes ``position_scale`` and the standardisation of the features; the output of the
+    dynamics for the time, which the published code drops, is left out. The positional scale is counted on the subspace,
+    (M − 1) n dimensions, where the published code counts M n.
+
+    Args:
+        path: An ``.npz`` of the arrays, or the checkpoint that torch wrote; names as in the published modules.
+
+    Returns:
+        A float32 flow in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds other modules.
+    """
+    arrays = read_arrays(path)
+    try:
+        model = ENF(_config(arrays), {"source": "published with Satorras et al. 2021", "file": Path(path).name})
+        model.load_state_dict(_state(arrays, model.state_dict()), strict=True)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: is no checkpoint of the published QM9 E-NF ({brief(error)}); convert one with argmax_variational "
+            "dequantisation, attention and tanh"
+        ) from None
+    model.name = Path(path).stem
+    return model.eval().requires_grad_(False)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Reads named arrays from an ``.npz`` or a torch checkpoint, without executing anything in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is neither.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises whatever its layer happens to raise
+        raise ValueError(f"{path}: neither an .npz nor a torch checkpoint ({brief(error)}); fetch it again") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no plain state dict; save model.state_dict() with the published code")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _config(arrays: Mapping[str, Tensor]) -> ENFConfig:
+    hidden = arrays[_DYNAMICS + "embedding.bias"].shape[0]
+    found = [re.match(re.escape(_DYNAMICS) + r"gcl_(\d+)\.", name) for name in arrays]
+    shift = arrays[_ACTNORM + "h_t"].double().flatten()
+    scale = torch.exp(-arrays[_ACTNORM + "h_log_s"].double().flatten())
+    return ENFConfig(
+        features="joint",
+        species=SPECIES,
+        sizes=QM9_SIZES,
+        hidden=hidden,
+        layers=1 + max(int(match.group(1)) for match in found if match),
+        dequantizer="learned",
+        position_scale=float(torch.exp(arrays[_ACTNORM + "x_log_s"].double())),
+        feature_shift=tuple(shift.tolist()),
+        feature_scale=tuple(scale.tolist()),
+    )
+
+
+def _state(arrays: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns their arrays under our names, each cut to our shape."""
+    state = {}
+    for theirs, network in ((_DYNAMICS, "dynamics.network."), (_DEQUANTIZER, "q.network.")):
+        for name, value in arrays.items():
+            if not name.startswith(theirs):
+                continue
+            target = network + _our_name(name.removeprefix(theirs))
+            if target in ours:  # the last φ_x of the dequantiser moves positions that nobody reads
+                state[target] = value[: ours[target].shape[0]]
+    return state
+
+
+def _our_name(name: str) -> str:
+    layer = re.match(r"gcl_(\d+)\.(\w+\.\d)\.(weight|bias)$", name)
+    if layer:
+        return f"layers.{layer.group(1)}.{_LAYER[layer.group(2)]}.{layer.group(3)}"
+    return name.replace("embedding_out.", "out.").replace("embedding.", "embed.")
