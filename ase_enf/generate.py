@@ -115,7 +115,7 @@ def igenerate(
         batch_size: Molecules integrated together.
         device: Where to compute.
         progress: Show a bar.
-        start: Index of the first molecule: several processes or sessions can share one sequence.
+        start: Index of the first molecule: several processes can share one sequence.
 
     Returns:
         An iterator; arguments are checked before it is returned.

@@ -24,18 +24,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ase import Atoms
-from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ase_enf import divergence
+from ase_enf.dataset import MoleculeSet
 from ase_enf.files import atomic_write, brief
 from ase_enf.flow import Solver, SolverError
 from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
-from ase_enf.molecules import Batch, check_atoms, one_or_many, species_of
+from ase_enf.molecules import Batch, one_or_many, species_of
 from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE, LOG_FILE = (
@@ -55,9 +55,6 @@ LOG_COLUMNS = (
     "elapsed_s",
 )
 PRECISIONS = ("float32", "tf32", "bf16")
-# Separation of one-hot types (and spread of charges) inside the flow, against positions of unit variance: smaller
-# than one lets the positions be decided first on the way from noise to data.
-FEATURE_SPREAD = 0.3
 # A run that skips this many steps in a row does not recover by itself.
 MAX_CONSECUTIVE_SKIPS = 20
 GRADIENT_HISTORY = 50
@@ -170,77 +167,6 @@ class TrainConfig:
             )
         if self.compile and self.objective == "nll":
             raise ValueError("compile=True fails under the second derivatives of objective='nll'; use compile=False")
-
-
-class MoleculeSet:
-    """Molecules as flat arrays, from which padded batches are gathered.
-
-    Args:
-        atoms: Structures, checked one by one; never modified.
-        species: Elements of the one-hot columns; empty for positions only.
-        dimension: Dimension of space.
-
-    Raises:
-        ValueError: See ``molecules.check_atoms``; also for an empty set.
-    """
-
-    def __init__(self, atoms: Sequence[Atoms], species: Sequence[str], dimension: int) -> None:
-        if not atoms:
-            raise ValueError("no structures to train on; the data set is empty")
-        for index, item in enumerate(atoms):
-            check_atoms(item, species, index, dimension)
-        sizes = np.array([len(item) for item in atoms])
-        numbers = np.concatenate([item.numbers for item in atoms])
-        centered = [(xyz := item.positions[:, :dimension]) - xyz.mean(axis=0) for item in atoms]
-        column = np.zeros(len(chemical_symbols), dtype=np.int64)
-        for k, symbol in enumerate(species):
-            column[atomic_numbers[symbol]] = k
-        self.sizes = torch.from_numpy(sizes)
-        self.starts = self.sizes.cumsum(0) - self.sizes
-        self.positions = torch.from_numpy(np.concatenate(centered)).float()
-        self.charges = torch.from_numpy(numbers).float().unsqueeze(-1)
-        self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[
-            :, : len(species)
-        ]
-        self.compositions = Counter(item.symbols.formula.format("hill") for item in atoms)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def batch(self, index: np.ndarray | Tensor) -> Batch:
-        """Gathers the molecules ``index`` into one padded batch."""
-        index = torch.as_tensor(index)
-        sizes, starts = self.sizes[index], self.starts[index]
-        slots = torch.arange(int(sizes.max()))
-        mask = slots < sizes[:, None]
-        atom = torch.where(mask, starts[:, None] + slots, starts[:, None])
-        real = mask.unsqueeze(-1).float()
-        return Batch(self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real, mask)
-
-    def epoch_plan(self, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
-        """Returns the batches of one epoch as index arrays: one size each, the leftovers together in order of size."""
-        rng = np.random.default_rng(seed)
-        plan, rest = [], []
-        sizes = self.sizes.numpy()
-        for size in np.unique(sizes):
-            members = rng.permutation(np.flatnonzero(sizes == size))
-            full = len(members) // batch_size * batch_size
-            plan += np.split(members[:full], full // batch_size) if full else []
-            rest.append(members[full:])
-        left = np.concatenate(rest)
-        plan += [left[k : k + batch_size] for k in range(0, len(left), batch_size)]
-        return [plan[k] for k in rng.permutation(len(plan))]
-
-    def position_scale(self) -> float:
-        """Returns the root mean square of a coordinate on the subspace, ``√(Σ‖x‖² / Σ (M − 1) n)``, Å."""
-        dimensions = int(((self.sizes - 1) * self.positions.shape[-1]).sum())
-        return math.sqrt(float(self.positions.double().square().sum()) / dimensions)
-
-    def feature_standardisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns shift and scale of (types, charge): about zero mean, spread by ``FEATURE_SPREAD``."""
-        spread = float(self.charges.double().std()) or 1.0
-        shift = [*self.types.double().mean(dim=0).tolist(), float(self.charges.double().mean()) + 0.5]
-        return tuple(shift), (FEATURE_SPREAD,) * self.types.shape[-1] + (FEATURE_SPREAD / spread,)
 
 
 class Clipper:

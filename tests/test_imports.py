@@ -35,6 +35,7 @@ ALLOWED = {
     "dynamics": {"geometry", "nn"},
     "dequantize": {"geometry", "nn"},
     "flow": {"divergence"},
+    "dataset": {"molecules"},
     # L3
     "model": _CORE | {"files"},
     "objectives": _CORE | {"model"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "generate": _CORE | {"model"},
     "score": _CORE | {"model"},
     "calculator": _CORE | {"model"},
-    "train": _CORE | {"files", "model", "objectives"},
+    "train": _CORE | {"dataset", "files", "model", "objectives"},
     "io": {"files"},
     "en_flows": {"files", "model"},
     # L5

@@ -26,7 +26,7 @@ QM9_SIZES = {  # molecules of each size in the training split, as published
     3: 1, 4: 4, 5: 5, 6: 9, 7: 16, 8: 49, 9: 124, 10: 362, 11: 807, 12: 1689, 13: 3060, 14: 5136, 15: 7796, 16: 10644,
     17: 13025, 18: 13364, 19: 13832, 20: 9482, 21: 9970, 22: 3393, 23: 4848, 24: 539, 25: 1506, 26: 48, 27: 266, 29: 25,
 }  # fmt: skip
-SHARED_QM9 = Path("/work/shared/data/qm9.npz")
+SHARED_QM9 = Path(__file__).parents[2] / "shared" / "data" / "qm9.npz"
 
 
 def separated(*names: str) -> Atoms:

@@ -22,7 +22,7 @@ from ase_enf.files import atomic_write
 
 DATA = Path(__file__).parent / "data"
 RAW, SAMPLE = DATA / "raw", DATA / "qm9_sample.npz"
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 INDICES = [1, 3, 11, 212, 7235]  # train, valid, test, train, excluded
 
 needs_shared = pytest.mark.skipif(not (SHARED / "qm9.npz").exists(), reason=f"{SHARED} is not on this machine")
