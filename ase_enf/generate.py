@@ -21,7 +21,7 @@ from ase_enf.flow import Solver, SolverError, resolve_solver
 from ase_enf.model import ENF, resolve_device
 from ase_enf.molecules import COINCIDENT, Batch, closest_pair, formula_numbers, to_atoms
 
-DEFAULT_SOLVER = Solver("midpoint", steps=32, warp=1.5)
+DEFAULT_SOLVER = Solver("midpoint", steps=32)
 MAX_ATTEMPTS = 10
 # Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
 WINDOW_BATCHES = 8
@@ -65,7 +65,7 @@ def generate(
         seed: Non-negative.
         n_atoms: Fixed size M; drawn from p_M when None.
         formula: Composition such as "C7H10O2", for ``features="given"``; drawn from the training set's when None.
-        solver: A ``Solver`` or the name of a method; midpoint with 32 steps, denser near the data, by default.
+        solver: A ``Solver`` or the name of a method; midpoint with 32 steps by default.
         steps: Number of fixed steps, when ``solver`` is a name or None.
         batch_size: Molecules integrated together.
         device: Where to compute; where the flow is when None.
