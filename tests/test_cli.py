@@ -91,8 +91,8 @@ def test_generate_options(here, tmp_path):
     assert run("generate", "given.safetensors", "-n", 2, "-o", out, *words) == 0
     with connect(out) as database:
         assert [(row.formula, row.seed, row.index, row.data["info"]["enf_solver"]) for row in database.select()] == [
-            ("CH4", 0, 0, "rk4, 3 steps, warp 1.5"),
-            ("CH4", 0, 1, "rk4, 3 steps, warp 1.5"),
+            ("CH4", 0, 0, "rk4, 3 steps, warp 1"),
+            ("CH4", 0, 1, "rk4, 3 steps, warp 1"),
         ]
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
     assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.traj", "--n-atoms", 5, *FAST) == 0

@@ -274,7 +274,7 @@ def test_provenance_survives_extxyz(joint, tmp_path):
             "enf_model": "tiny",
             "enf_seed": 7,
             "enf_index": index,
-            "enf_solver": "rk4, 3 steps, warp 1.5",
+            "enf_solver": "rk4, 3 steps, warp 1",
             "enf_attempts": 1,
             "enf_charge_mismatches": before.info["enf_charge_mismatches"],
         }
