@@ -261,6 +261,8 @@ class ContinuousFlow:
             zero = x.new_zeros(1, 1, len(x))
             return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero, zero[0], self.nfe)
         panels = equal_panels(panels) if isinstance(panels, int) else panels
+        if any(first[1] > second[0] for first, second in zip(panels, panels[1:], strict=False)):
+            raise ValueError(f"panels {panels} must lie in rising order and must not overlap")
         u, kronrod, gauss = gauss_kronrod(panels)
         times = u**clustering
         speed = clustering * u ** (clustering - 1.0)  # dt/du

@@ -205,6 +205,7 @@ class _Integral:
                 del self.parts[low, high]
                 middle = (low + high) / 2
                 self.pending += [(low, middle), (middle, high)]
+        self.pending.sort()  # the path is solved in the order of time
 
 
 class _Scorer:

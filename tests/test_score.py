@@ -19,9 +19,10 @@ from scipy.special import expit, log_expit
 from scipy.stats import norm
 
 import ase_enf
+from ase_enf import divergence
 from ase_enf.flow import Solver
 from ase_enf.io import write_structures
-from ase_enf.score import COLUMNS, EXACT_DIMENSIONS, _Scorer, annotate, combine, score
+from ase_enf.score import COLUMNS, EXACT_DIMENSIONS, _Integral, _Scorer, annotate, combine, score
 
 # One panel, whatever its error: theorems that hold to rounding, at the cost of one pass.
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
@@ -404,3 +405,31 @@ def test_the_flow_is_not_modified(make_flow):
 
 def test_the_name_stays_a_function():
     assert ase_enf.score is score and callable(ase_enf.annotate)
+
+
+def test_refinement_stays_in_the_order_of_time():
+    """A panel halved late comes before panels halved early: the path is solved through all of them at once."""
+    integral = _Integral()
+    integral.parts = {panel: (np.zeros((1, 1)), error) for panel, error in {(0.0, 0.5): 1.0, (0.5, 1.0): 0.0}.items()}
+    integral.refine(0.1)
+    assert integral.pending == [(0.0, 0.25), (0.25, 0.5)]
+    integral.parts |= {panel: (np.zeros((1, 1)), 1.0) for panel in [*integral.pending, (0.5, 1.0)]}
+    integral.refine(0.1)
+    edges = [(k / 8, (k + 1) / 8) for k in range(4)] + [(0.5, 0.75), (0.75, 1.0)]
+    assert integral.pending == edges and not integral.parts
+
+
+def test_refinement_reaches_the_tolerance():
+    flow = ase_enf.load("qm9", device="cpu", dtype="float64")
+    options = {"trace": "hutchinson", "probes": 2, "draws": 1}
+    rough = score(flow, molecule("CH4"), tolerance=0.2, **options)
+    fine = score(flow, molecule("CH4"), tolerance=1e-5, **options)
+    assert fine.nfe[0] > 2 * rough.nfe[0]
+    assert fine.log_likelihood[0] == pytest.approx(rough.log_likelihood[0], abs=0.2)
+
+
+def test_panels_out_of_order_are_refused(make_flow):
+    flow = make_flow("none").flow(torch.ones(1, 3, dtype=torch.bool))
+    x = torch.randn(1, 3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="rising order"):
+        flow.forward(x - x.mean(1, keepdim=True), x[..., :0], divergence.exact, panels=[(0.5, 1.0), (0.0, 0.5)])
