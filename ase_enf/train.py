@@ -325,10 +325,7 @@ class _Trainer:
                     bar.update(1)
                     self._periodic(bar)
                     self.between_steps = True
-                    out_of_time = (
-                        config.time_limit is not None and time.monotonic() - started > 3600 * config.time_limit
-                    )
-                    if self.step >= total or self._any(out_of_time):
+                    if self.step >= total or self._out_of_time(time.monotonic() - started):
                         break
                 else:
                     continue
@@ -614,11 +611,14 @@ class _Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank, so that all stop together."""
+    def _out_of_time(self, seconds: float) -> bool:
+        """Whether the time limit is over on any rank, so that all stop together."""
+        if self.config.time_limit is None:
+            return False
+        late = seconds > 3600 * self.config.time_limit
         if self.ranks.world == 1:
-            return flag
-        shared = torch.tensor(float(flag), device=self.device)
+            return late
+        shared = torch.tensor(float(late), device=self.device)
         dist.all_reduce(shared)
         return bool(shared > 0)
 
