@@ -312,7 +312,6 @@ class _Trainer:
 
     def run(self) -> ENF:
         """Trains to the end of the schedule or of the time limit."""
-        config = self.config
         started, before = time.monotonic(), self.elapsed
         total = self.total_steps
         finished = self.step >= total
