@@ -379,6 +379,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume:
         if options.data or options.valid:
             raise ValueError("--resume takes data and settings from its folder; leave --data and --valid out")
+        if options.qm9_split or options.n_atoms:
+            raise ValueError("--resume takes data and settings from its folder; leave --qm9-split and --n-atoms out")
         folder = Path(options.resume)
         saved = _read_json(folder / CONFIG_FILE)
         sources = _read_json(folder / DATA_FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
+from ase.symbols import Symbols
 from torch import Tensor, nn
 
 from ase_enf.molecules import Batch, check_atoms
@@ -49,10 +51,15 @@ class MoleculeSet:
         self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[
             :, : len(species)
         ]
-        self.compositions = Counter(item.symbols.formula.format("hill") for item in atoms)
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @functools.cached_property
+    def compositions(self) -> Counter[str]:
+        """Counts of formulas (Hill); only a flow of given types asks for them."""
+        molecules = np.split(self.charges[:, 0].int().numpy(), self.starts[1:].numpy())
+        return Counter(Symbols(numbers).formula.format("hill") for numbers in molecules)
 
     def batch(self, index: np.ndarray | Tensor) -> Batch:
         """Gathers the molecules ``index`` into one padded batch."""

@@ -321,6 +321,7 @@ BAD = {
     "split of unnumbered": ([*TRAIN, "--data", "good.extxyz", "--qm9-split"], "good.extxyz"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
     "resume with data": (["train", "--resume", "run", "--data", "good.extxyz"], "leave --data and --valid out"),
+    "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),
 }
 
 
