@@ -7,13 +7,39 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+# (t, x, h) → (dx, dh), mask and context bound by closure.
+Velocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (x, h) → (dx, dh): a velocity field at one moment, mask and context bound by closure.
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PROBES = ("rademacher", "gaussian")
 # Pairs of atoms that one vectorised reverse pass may hold; beyond, one direction at a time is as fast.
 VECTORISED_PAIRS = 8192
+
+
+class Moment:
+    """A velocity at one moment, a ``Field``; it passes on the closed form of the trace where the velocity has one.
+
+    Args:
+        velocity: ``(t, x, h) → (dx, dh)``. It may have a method ``trace(t, x, h)`` that returns (dx, dh, Tr J), or None
+            where it cannot.
+        t: The moment, shape () or (B,).
+    """
+
+    def __init__(self, velocity: Velocity, t: Tensor) -> None:
+        self.velocity = velocity
+        self.t = t
+
+    def __call__(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns dx and dh."""
+        return self.velocity(self.t, x, h)
+
+    def closed_form(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns dx, dh and the exact trace (B,), None where the velocity knows no closed form."""
+        trace = getattr(self.velocity, "trace", None)
+        return None if trace is None else trace(self.t, x, h)
 
 
 class Divergence(NamedTuple):
@@ -52,7 +78,7 @@ def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[T
 
 
 def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Divergence:
-    """Trace of the Jacobian, one reverse pass for each of the M (n + F) directions.
+    """Trace of the Jacobian, by the velocity's closed form or by one reverse pass for each of the M (n + F) directions.
 
     Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are given in the ambient space; because the field has no mean, the
     ambient trace is the trace on the zero-mean subspace (eq. 10): Tr P J P = Tr P J = Tr J for a projected field.
@@ -60,7 +86,7 @@ def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Div
     The directions of all molecules go together: atoms of different molecules never interact.
 
     Args:
-        field: The velocity field.
+        field: The velocity field; a :class:`Moment` may know its trace in closed form, which is far cheaper.
         x: Positions, shape (B, M, n).
         h: Features, shape (B, M, F); F may be 0.
         create_graph: Keep the graph, for training through the trace.
@@ -73,6 +99,8 @@ def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Div
         >>> exact(lambda x, h: (2.0 * x, h), x, h).trace
         tensor([12., 12.])
     """
+    if isinstance(field, Moment) and (closed := _closed_form(field, x, h, create_graph)) is not None:
+        return Divergence(*closed, closed[2].unsqueeze(0))
     with torch.enable_grad():
         x, h, dx, dh = _evaluate(field, x, h, create_graph)
         trace = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
@@ -82,6 +110,16 @@ def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Div
     if not create_graph:
         dx, dh, trace = dx.detach(), dh.detach(), trace.detach()
     return Divergence(dx, dh, trace, trace.unsqueeze(0))
+
+
+def _closed_form(field: Moment, x: Tensor, h: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Evaluates the closed form, if there is one."""
+    if not create_graph:
+        with torch.no_grad():
+            return field.closed_form(x, h)
+    with torch.enable_grad():
+        # The Jacobians of a whole path would fill the memory; each is computed once more on the way back instead.
+        return checkpoint(field.closed_form, x, h, use_reentrant=False, preserve_rng_state=False)
 
 
 def _diagonal_sum(out: Tensor, y: Tensor, create_graph: bool) -> Tensor:

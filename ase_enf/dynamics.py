@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ase_enf.geometry import center, pair_mask
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
+from ase_enf.nn.jacobian import egnn_trace
 
 
 class Dynamics(nn.Module):
@@ -32,10 +35,56 @@ class Dynamics(nn.Module):
         context: Tensor | None = None,  # (B, M, K), features that do not flow
     ) -> tuple[Tensor, Tensor]:
         """Returns dx/dt (B, M, n) on the zero-mean subspace and dh/dt (B, M, F), zero at padding."""
-        time = t.to(x.dtype).expand(x.shape[0])[:, None, None].expand(-1, x.shape[1], 1)
-        nodes = [h, time] if context is None else [h, context, time]
-        h_out, x_out = self.network(torch.cat(nodes, dim=-1), x, pair_mask(mask).to(x.dtype))
+        h_out, x_out = self.network(self._nodes(t, x, h, context), x, pair_mask(mask).to(x.dtype))
         return center(x_out - x, mask), h_out * mask.unsqueeze(-1)
+
+    def trace(
+        self,
+        t: Tensor,  # () or (B,)
+        x: Tensor,  # (B, M, n)
+        h: Tensor,  # (B, M, F)
+        mask: Tensor,  # (B, M), bool
+        context: Tensor | None = None,  # (B, M, K)
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
+
+        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN does not notice when
+        all atoms move together.
+        """
+        if not isinstance(self.network, EGNN):
+            return None
+        nodes = self._nodes(t, x, h, context)
+        h_out, x_out, trace = egnn_trace(self.network, nodes, x, pair_mask(mask).to(x.dtype), mask)
+        trace = trace - x.shape[-1] * mask.sum(dim=-1)  # of x^L − x
+        return center(x_out - x, mask), h_out * mask.unsqueeze(-1), trace
+
+    @staticmethod
+    def _nodes(t: Tensor, x: Tensor, h: Tensor, context: Tensor | None) -> Tensor:
+        time = t.to(x.dtype).expand(x.shape[0])[:, None, None].expand(-1, x.shape[1], 1)
+        return torch.cat([h, time] if context is None else [h, context, time], dim=-1)
+
+
+@dataclass(frozen=True)
+class BoundDynamics:
+    """Dynamics of one batch: ``(t, x, h) → (dx, dh)`` with mask and context bound.
+
+    Args:
+        dynamics: The dynamics.
+        mask: True for real atoms, shape (B, M).
+        context: Features that do not flow, shape (B, M, K), or None.
+    """
+
+    dynamics: Dynamics
+    mask: Tensor
+    context: Tensor | None = None
+
+    def __call__(self, t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns dx/dt and dh/dt."""
+        return self.dynamics(t, x, h, self.mask, self.context)
+
+    def trace(self, t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns dx/dt, dh/dt and the exact trace (B,); see :meth:`Dynamics.trace`."""
+        return self.dynamics.trace(t, x, h, self.mask, self.context)
 
 
 def build_network(

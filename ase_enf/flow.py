@@ -14,10 +14,8 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ase_enf.divergence import Divergence, Field
+from ase_enf.divergence import Divergence, Field, Moment, Velocity
 
-# (t, x, h) → (dx, dh), mask and context bound by closure.
-Velocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 
@@ -271,7 +269,7 @@ class ContinuousFlow:
         path = self._solve(x, h, torch.cat([ends[:1], times[order], ends[1:]]))
         samples: list[Tensor] = [x] * len(u)
         for node, (x_t, h_t) in zip(order.tolist(), path[1:-1], strict=True):
-            samples[node] = trace(self._field(times[node].to(x)), x_t, h_t).samples
+            samples[node] = trace(Moment(self.velocity, times[node].to(x)), x_t, h_t).samples
             self.nfe += 1
         values = torch.stack(samples).double()  # (Q, P, B)
         direction = 1.0 if start < end else -1.0
@@ -335,9 +333,6 @@ class ContinuousFlow:
         )
         y, ladj, kinetic, jacobian = (part[-1] for part in out)
         return Regularised(y[..., :n], y[..., n:], ladj, kinetic, jacobian, self.nfe)
-
-    def _field(self, t: Tensor) -> Field:
-        return lambda x, h: self.velocity(t, x, h)
 
     def _solve(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` as (x, h) pairs."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
-from ase_enf.dynamics import Dynamics, build_network
+from ase_enf.dynamics import BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import ContinuousFlow, Panel, Solver, TraceMethod, Transformed, Velocity
+from ase_enf.flow import ContinuousFlow, Panel, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 
@@ -201,9 +201,9 @@ class ENF(nn.Module):
         """Floating type of the weights."""
         return next(self.parameters()).dtype
 
-    def velocity(self, mask: Tensor, context: Tensor | None = None) -> Velocity:
+    def velocity(self, mask: Tensor, context: Tensor | None = None) -> BoundDynamics:
         """Returns ``(t, x, h) → (dx, dh)`` with mask and context bound."""
-        return functools.partial(self.dynamics, mask=mask, context=context)
+        return BoundDynamics(self.dynamics, mask, context)
 
     def flow(self, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None) -> ContinuousFlow:
         """Returns the continuous flow of one batch."""

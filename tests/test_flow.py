@@ -199,7 +199,7 @@ def test_centre_of_mass_stays_where_it_is(real_flow):
 def test_batch_mates_change_nothing_on_a_fixed_grid_and_little_with_dopri5(real_flow, flow):
     for solver, tolerance in ((Solver("rk4", steps=6), 1e-11), (Solver("dopri5", rtol=1e-6, atol=1e-6), 1e-4)):
         together, x, h = real_flow(solver)
-        context = together.velocity.keywords["context"]
+        context = together.velocity.context
         alone = flow.flow(together.mask[1:, :2], None if context is None else context[1:, :2], solver)
         both = together.forward(x, h, divergence.exact)
         single = alone.forward(x[1:, :2], h[1:, :2], divergence.exact)
@@ -210,7 +210,7 @@ def test_batch_mates_change_nothing_on_a_fixed_grid_and_little_with_dopri5(real_
 def test_padding_does_not_loosen_the_adaptive_tolerance(real_flow, flow):
     """The masked norm: 60 padded slots take the very steps of none."""
     together, x, h = real_flow(Solver("dopri5", rtol=1e-5, atol=1e-5), sizes=(3,))
-    context = together.velocity.keywords["context"]
+    context = together.velocity.context
 
     def pad(t):
         return torch.cat([t, t.new_zeros(1, 60, *t.shape[2:])], dim=1)
@@ -249,7 +249,7 @@ def test_regularised_forward_summed_over_a_basis_is_forward(real_flow, flow, adj
     # A basis of molecules rather than of solves: copies of one molecule, each with a probe of its own.
     size = 2 * width
     basis = torch.eye(size, dtype=x.dtype).reshape(size, 2, width).to(x.device)
-    context = plain.velocity.keywords["context"]
+    context = plain.velocity.context
     copies = flow.flow(plain.mask.expand(size, -1), None if context is None else context.expand(size, -1, -1), solver)
     z = copies.forward_regularised(
         x.expand(size, -1, -1), h.expand(size, -1, -1), (basis[..., :n], basis[..., n:]), parameters, adjoint

@@ -1,0 +1,163 @@
+"""The closed form of the trace is the trace of the Jacobian that automatic differentiation gives, and so is its slope."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ase_enf import divergence
+from ase_enf.divergence import Moment
+from ase_enf.geometry import pair_mask
+from ase_enf.nn import jacobian
+from ase_enf.nn.egnn import EGNN
+from ase_enf.nn.jacobian import egnn_trace
+
+SIZES = (4, 3, 1)
+
+
+@pytest.fixture
+def mask(device):
+    return torch.arange(max(SIZES), device=device) < torch.tensor(SIZES, device=device)[:, None]
+
+
+@pytest.fixture
+def build(stir, device, dtype):
+    def make(layers: int = 3, features: int = 2, **options) -> EGNN:
+        network = EGNN(features + 2, features, 8, layers, **options)
+        return stir(network, 0.9).to(device, dtype)
+
+    return make
+
+
+def point(mask, features, dtype, n=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    real = mask.unsqueeze(-1)
+    x, h = (
+        torch.randn(*mask.shape, k, generator=generator, dtype=torch.float64).to(real.device, dtype) * real
+        for k in (n, features + 2)
+    )
+    return h, x, pair_mask(mask).to(dtype)
+
+
+def by_autograd(network, h, x, pairs, mask):
+    """Output and trace over real atoms, from the whole Jacobian."""
+    width = h.shape[-1] - 2
+
+    def joint(y):
+        out = network(torch.cat([y[..., :width], h[..., width:]], dim=-1), y[..., width:], pairs)
+        return torch.cat(out, dim=-1) * mask.unsqueeze(-1)
+
+    y = torch.cat([h[..., :width], x], dim=-1)
+    full = torch.autograd.functional.jacobian(joint, y)
+    trace = torch.stack([full[b, :, :, b].flatten(2).flatten(0, 1).trace() for b in range(len(y))])
+    out = joint(y)
+    return out[..., :width], out[..., width:], trace
+
+
+VARIANTS = list(itertools.product((1, 2, 3, 4), (True, False), (0, 2), (15.0, None), (True, False)))
+
+
+@pytest.mark.parametrize(("layers", "gate", "features", "reach", "input_distance"), VARIANTS)
+def test_closed_form_is_the_trace_of_the_jacobian(
+    build, mask, dtype, tolerance, layers, gate, features, reach, input_distance
+):
+    network = build(layers, features, gate=gate, reach=reach, input_distance=input_distance)
+    h, x, pairs = point(mask, features, dtype)
+    expected = by_autograd(network, h, x, pairs, mask)
+    h_out, x_out, trace = egnn_trace(network, h, x, pairs, mask)
+    real = mask.unsqueeze(-1)
+    assert torch.allclose(h_out * real, expected[0], **tolerance)
+    assert torch.allclose(x_out * real, expected[1], **tolerance)
+    assert torch.allclose(trace, expected[2], **tolerance)
+    assert (trace[:2] - (features + 3) * torch.tensor(SIZES[:2], device=trace.device)).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_other_dimensions_of_space(build, mask, dtype, tolerance, n):
+    network = build(3, 2)
+    h, x, pairs = point(mask, 2, dtype, n=n)
+    expected = by_autograd(network, h, x, pairs, mask)[2]
+    assert torch.allclose(egnn_trace(network, h, x, pairs, mask)[2], expected, **tolerance)
+
+
+def test_a_network_that_leaves_positions_alone(build, mask, dtype, tolerance):
+    network = build(2, 2, positions_out=False)
+    h, x, pairs = point(mask, 2, dtype)
+    expected = by_autograd(network, h, x, pairs, mask)[2]
+    assert torch.allclose(egnn_trace(network, h, x, pairs, mask)[2], expected, **tolerance)
+
+
+def test_chunks_do_not_matter(build, mask, dtype, tolerance, monkeypatch):
+    network = build(3, 2)
+    h, x, pairs = point(mask, 2, dtype)
+    expected = egnn_trace(network, h, x, pairs, mask)
+    with torch.no_grad():
+        for tangents, blocks in ((1, 2**20), (2**20, 1), (1, 1)):
+            monkeypatch.setattr(jacobian, "TANGENT_ELEMENTS", {"cpu": tangents, "cuda": tangents})
+            monkeypatch.setattr(jacobian, "BLOCK_ELEMENTS", {"cpu": blocks, "cuda": blocks})
+            for value, other in zip(expected, egnn_trace(network, h, x, pairs, mask), strict=True):
+                assert torch.allclose(value, other, **tolerance)
+
+
+def test_gradients_are_those_of_automatic_differentiation(make_flow, features):
+    """Of the trace and of the velocity, to the state and to the weights."""
+    flow = make_flow(features, layers=3).double()
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    generator = torch.Generator().manual_seed(2)
+    x, h, context = (
+        torch.randn(2, 4, k, generator=generator, dtype=torch.float64) * mask.unsqueeze(-1)
+        for k in (3, flow.config.flow_features, flow.config.context_features)
+    )
+    velocity = flow.velocity(mask, context if features == "given" else None)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    x.requires_grad_(True)
+    weights = [p for p in flow.dynamics.parameters()]
+    answers = []
+    for field in (Moment(velocity, t), lambda x, h: velocity(t, x, h)):  # a plain function knows no closed form
+        result = divergence.exact(field, x, h, create_graph=True)
+        total = result.trace @ torch.tensor([1.0, -2.0], dtype=torch.float64) + result.dx.square().sum()
+        answers.append((total, *torch.autograd.grad(total, [x, *weights], allow_unused=True)))
+    for ours, theirs in zip(*answers, strict=True):
+        if theirs is None:  # the bias of the last layer moves every feature alike
+            assert ours is None or not ours.any()
+        else:
+            assert torch.allclose(torch.zeros_like(theirs) if ours is None else ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_flows_use_it_and_networks_without_it_do_not(make_flow, monkeypatch):
+    calls = []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return egnn_trace(*arguments)
+
+    monkeypatch.setattr("ase_enf.dynamics.egnn_trace", spy)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    x = torch.randn(1, 3, 3, dtype=torch.float64)
+    x = x - x.mean(dim=1, keepdim=True)
+    for network, expected in (("egnn", 30), ("gnn", 0)):
+        calls.clear()
+        flow = make_flow("none", network=network).double()
+        z = flow.flow(mask).forward(x, x[..., :0], divergence.exact)
+        assert len(calls) == expected and z.ladj.abs() > 0.01
+
+
+def test_single_precision_agrees_to_its_rounding(make_flow, features):
+    """The relative error of a float32 trace stays below 1e-5 of the size of what is summed."""
+    flow = make_flow(features, hidden=32, layers=4)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    x, h, context = (
+        torch.randn(4, 9, k, generator=generator, dtype=torch.float64)
+        for k in (3, flow.config.flow_features, flow.config.context_features)
+    )
+    traces = []
+    for kind in (torch.float64, torch.float32):
+        flow = flow.to(kind)
+        velocity = flow.velocity(mask, context.to(kind) if features == "given" else None)
+        moment = Moment(velocity, torch.tensor(0.4, dtype=kind))
+        traces.append(divergence.exact(moment, x.to(kind), h.to(kind)).trace.double())
+    dimensions = 9 * (3 + flow.config.flow_features)
+    assert ((traces[0] - traces[1]).abs() < 1e-5 * dimensions).all()
