@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
 from ase_enf.nn.egnn import DISTANCE_EPSILON, EGCL, EGNN
-from ase_enf.nn.gnn import Messages, NodeUpdate
+from ase_enf.nn.gnn import Messages
 
-# Elements of the tangents (B, D, M, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should stay
+# Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should stay
 # in its caches, on a GPU fill it.
 TANGENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
@@ -34,8 +34,8 @@ BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 class _Tangent(NamedTuple):
     """Derivatives of the nodes along D directions; the direction (k, s) perturbs component s of atom k."""
 
-    h: Tensor  # (B, D, M, F)
-    x: Tensor  # (B, D, M, n)
+    h: Tensor  # (B, M, D, F)
+    x: Tensor  # (B, M, D, n)
 
 
 def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,10 +61,13 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     """
     atoms, n = x.shape[1:]
     features, hidden = (network.out.out_features if network.out is not None else 0), network.embed.out_features
-    kind = "cpu" if x.device.type == "cpu" else "cuda"
-    together = max(1, TANGENT_ELEMENTS[kind] // (atoms * (n + features) * atoms * hidden))
+    together = max(1, TANGENT_ELEMENTS[x.device.type] // (atoms * (n + features) * atoms * hidden))
+    block = (atoms * hidden) ** 2
+    blocks = max(1, BLOCK_ELEMENTS[x.device.type] // block)
+    # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
+    work = None if torch.is_grad_enabled() else x.new_empty(min(together, blocks, len(x)) * block)
     pieces = [
-        _trace(network, *arguments)
+        _trace(network, *arguments, blocks, work)
         for arguments in zip(*(t.split(together) for t in (h, x, pair_mask, mask)), strict=True)
     ]
     if len(pieces) == 1:
@@ -73,7 +76,9 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     return h_out, x_out, trace
 
 
-def _trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _trace(
+    network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor, blocks: int, work: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     width = network.out.out_features if network.out is not None else 0
     start = pair_differences(x)
     h_in = network.embed(h)
@@ -87,7 +92,7 @@ def _trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor)
         elif depth == 0:
             tangent = layer.push_first(lift)
         else:
-            tangent = layer.push(tangent)
+            tangent = layer.push(tangent, blocks, work)
         h_in, x = layer.h_out, layer.x_out
     return (h_in[..., :0] if network.out is None else network.out(h_in)), x, trace
 
@@ -99,7 +104,7 @@ def _unit_tangent(lift: Tensor, h: Tensor, x: Tensor) -> _Tangent:
     one = torch.eye(atoms, dtype=x.dtype, device=x.device)  # (k, j)
     by_h = torch.cat([lift.new_zeros(n, hidden), lift])  # (S, F)
     by_x = torch.cat([torch.eye(n, dtype=x.dtype, device=x.device), x.new_zeros(width, n)])
-    return _Tangent(*(torch.einsum("kj,sf->ksjf", one, t).flatten(0, 1).expand(size, -1, -1, -1) for t in (by_h, by_x)))
+    return _Tangent(*(torch.einsum("kj,sf->jksf", one, t).flatten(1, 2).expand(size, -1, -1, -1) for t in (by_h, by_x)))
 
 
 class _MessageJacobian:
@@ -143,24 +148,26 @@ class _MessageJacobian:
             out = out + (w @ self.u.unsqueeze(-1)) * self.beta.unsqueeze(-2)
         return out
 
-    def products(self, tangent: Tensor) -> Tensor:
-        """Returns Σ_j G_ij v_j of every direction v (B, D, M F), shape (B, D, M F)."""
-        slope = self.slope.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, j, F, i, 1)
-        alpha, u = (t.transpose(1, 2).unsqueeze(2) for t in (self.alpha, self.u))  # (B, j, 1, i, F')
-        factors = (
-            [slope, alpha, u] if self.beta is None else [slope, alpha, u, self.beta.permute(0, 2, 3, 1).unsqueeze(-1)]
-        )
+    def blocks(self, some: slice, work: Tensor | None) -> Tensor:
+        """Writes all G_ij of some molecules as a matrix, entry [(j, f), (i, f')] = G_ij[f', f], shape (B', M F, M F).
+
+        Args:
+            some: The molecules.
+            work: Memory for the matrix, overwritten; None where a graph is recorded.
+        """
+        slope = self.slope[some].permute(0, 2, 3, 1).contiguous().unsqueeze(-1)  # (B', j, F, i, 1)
+        alpha, u = (t[some].transpose(1, 2).unsqueeze(2) for t in (self.alpha, self.u))  # (B', j, 1, i, F')
         size, atoms, width = slope.shape[:3]
-        kind = "cpu" if tangent.device.type == "cpu" else "cuda"
-        together = min(size, max(1, BLOCK_ELEMENTS[kind] // (atoms * width) ** 2))
-        # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
-        work = None if torch.is_grad_enabled() else tangent.new_empty(together * (atoms * width) ** 2)
         weight = self.weight.T.contiguous().unsqueeze(1)  # (F, 1, F')
-        pieces = [
-            torch.bmm(v, _blocks(weight, *parts, work=work))
-            for v, *parts in zip(*(t.split(together) for t in (tangent, *factors)), strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if work is None:
+            matrix = slope * weight * alpha
+        else:
+            matrix = work[: size * (atoms * width) ** 2].view(size, atoms, width, atoms, width)
+            torch.mul(slope, weight, out=matrix)
+            matrix.mul_(alpha)
+        if self.beta is not None:  # in place on a product whose value no gradient needs
+            matrix.addcmul_(self.beta[some].permute(0, 2, 3, 1).contiguous().unsqueeze(-1), u)
+        return matrix.flatten(3, 4).flatten(1, 2)
 
     def row_sum(self) -> Tensor:
         """Returns Σ_j G_ij transposed, entry [i, f, f'], shape (B, M, F, F)."""
@@ -195,7 +202,7 @@ class _Layer:
         width = h.shape[-1]
         first = module.messages.edge_in
         self.a_i, self.a_j = first.weight[:, :width], first.weight[:, width : 2 * width]  # A, B
-        self.by_distance = first.weight[:, 2 * width :].T  # (1 or 2, F): c, c⁰
+        self.by_distance = first.weight[:, 2 * width :].T.contiguous()  # (1 or 2, F): c, c⁰
         edges = [squared] if start is None else [squared, start[1]]
         a = torch.stack(edges, dim=-1) @ self.by_distance
         a = a + F.linear(h, self.a_i, first.bias).unsqueeze(2) + F.linear(h, self.a_j).unsqueeze(1)
@@ -240,16 +247,19 @@ class _Layer:
 
         Entries [j, c, i, f'] and [j, c, i, c']; the diagonal holds the effect of an atom on itself.
         """
-        to_m = _with_own(-2.0 * torch.einsum("bijf,bijc->bjcif", self.g[..., 0, :], self.r))
-        kernel = 2.0 * torch.einsum("bij,bijc,bijd->bjcid", self.eta, self.r, self.r)
-        identity = torch.eye(self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
-        kernel = kernel + torch.einsum("bij,cd->bjcid", self.w, identity)
-        to_x = _with_own(-kernel)
+        r = -2.0 * self.r.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, j, n, i, 1)
+        by_w = self.w.transpose(1, 2)[:, :, None, :, None] * torch.eye(self.x.shape[-1]).to(self.x)[:, None, :]
+        to_m = _fill_own(r * self.g[..., 0, :].transpose(1, 2).unsqueeze(2))
+        to_x = _fill_own(r * self._along(self.eta) - by_w)
         if self.r0 is None:
             return to_m, to_x, None, None
-        to_m0 = _with_own(-2.0 * torch.einsum("bijf,bijc->bjcif", self.g[..., 1, :], self.r0))
-        to_x0 = _with_own(-2.0 * torch.einsum("bij,bijc,bijd->bjcid", self.eta0, self.r0, self.r))
-        return to_m, to_x, to_m0, to_x0
+        r0 = -2.0 * self.r0.permute(0, 2, 3, 1).unsqueeze(-1)
+        to_m0 = _fill_own(r0 * self.g[..., 1, :].transpose(1, 2).unsqueeze(2))
+        return to_m, to_x, to_m0, _fill_own(r0 * self._along(self.eta0))
+
+    def _along(self, weight: Tensor) -> Tensor:
+        """Returns weight_ij r_ij, shape (B, j, 1, i, n)."""
+        return (weight.unsqueeze(-1) * self.r).transpose(1, 2).unsqueeze(2)
 
     def push_first(self, lift: Tensor) -> _Tangent:
         """Pushes the directions of the network's inputs, each of which moves one atom, through the layer."""
@@ -258,40 +268,55 @@ class _Layer:
         if to_m0 is not None:
             to_m, to_x = to_m + to_m0, to_x + to_x0
         by_own, by_other = lift @ self.a_i.T, lift @ self.a_j.T  # (S, F)
-        dm = self.message.apply(by_other).permute(0, 2, 3, 1, 4)  # (B, k, S, i, F)
-        dx = torch.einsum("bijs,bijc->bjsic", self.psi @ by_other.T, self.r)
-        own_m = torch.einsum("bifg,sf->bsig", self.message.row_sum(), by_own)
-        own_x = torch.einsum("bijs,bijc->bsic", self.psi @ by_own.T, self.r)
-        one = torch.eye(atoms, dtype=self.x.dtype, device=self.x.device)[:, None, :, None]  # (k, 1, i, 1)
-        dm = torch.cat([to_m, dm + own_m.unsqueeze(1) * one], dim=2).flatten(1, 2)
-        move = to_x + one * torch.eye(n, dtype=self.x.dtype, device=self.x.device)[:, None, :]
-        dx = torch.cat([move, dx + own_x.unsqueeze(1) * one], dim=2).flatten(1, 2)
-        by_h = torch.cat([lift.new_zeros(n, lift.shape[1]), lift])
-        dh = (by_h[:, None, :] * one).flatten(0, 1)  # (D, M, F)
+        dm = self.message.apply(by_other)  # (B, i, k, S, F)
+        dx = torch.einsum("biks,bikc->biksc", self.psi @ by_other.T, self.r)
+        own_m = torch.einsum("bifg,sf->bisg", self.message.row_sum(), by_own)
+        own_x = torch.einsum("bijs,bijc->bisc", self.psi @ by_own.T, self.r)
+        one = torch.eye(atoms, dtype=self.x.dtype, device=self.x.device)[:, :, None, None]  # (i, k, 1, 1)
+        dm = torch.cat([to_m.permute(0, 3, 1, 2, 4), dm + own_m.unsqueeze(2) * one], dim=3).flatten(2, 3)
+        move = to_x.permute(0, 3, 1, 2, 4) + one * torch.eye(n, dtype=self.x.dtype, device=self.x.device)
+        dx = torch.cat([move, dx + own_x.unsqueeze(2) * one], dim=3).flatten(2, 3)
+        dh = (torch.cat([lift.new_zeros(n, lift.shape[1]), lift]) * one).flatten(1, 2)  # (i, D, F)
         node = self.module.node
         inner = F.linear(torch.cat([dh.expand(size, -1, -1, -1), dm], dim=-1), node.node_in.weight)
-        return _Tangent(dh + F.linear(inner * self.node_slope.unsqueeze(1), node.node_out.weight), dx)
+        return _Tangent(dh + F.linear(inner * self.node_slope.unsqueeze(2), node.node_out.weight), dx)
 
-    def push(self, tangent: _Tangent) -> _Tangent:
-        """Pushes any directions through the layer."""
-        atoms, n = self.x.shape[1:]
-        node = self.module.node
-        by_h, by_m = node.node_in.weight.split(self.h.shape[-1], dim=1)
+    def push(self, tangent: _Tangent, together: int, work: Tensor | None) -> _Tangent:
+        """Pushes any directions through the layer.
+
+        Args:
+            tangent: The directions; overwritten unless a graph is recorded.
+            together: Molecules whose blocks are held at a time.
+            work: Memory for the blocks; None where a graph is recorded.
+        """
+        size, atoms, directions, n = tangent.x.shape
+        width, node = self.h.shape[-1], self.module.node
+        by_h, by_m = node.node_in.weight.split(width, dim=1)
         to_m, to_x, to_m0, to_x0 = self._distance_blocks()
         to_x_by_h = torch.einsum("bijf,bijc->bjfic", self.psi, self.r)  # (B, j, F, i, n)
-        others, moved = F.linear(tangent.h, self.a_j).flatten(2), tangent.x.flatten(2)  # (B, D, M F), (B, D, M n)
-        dm = self.message.products(others).baddbmm_(moved, to_m.flatten(3).flatten(1, 2)).unflatten(-1, (atoms, -1))
-        dx = torch.bmm(others, to_x_by_h.flatten(3).flatten(1, 2)).baddbmm_(moved, to_x.flatten(3).flatten(1, 2))
-        dx = dx.unflatten(-1, (atoms, -1)) + tangent.x
-        if to_m0 is not None:  # directions of the input positions move what every layer sees of them
-            dm.unflatten(1, (atoms, -1))[:, :, :n] += to_m0
-            dx.unflatten(1, (atoms, -1))[:, :, :n] += to_x0
-        # What an atom does to itself, node update included, as one matrix (F, F + n) an atom.
-        own_inner = self.a_i.T @ self.message.row_sum() @ by_m.T + by_h.T
-        own = torch.cat([own_inner, self.a_i.T @ to_x_by_h.sum(dim=1).transpose(1, 2)], dim=-1)  # (B, i, F, F + n)
-        by_own = (tangent.h.transpose(1, 2) @ own).transpose(1, 2)  # (B, D, i, F + n)
-        inner = (F.linear(dm, by_m) + by_own[..., :-n]) * self.node_slope.unsqueeze(1)
-        return _Tangent(tangent.h + F.linear(inner, node.node_out.weight), dx + by_own[..., -n:])
+        others, moved = F.linear(tangent.h, self.a_j), tangent.x.transpose(1, 2).flatten(2)
+        # What an atom does to itself, as matrices (F, F) of the node update and (F, n) of the position.
+        own = self.a_i.T @ self.message.row_sum() @ by_m.T + by_h.T  # (B, i, F, F)
+        own_x = self.a_i.T @ to_x_by_h.sum(dim=1).transpose(1, 2)  # (B, i, F, n)
+        out = self.node_slope.unsqueeze(-1) * node.node_out.weight.T  # (B, i, F, F)
+        h_pieces, x_pieces = [], []
+        for first in range(0, size, together):  # what follows of one molecule stays in the cache
+            some = slice(first, first + together)
+            v, h = others[some].transpose(1, 2).flatten(2), tangent.h[some].flatten(0, 1)  # (B', D, M F), (B' M, D, F)
+            dm = torch.bmm(moved[some], to_m[some].flatten(3).flatten(1, 2))
+            dx = torch.bmm(moved[some], to_x[some].flatten(3).flatten(1, 2))
+            dm.baddbmm_(v, self.message.blocks(some, work))
+            dx.baddbmm_(v, to_x_by_h[some].flatten(3).flatten(1, 2))
+            if to_m0 is not None:  # directions of the input positions move what every layer sees of them
+                dm.view(len(dm), atoms, -1, atoms, width)[:, :, :n] += to_m0[some]
+                dx.view(len(dx), atoms, -1, atoms, n)[:, :, :n] += to_x0[some]
+            by_atom = (t.unflatten(2, (atoms, -1)).transpose(1, 2).flatten(0, 1) for t in (dm, dx))  # (B' M, D, ·)
+            dm, dx = by_atom
+            x_pieces.append(tangent.x[some] + torch.baddbmm(dx, h, own_x[some].flatten(0, 1)).unflatten(0, (-1, atoms)))
+            inner = torch.bmm(dm, by_m.T.expand(len(dm), -1, -1)).baddbmm_(h, own[some].flatten(0, 1))
+            target = None if work is None else h
+            h_pieces.append(torch.baddbmm(h, inner, out[some].flatten(0, 1), out=target).unflatten(0, (-1, atoms)))
+        return _Tangent(torch.cat(h_pieces) if work is None else tangent.h, torch.cat(x_pieces))
 
     def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> Tensor:
         """Contracts the tangents that arrive with the cotangents of the outputs, atom by atom.
@@ -301,26 +326,21 @@ class _Layer:
             out: Weight of the linear layer that follows on the features, shape (S, F), if any.
             mask: True for real atoms.
         """
-        size, atoms, n = self.x.shape
-        real = mask.to(self.x.dtype)
-        dh, dx = (t.unflatten(1, (atoms, -1)) for t in tangent)  # (B, i, s, j, ·)
-        total = torch.zeros_like(real)
+        atoms, n = self.x.shape[1:]
+        dh, dx = (t.unflatten(2, (atoms, -1)) for t in tangent)  # (B, j, i, s, ·): what output (i, s) asks of atom j
+        total = torch.einsum("biicc->bi", dx[..., :n, :])
         if self.module.position_in is not None:
-            by_other = F.linear(dh[:, :, :n], self.a_j)
-            to_h = torch.einsum("bijf,bijc->bijcf", self.psi, self.r)
-            total = total + torch.einsum("bijcf,bicjf->bi", to_h, by_other)
-            own = torch.einsum("bicif->bicf", F.linear(dh[:, :, :n], self.a_i))
-            total = total + torch.einsum("bicf,bicf->bi", to_h.sum(dim=2), own)
             _, to_x, _, to_x0 = self._distance_blocks()
-            total = total + torch.einsum("bjdic,bicjd->bi", to_x, dx[:, :, :n])
-            total = total + torch.einsum("bicic->bi", dx[:, :, :n])
+            to_h = torch.einsum("bijf,bijc->bijcf", self.psi, self.r)
+            own = torch.einsum("biicf->bicf", dh[..., :n, :]) @ self.a_i.T
+            total = total + torch.einsum("bijcf,bjicf->bi", to_h, F.linear(dh[..., :n, :], self.a_j))
+            total = total + torch.einsum("bicf,bicf->bi", to_h.sum(dim=2), own)
+            total = total + torch.einsum("bjdic,bjicd->bi", to_x, dx[..., :n, :])
             if to_x0 is not None:
                 total = total + torch.einsum("bicic->bi", to_x0)
-        else:
-            total = total + torch.einsum("bicic->bi", dx[:, :, :n])
         if out is not None:
-            total = total + self._feature_trace(dh[:, :, n:], dx[:, :, n:], out)
-        return (total * real).sum(dim=1)
+            total = total + self._feature_trace(dh[..., n:, :], dx[..., n:, :], out)
+        return (total * mask).sum(dim=1)
 
     def _feature_trace(self, dh: Tensor, dx: Tensor, out: Tensor) -> Tensor:
         node = self.module.node
@@ -329,10 +349,10 @@ class _Layer:
         to_own, to_m = out + inner @ weight[:, :width], inner @ weight[:, width:]
         back = self.message.pull(to_m.unsqueeze(2))  # (B, i, j, S, F)
         by_distance = torch.einsum("bisf,bijf->bijs", to_m, self.g[..., 0, :])
-        own_h, own_x = (torch.einsum("bisif->bisf", t) for t in (dh, dx))
-        total = torch.einsum("bijsf,bisjf->bi", back, F.linear(dh, self.a_j))
+        own_h, own_x = (torch.einsum("biisf->bisf", t) for t in (dh, dx))
+        total = torch.einsum("bijsf,bjisf->bi", back, F.linear(dh, self.a_j))
         total = total + torch.einsum("bisf,bisf->bi", to_own + back.sum(dim=2) @ self.a_i, own_h)
-        stretch = torch.einsum("bijc,bisjc->bijs", self.r, own_x.unsqueeze(3) - dx)
+        stretch = torch.einsum("bijc,bijsc->bijs", self.r, own_x.unsqueeze(2) - dx.transpose(1, 2))
         return total + 2.0 * torch.einsum("bijs,bijs->bi", by_distance, stretch)
 
 
@@ -343,25 +363,8 @@ def _silu_with_slope(v: Tensor) -> tuple[Tensor, Tensor]:
     return value, gate * (1.0 - value) + value
 
 
-def _blocks(
-    weight: Tensor, slope: Tensor, alpha: Tensor, u: Tensor, beta: Tensor | None = None, *, work: Tensor | None
-) -> Tensor:
-    """Writes G_ij as a matrix, entry [(j, f), (i, f')] = G_ij[f', f], shape (B, M F, M F); see ``_MessageJacobian``."""
-    slope = slope.contiguous()
-    size, atoms, width = slope.shape[:3]
-    if work is None:
-        matrix = slope * weight * alpha
-    else:
-        matrix = work[: size * (atoms * width) ** 2].view(size, atoms, width, atoms, width)
-        torch.mul(slope, weight, out=matrix)
-        matrix.mul_(alpha)
-    if beta is not None:  # in place on a product whose value no gradient needs
-        matrix.addcmul_(beta.contiguous(), u)
-    return matrix.flatten(3, 4).flatten(1, 2)
-
-
-def _with_own(blocks: Tensor) -> Tensor:
-    """Fills the diagonal of blocks [j, ·, i, ·] by minus the sum over j: moving all atoms together changes nothing."""
-    size, atoms = blocks.shape[0], blocks.shape[1]
-    one = torch.eye(atoms, dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
-    return blocks - blocks.sum(dim=1, keepdim=True) * one
+def _fill_own(blocks: Tensor) -> Tensor:
+    """Sets the diagonal of blocks [j, ·, i, ·] to minus the sum over j: moving all atoms together changes nothing."""
+    own = blocks.sum(dim=1).transpose(1, 2)  # (B, i, n, ·); the diagonal itself is zero so far
+    blocks.diagonal(dim1=1, dim2=3).sub_(own.permute(0, 2, 3, 1))
+    return blocks
