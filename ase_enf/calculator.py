@@ -17,6 +17,7 @@ from ase_enf.model import ENF
 from ase_enf.molecules import to_batch
 
 DEFAULT_SOLVER = Solver("midpoint", steps=16, warp=2.0)
+INTERVALS = 32
 
 
 class EnergyAndForces(NamedTuple):
@@ -27,7 +28,7 @@ class EnergyAndForces(NamedTuple):
 
 
 def log_likelihood_gradient(
-    flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, panels: int = 2
+    flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, intervals: int = INTERVALS
 ) -> EnergyAndForces:
     """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
 
@@ -38,7 +39,7 @@ def log_likelihood_gradient(
         flow: A flow.
         atoms: One structure.
         solver: A fixed-step solver.
-        panels: Panels of the quadrature of the trace.
+        intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
 
     Returns:
         Nats, and nats / Å. For ``features="joint"`` the value is the bound's integrand at the mean of q, without p_M.
@@ -57,7 +58,7 @@ def log_likelihood_gradient(
     batch = to_batch([atoms], flow.species, flow.config.dimension, dtype=flow.dtype).to(flow.device)
     with torch.enable_grad():
         positions = batch.positions.requires_grad_(True)
-        total = _log_likelihood(flow, batch._replace(positions=positions), solver, panels)
+        total = _log_likelihood(flow, batch._replace(positions=positions), solver, intervals)
         (gradient,) = torch.autograd.grad(total, positions)
     if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
         raise SolverError(
@@ -66,11 +67,11 @@ def log_likelihood_gradient(
     return EnergyAndForces(float(total.detach()), gradient[0].cpu().double().numpy())
 
 
-def _log_likelihood(flow: ENF, batch: Any, solver: Solver, panels: int) -> Tensor:
+def _log_likelihood(flow: ENF, batch: Any, solver: Solver, intervals: int) -> Tensor:
     shape = (*batch.mask.shape, flow.config.flow_features)
     data = flow.encode(batch, torch.zeros(shape, dtype=flow.dtype, device=flow.device))
     trace = functools.partial(divergence.exact, create_graph=True)
-    z = flow.flow(data.mask, data.context, solver).forward(data.x, data.h, trace, panels=panels)
+    z = flow.flow(data.mask, data.context, solver).forward(data.x, data.h, trace, intervals=intervals)
     log_base = base.position_log_prob(z.x, data.mask) + base.feature_log_prob(z.h, data.mask)
     return (log_base + z.ladj + data.log_volume - data.log_q).sum()
 

@@ -48,8 +48,8 @@ class Dynamics(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
 
-        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN does not notice when
-        all atoms move together.
+        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN does not notice
+        when all atoms move together.
         """
         if not isinstance(self.network, EGNN):
             return None

@@ -8,40 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchdiffeq
 from torch import Tensor
 
 from ase_enf.divergence import Divergence, Field, Moment, Velocity
+from ase_enf.quadrature import clenshaw_curtis, integrate
 
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
-
-# An interval of the quadrature.
-Panel = tuple[float, float]
 
 # Not dopri8 and bosh3: torchdiffeq interpolates their last step, which costs them all digits beyond the fifth.
 ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
 
-# Gauss-Kronrod 7-15 on [−1, 1] (QUADPACK's qk15): nodes ≥ 0 in falling order, Kronrod weights, Gauss weights of the
-# odd-numbered nodes.
-_KRONROD_NODES = (
-    0.991455371120812639206854697526329, 0.949107912342758524526189684047851, 0.864864423359769072789712788640926,
-    0.741531185599394439863864773280788, 0.586087235467691130294144838258730, 0.405845151377397166906606412076961,
-    0.207784955007898467600689403773245, 0.0,
-)  # fmt: skip
-_KRONROD_WEIGHTS = (
-    0.022935322010529224963732008058970, 0.063092092629978553290700663189204, 0.104790010322250183839876322541518,
-    0.140653259715525918745189590510238, 0.169004726639267902826583426598550, 0.190350578064785409913256402421014,
-    0.204432940075298892414161999234649, 0.209482141084727828012999174891714,
-)  # fmt: skip
-_GAUSS_WEIGHTS = (
-    0.129484966168869693270611432679082, 0.279705391489276667901467771423780, 0.381830050505118944950369775488975,
-    0.417959183673469387755102040816327,
-)  # fmt: skip
+# Intervals of the quadrature of the trace.
+INTERVALS = 48
 
 
 class SolverError(RuntimeError):
@@ -134,8 +118,7 @@ class Transformed(NamedTuple):
     ladj: Tensor  # (B,), ∫ Tr J dt in the direction of travel, nats; zeros when no trace was asked for
     error: Tensor  # (B,), estimated error of the quadrature of ladj (not of the path), nats
     samples: Tensor  # (P, B), ladj by each probe alone; (1, B) for an exact trace
-    by_panel: Tensor  # (N, P, B), what each panel of the quadrature adds to samples
-    panel_error: Tensor  # (N, B), what each panel adds to error
+    traces: Tensor  # (Q, P, B), Tr J at the Q nodes of the quadrature, in the order of t
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
@@ -150,48 +133,11 @@ class Regularised(NamedTuple):
     nfe: int
 
 
-def equal_panels(count: int) -> list[Panel]:
-    """Returns [0, 1] cut into equal panels.
-
-    Example:
-        >>> equal_panels(2)
-        [(0.0, 0.5), (0.5, 1.0)]
-    """
-    return [(k / count, (k + 1) / count) for k in range(count)]
-
-
-def gauss_kronrod(panels: Sequence[Panel]) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes and weights of the composite Gauss-Kronrod 7-15 rule.
-
-    Args:
-        panels: Intervals in rising order.
-
-    Returns:
-        Nodes in rising order, Kronrod weights, Gauss weights (zero off the Gauss nodes), each shape (15 · panels,),
-        float64.
-
-    Example:
-        >>> nodes, kronrod, gauss = gauss_kronrod([(0.0, 1.0)])
-        >>> f"{(kronrod * nodes**20).sum():.15f} {(gauss * nodes**12).sum():.15f}"  # 1/21 and 1/13
-        '0.047619047619048 0.076923076923077'
-    """
-    half = torch.tensor(_KRONROD_NODES, dtype=torch.float64)
-    unit = torch.cat([-half, half[:-1].flip(0)])
-    wk = torch.tensor(_KRONROD_WEIGHTS, dtype=torch.float64)
-    wk = torch.cat([wk, wk[:-1].flip(0)])
-    wg = torch.zeros(15, dtype=torch.float64)
-    gauss = torch.tensor(_GAUSS_WEIGHTS, dtype=torch.float64)
-    wg[1::2] = torch.cat([gauss, gauss[:-1].flip(0)])
-    scaled = [((a + b) / 2 + (b - a) / 2 * unit, (b - a) / 2 * wk, (b - a) / 2 * wg) for a, b in panels]
-    nodes, kronrod, gaussian = (torch.cat(parts) for parts in zip(*scaled, strict=True))
-    return nodes, kronrod, gaussian
-
-
 class ContinuousFlow:
     """The flow of a velocity field between t = 0 (data) and t = 1 (latent) (eq. 7).
 
     Likelihoods solve for the state alone and integrate the trace by quadrature along the solved path: the trace does
-    not feed back into the state, so it is needed at a few nodes only, and two orders of the rule estimate the error.
+    not feed back into the state, so it is needed at a few nodes only, and nested rules estimate the error.
 
     Args:
         velocity: ``(t, x, h) → (dx, dh)``; x (B, M, n), h (B, M, F).
@@ -217,11 +163,11 @@ class ContinuousFlow:
         self.solver = solver or Solver()
         self.nfe = 0
 
-    def forward(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: float) -> Transformed:
+    def forward(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: Any) -> Transformed:
         """Takes data to latent space (f of the paper); see :meth:`transport`."""
         return self.transport(x, h, 0.0, 1.0, trace, **quadrature)
 
-    def inverse(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: float) -> Transformed:
+    def inverse(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: Any) -> Transformed:
         """Takes latent to data space (g of the paper); see :meth:`transport`."""
         return self.transport(x, h, 1.0, 0.0, trace, **quadrature)
 
@@ -232,13 +178,13 @@ class ContinuousFlow:
         start: float,
         end: float,
         trace: TraceMethod | None = None,
-        panels: int | Sequence[Panel] = 2,
-        clustering: float = 3.0,
+        intervals: int = INTERVALS,
+        known: Tensor | None = None,
     ) -> Transformed:
         """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
 
-        The quadrature runs in u with t = u^clustering, Gauss-Kronrod 7-15 on each panel; its error is estimated by the
-        difference of the two orders, panel by panel.
+        The quadrature is Clenshaw-Curtis in t, whose nodes are those of a fixed grid too; its error is estimated from
+        the rules nested in it.
 
         Args:
             x: Positions, shape (B, M, n).
@@ -246,43 +192,40 @@ class ContinuousFlow:
             start: 0 or 1.
             end: 1 or 0.
             trace: ``divergence.exact`` or a closure over probes; None leaves ladj at zero.
-            panels: Number of equal panels of u in [0, 1], or the panels themselves (a part of them gives that part of
-                the integral).
-            clustering: How much denser the nodes lie near the data.
+            intervals: Of the quadrature, a multiple of 8; one more node.
+            known: ``traces`` of the same transport with half as many intervals, which are not evaluated again.
 
         Raises:
             SolverError: If the solver fails.
+            ValueError: If ``intervals`` is no multiple of 8, or ``known`` does not fit it.
         """
         self.nfe = 0
         if trace is None:
             path = self._solve(x, h, torch.tensor([start, end], dtype=torch.float64))
             zero = x.new_zeros(1, 1, len(x))
-            return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero, zero[0], self.nfe)
-        panels = equal_panels(panels) if isinstance(panels, int) else panels
-        if any(first[1] > second[0] for first, second in zip(panels, panels[1:], strict=False)):
-            raise ValueError(f"panels {panels} must lie in rising order and must not overlap")
-        u, kronrod, gauss = gauss_kronrod(panels)
-        times = u**clustering
-        speed = clustering * u ** (clustering - 1.0)  # dt/du
-        order = torch.arange(len(u)) if start < end else torch.arange(len(u)).flip(0)
-        ends = torch.tensor([start, end], dtype=torch.float64)
-        path = self._solve(x, h, torch.cat([ends[:1], times[order], ends[1:]]))
-        samples: list[Tensor] = [x] * len(u)
-        for node, (x_t, h_t) in zip(order.tolist(), path[1:-1], strict=True):
-            samples[node] = trace(Moment(self.velocity, times[node].to(x)), x_t, h_t).samples
+            return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
+        times, _ = clenshaw_curtis(intervals)
+        if known is not None and len(known) != intervals // 2 + 1:
+            raise ValueError(f"known traces at {len(known)} nodes: {intervals} intervals need {intervals // 2 + 1}")
+        new = torch.arange(intervals + 1) if known is None else torch.arange(1, intervals, 2)
+        visited = new if start < end else new.flip(0)
+        stops = times[visited]
+        if known is None:
+            states = path = self._solve(x, h, stops)
+        else:  # the ends are among the known nodes
+            path = self._solve(x, h, torch.cat([stops.new_tensor([start]), stops, stops.new_tensor([end])]))
+            states = path[1:-1]
+        traces: list[Tensor] = [x] * (intervals + 1)
+        for node, (x_t, h_t) in zip(visited.tolist(), states, strict=True):
+            traces[node] = trace(Moment(self.velocity, times[node].to(x)), x_t, h_t).samples.double()
             self.nfe += 1
-        values = torch.stack(samples).double()  # (Q, P, B)
+        if known is not None:
+            traces[::2] = list(known.double())
+        values = torch.stack(traces)  # (Q, P, B)
         direction = 1.0 if start < end else -1.0
-        by_panel, gauss_by_panel = (
-            (values * (direction * weight * speed).to(x.device)[:, None, None])
-            .unflatten(0, (len(panels), -1))
-            .sum(dim=1)
-            for weight in (kronrod, gauss)
-        )
-        panel_error = (by_panel - gauss_by_panel).mean(dim=1).abs()  # of the mean over probes
-        total = by_panel.sum(dim=0)
-        ladj, error = total.mean(dim=0), panel_error.sum(dim=0)
-        return Transformed(*path[-1], *(t.to(x) for t in (ladj, error, total, by_panel, panel_error)), self.nfe)
+        samples = direction * integrate(values).value
+        error = integrate(values.mean(dim=1)).error  # of the mean over probes
+        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, values)), self.nfe)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""

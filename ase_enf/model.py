@@ -23,7 +23,7 @@ from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import ContinuousFlow, Panel, Solver, TraceMethod, Transformed
+from ase_enf.flow import INTERVALS, ContinuousFlow, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 
@@ -136,8 +136,7 @@ class LogProb(NamedTuple):
     log_size: Tensor  # log p_M(M), zero unless "joint"
     error: Tensor  # estimated integration error
     samples: Tensor  # (P, B), ladj by each probe alone
-    by_panel: Tensor  # (N, P, B), the flow's part of samples, by panel of the quadrature
-    panel_error: Tensor  # (N, B), the panels' parts of error
+    traces: Tensor  # (Q, P, B), Tr J at the nodes of the quadrature
     nfe: int
 
 
@@ -248,7 +247,8 @@ class ENF(nn.Module):
         noise: Tensor | None = None,
         trace: TraceMethod = divergence.exact,
         solver: Solver | None = None,
-        panels: int | Sequence[Panel] = 2,
+        intervals: int = INTERVALS,
+        known: Tensor | None = None,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
@@ -257,7 +257,8 @@ class ENF(nn.Module):
             noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
             solver: How the state is integrated, dopri5 at 1e-5 by default.
-            panels: Panels of the quadrature of the trace; see ``ContinuousFlow.transport``.
+            intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
+            known: ``traces`` of half as many intervals, which are not evaluated again.
 
         Raises:
             SolverError: If the solver fails.
@@ -265,7 +266,7 @@ class ENF(nn.Module):
         with torch.no_grad():
             encoded = self.encode(batch, noise)
             flow = self.flow(encoded.mask, encoded.context, solver)
-            z = flow.forward(encoded.x, encoded.h, trace, panels=panels)
+            z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals, known=known)
             return self._terms(encoded, z)
 
     def _terms(self, encoded: Encoded, z: Transformed) -> LogProb:
@@ -277,9 +278,7 @@ class ENF(nn.Module):
         ladj = z.ladj + encoded.log_volume
         total = log_base + ladj - encoded.log_q + log_size
         samples = z.samples + encoded.log_volume
-        return LogProb(
-            total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.by_panel, z.panel_error, z.nfe
-        )
+        return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.traces, z.nfe)
 
     def sample(
         self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None

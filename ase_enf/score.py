@@ -19,17 +19,19 @@ from tqdm import tqdm
 
 from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
-from ase_enf.flow import Panel, Solver, TraceMethod, equal_panels, resolve_solver
-from ase_enf.model import ENF, resolve_device
+from ase_enf.flow import INTERVALS, Solver, TraceMethod, resolve_solver
+from ase_enf.model import ENF, LogProb, resolve_device
 from ase_enf.molecules import COINCIDENT, canonical_order, check_atoms, one_or_many, to_batch
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
-# A fixed grid, so that a row does not depend on its batch mates.
-DEFAULT_SOLVER = Solver("rk4", steps=16, warp=2.0)
-# "auto" takes the exact trace up to this many dimensions M (n + F): all of DW4, LJ13 and QM9 with given types.
-EXACT_DIMENSIONS = 96
-FIRST_PANELS, NARROWEST_PANEL = 2, 1 / 32
+# A fixed grid, so that a row does not depend on its batch mates; the nodes of the quadrature are its steps.
+DEFAULT_SOLVER = Solver("rk4", steps=4, warp=2.0)
+# "auto" takes the exact trace up to this many dimensions M (n + F), with and without a closed form of it. Beyond, the
+# memory of its blocks (M F)² or the number of its reverse passes is what limits.
+EXACT_DIMENSIONS = {True: 512, False: 96}
+# The quadrature starts with INTERVALS and doubles them up to this many times.
+DOUBLINGS = 2
 # Streams of the noise: of q, of the probes.
 _Q, _PROBES = 1, 2
 
@@ -80,15 +82,15 @@ def score(
         flow: A flow, as of ``ase_enf.load``.
         atoms: One structure or many; never modified.
         trace: "exact" (invariant to rotation), "hutchinson" (an unbiased estimate of ladj; as the bound is not linear
-            in it, its noise can lift a bound), or "auto": exact up to 96 dimensions M (n + F).
+            in it, its noise can lift a bound), or "auto": exact up to 512 dimensions M (n + F) for the EGNN, whose
+            trace has a closed form, and up to 96 for other networks.
         probes: Rademacher probes of "hutchinson".
         draws: K, for "joint".
         seed: Of the noise.
-        solver: A ``Solver`` or the name of a method; rk4 on a fixed grid by default, refined by the quadrature nodes.
+        solver: A ``Solver`` or the name of a method; rk4 by default, on a fixed grid that the quadrature nodes refine.
         steps: Number of fixed steps, when ``solver`` is a name or None.
-        tolerance: Quadrature panels are halved until the estimated integration error is below this many nats, or they
-            are 1/32 wide. The estimate is that of the lower of two orders; the error of the higher, which is
-            reported, is smaller by orders of magnitude when the path is smooth.
+        tolerance: The nodes of the quadrature are doubled, at most twice, where the estimated integration error exceeds
+            this many nats.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
@@ -181,33 +183,6 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
     return result
 
 
-class _Integral:
-    """The integral of the trace for one row: what its panels give, and which are to be evaluated next."""
-
-    def __init__(self) -> None:
-        self.pending: list[Panel] = equal_panels(FIRST_PANELS)
-        self.parts: dict[Panel, tuple[np.ndarray, float]] = {}  # by probe and draw (P, K), and its error
-        self.constant = np.zeros(1)  # (K,), everything but the integral
-        self.evaluations = 0
-
-    @property
-    def error(self) -> float:
-        """Estimated integration error, nats."""
-        return sum(error for _, error in self.parts.values())
-
-    def refine(self, tolerance: float) -> None:
-        """Halves the panels whose share of the error is too large, unless they are as narrow as allowed."""
-        self.pending = []
-        if self.error <= tolerance:
-            return
-        for (low, high), (_, error) in list(self.parts.items()):
-            if error > tolerance / len(self.parts) and high - low > NARROWEST_PANEL:
-                del self.parts[low, high]
-                middle = (low + high) / 2
-                self.pending += [(low, middle), (middle, high)]
-        self.pending.sort()  # the path is solved in the order of time
-
-
 class _Scorer:
     """One request: everything that its structures share."""
 
@@ -229,7 +204,7 @@ class _Scorer:
             return self.trace
         config = self.flow.config
         dimensions = n_atoms * (config.dimension + config.flow_features)
-        return "exact" if dimensions <= EXACT_DIMENSIONS else "hutchinson"
+        return "exact" if dimensions <= EXACT_DIMENSIONS[config.network == "egnn"] else "hutchinson"
 
     def run(self, atoms: list[Atoms], progress: bool) -> list[_Estimate]:
         """Returns one estimate a structure, in order."""
@@ -251,42 +226,45 @@ class _Scorer:
                 yield members[k : k + together]
 
     def _estimate(self, rows: list[_Row]) -> list[_Estimate]:
-        """Scores one batch, halving panels of the quadrature where a row's integration error is too large.
+        """Scores one batch, with twice the nodes for the rows whose integration error is too large.
 
-        Each row has panels of its own, so that it does not depend on its batch mates.
+        Each row decides for itself, so that it does not depend on its batch mates.
         """
-        integrals = [_Integral() for _ in rows]
-        while pending := {tuple(item.pending) for item in integrals if item.pending}:
-            for panels in pending:
-                members = [k for k, item in enumerate(integrals) if tuple(item.pending) == panels]
-                self._integrate([rows[k] for k in members], [integrals[k] for k in members], panels)
-                for k in members:
-                    integrals[k].refine(self.tolerance)
-        return [self._result(row, integral) for row, integral in zip(rows, integrals, strict=True)]
+        k = self.draws
+        answers: dict[int, _Estimate] = {}
+        evaluations, known = np.zeros(len(rows), dtype=int), None
+        pending = list(range(len(rows)))
+        for doubling in range(DOUBLINGS + 1):
+            chosen = [rows[place] for place in pending]
+            out = self._log_prob(chosen, INTERVALS * 2**doubling, known)
+            constant = (out.log_prob - out.ladj).double()
+            by_row = (constant + out.samples.double()).unflatten(-1, (len(chosen), k)).cpu().numpy()  # (P, R, K)
+            error = out.error.double().view(len(chosen), k).amax(dim=1).cpu().numpy()
+            evaluations[pending] += out.nfe * k
+            for number, place in enumerate(pending):
+                answers[place] = self._answer(rows[place], by_row[:, number], error[number], evaluations[place])
+            rough = np.flatnonzero(error > self.tolerance)
+            pending = [pending[number] for number in rough]
+            if not pending:
+                break
+            known = out.traces.unflatten(-1, (len(chosen), k))[:, :, torch.from_numpy(rough)].flatten(2)
+        return [answers[place] for place in range(len(rows))]
 
-    def _integrate(self, rows: list[_Row], integrals: list[_Integral], panels: tuple[Panel, ...]) -> None:
-        """Adds these panels to the integrals of these rows."""
-        flow, config, k = self.flow, self.flow.config, self.draws
+    def _log_prob(self, rows: list[_Row], intervals: int, known: Tensor | None) -> LogProb:
+        """Returns the terms of every row and draw, draws of a row side by side."""
+        flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
         ranks = [row.rank for row in rows]
         noise = self._noise(ranks, config.flow_features) if flow.features == "joint" else None
-        out = flow.log_prob(batch.repeat(k), noise, self._trace_method(ranks), self.solver, panels)
-        constant = out.log_prob.double() - out.by_panel.double().sum(dim=0).mean(dim=0)
-        by_panel = out.by_panel.double().unflatten(-1, (len(rows), k)).cpu().numpy()  # (N, P, R, K)
-        error = out.panel_error.double().unflatten(-1, (len(rows), k)).cpu().numpy()  # (N, R, K)
-        for place, integral in enumerate(integrals):
-            integral.constant = constant.view(len(rows), k)[place].cpu().numpy()
-            integral.evaluations += out.nfe * k
-            for panel, value, wrong in zip(panels, by_panel[:, :, place], error[:, place], strict=True):
-                integral.parts[panel] = (value, float(wrong.max()))
+        method = self._trace_method(ranks)
+        return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals, known)
 
-    def _result(self, row: _Row, integral: _Integral) -> _Estimate:
-        weights = integral.constant + sum(value for value, _ in integral.parts.values())
-        value, stderr = combine(weights, integral.error)
+    def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
+        value, stderr = combine(weights, float(error))
         # One draw of a bound, or one probe, says nothing of their spread.
         unknown = self.flow.features == "joint" and self.draws == 1
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
-        return _Estimate(value, math.nan if unknown else stderr, integral.evaluations)
+        return _Estimate(value, math.nan if unknown else stderr, int(evaluations))
 
     def _noise(self, ranks: list[np.ndarray], width: int) -> Tensor:
         """Returns ε of q for every row and draw, shape (R K, M, width)."""

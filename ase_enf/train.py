@@ -650,7 +650,8 @@ def _validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Ten
     noise = torch.randn(shape, generator=generator).to(batch.positions)
     probes = divergence.draw_probes(batch.positions, noise, 1, generator)
     solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
-    result = model.log_prob(batch, noise, lambda f, x, h: divergence.hutchinson(f, x, h, probes), solver)
+    trace = functools.partial(divergence.hutchinson, probes=probes)
+    result = model.log_prob(batch, noise, trace, solver, intervals=24)
     # A size that training has not seen counts as seen once: at −inf no set of weights would be better than another.
     floor = -math.log(1 + sum(model.config.sizes.values()))
     return -(result.log_base + result.ladj - result.log_q + result.log_size.clamp(min=floor)).cpu()

@@ -105,7 +105,7 @@ def quantities(flow: ENF, given: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     if "latent" in given:
         with torch.no_grad():
-            z = flow.flow(mask, None, SOLVER).forward(data.x, data.h, divergence.exact, panels=4, clustering=1.0)
+            z = flow.flow(mask, None, SOLVER).forward(data.x, data.h, divergence.exact, intervals=96)
         result |= {"latent": torch.cat([z.x, z.h], dim=-1)[0], "ode_ladj": z.ladj[0]}
     return result
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "__init__": set(),  # lazy: by name, when asked
     # L0
     "geometry": set(),
+    "quadrature": set(),
     "files": set(),
     # L1
     "molecules": set(),
@@ -34,7 +35,7 @@ ALLOWED = {
     # L2
     "dynamics": {"geometry", "nn"},
     "dequantize": {"geometry", "nn"},
-    "flow": {"divergence"},
+    "flow": {"divergence", "quadrature"},
     "dataset": {"molecules"},
     # L3
     "model": _CORE | {"files"},

@@ -1,4 +1,4 @@
-"""The closed form of the trace is the trace of the Jacobian that automatic differentiation gives, and so is its slope."""
+"""The closed form of the trace is that of the Jacobian by automatic differentiation, and so is its gradient."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ def test_hutchinson_log_prob_is_the_exact_one_within_its_error(flow, molecules):
     noise = noise_for(flow, molecules)
     probes = divergence.draw_probes(molecules.positions, noise, 40, torch.Generator().manual_seed(0))
     solver = Solver("rk4", steps=3)
-    exact = flow.log_prob(molecules, noise, solver=solver, panels=1)
-    estimate = flow.log_prob(molecules, noise, functools.partial(_probed, probes=probes), solver, panels=1)
+    exact = flow.log_prob(molecules, noise, solver=solver, intervals=16)
+    estimate = flow.log_prob(molecules, noise, functools.partial(_probed, probes=probes), solver, intervals=16)
     stderr = estimate.samples.std(dim=0) / 40**0.5
     assert (stderr > 0).all() and ((estimate.log_prob - exact.log_prob).abs() < 4 * stderr).all()
 
@@ -130,7 +130,7 @@ def test_density_of_two_particles_integrates_to_one(make_flow, dtype):
     positions[:, 0, 0], positions[:, 1, 0] = r / math.sqrt(2), -r / math.sqrt(2)
     atoms = torch.ones(len(r), 2, dtype=torch.bool)
     batch = model_module.Batch(positions, positions[..., :0], torch.ones(len(r), 2, 1, dtype=dtype), atoms)
-    log_prob = flow.log_prob(batch.to(flow.device), solver=FINE, panels=2).log_prob.cpu()
+    log_prob = flow.log_prob(batch.to(flow.device), solver=FINE, intervals=32).log_prob.cpu()
     assert log_prob[-1] < -15  # the tail is inside the grid
     assert torch.trapezoid(log_prob.exp() * 2 * math.pi * r, r).item() == pytest.approx(1.0, abs=2e-3)
 

@@ -2,9 +2,9 @@
 
 Inside a layer two atoms meet in one message only, and the message depends on them through the F numbers
 ``a_ij = A h_i + B h_j + C [d²_ij, d⁰²_ij]``. So the Jacobian of a layer is a matrix of M × M blocks
-``G_ij = ∂m_ij/∂a_ij`` (F × F), which a few broadcast products write down from what the forward pass computes anyway, and
-pushing all D = M (n + F_out) directions through the layer is one product of dense matrices: no element of the D · M² · F
-tangents of the pairs is ever touched. At the two ends there is less to do still:
+``G_ij = ∂m_ij/∂a_ij`` (F × F), which a few broadcast products write down from what the forward pass computes anyway,
+and pushing all D = M (n + F_out) directions through the layer is one product of dense matrices: no element of the
+D · M² · F tangents of the pairs is ever touched. At the two ends there is less to do still:
 
 * First layer: a perturbation of one atom reaches other atoms through its own pairs only, one block each.
 * Last layer: the trace asks an atom's outputs for their dependence on that atom's own inputs only, so the few
@@ -25,8 +25,8 @@ from ase_enf.geometry import pair_differences
 from ase_enf.nn.egnn import DISTANCE_EPSILON, EGCL, EGNN
 from ase_enf.nn.gnn import Messages
 
-# Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should stay
-# in its caches, on a GPU fill it.
+# Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should
+# stay in its caches, on a GPU fill it.
 TANGENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 

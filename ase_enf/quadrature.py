@@ -1,0 +1,80 @@
+"""Clenshaw-Curtis quadrature on [0, 1] with an error estimate from its nested rules."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Doubling the intervals is taken to cut the error by this much: measured on traces along the paths of trained flows
+# (benchmarks/likelihood.py), where it is cut six- to twentyfold.
+REDUCTION = 6.0
+
+
+class Integral(NamedTuple):
+    """An integral and its estimated error."""
+
+    value: Tensor  # (...)
+    error: Tensor  # (...), of the absolute value
+
+
+def clenshaw_curtis(intervals: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the rule that integrates the Chebyshev interpolant on [0, 1] (Clenshaw and Curtis 1960).
+
+    Nodes are ½ − ½ cos(kπ/n), k = 0..n, denser at both ends; those of n/2 intervals are among those of n. The rule is
+    exact for polynomials of degree n and in practice as accurate as Gauss's on as many nodes (Trefethen 2008).
+
+    Args:
+        intervals: Even number n of intervals.
+
+    Returns:
+        Nodes in rising order and weights, shape (n + 1,) each, float64.
+
+    Raises:
+        ValueError: If n is odd or not positive.
+
+    Example:
+        >>> nodes, weights = clenshaw_curtis(8)
+        >>> f"{(weights * nodes**8).sum():.15f}"  # 1/9
+        '0.111111111111111'
+    """
+    if intervals < 2 or intervals % 2:
+        raise ValueError(f"quadrature intervals={intervals}: must be even and positive")
+    angle = torch.arange(intervals + 1, dtype=torch.float64) * (math.pi / intervals)
+    order = torch.arange(1, intervals // 2 + 1, dtype=torch.float64)
+    coefficient = 2.0 / (4.0 * order.square() - 1.0)
+    coefficient[-1] /= 2.0
+    weights = (1.0 - torch.cos(2.0 * angle[:, None] * order) @ coefficient) / intervals
+    weights[[0, -1]] /= 2.0
+    # sin² keeps all digits near 0, where cos would lose them.
+    return torch.sin(angle / 2.0).square(), weights
+
+
+def integrate(values: Tensor) -> Integral:
+    """Integrates over [0, 1] what is known at the nodes of :func:`clenshaw_curtis`, with an error estimate.
+
+    With Q_n the rule of n intervals and c = ``REDUCTION``, error = max(|Q_n − Q_{n/2}| / c, |Q_{n/2} − Q_{n/4}| / c²):
+    a difference is the error of the coarser rule, and two of them are seldom small by accident at once.
+
+    Args:
+        values: Shape (n + 1, ...), n divisible by 8.
+
+    Raises:
+        ValueError: If n is not.
+
+    Example:
+        >>> integrate(torch.exp(clenshaw_curtis(8)[0])).value  # e − 1
+        tensor(1.7183, dtype=torch.float64)
+    """
+    intervals = len(values) - 1
+    if intervals < 8 or intervals % 8:
+        raise ValueError(f"quadrature intervals={intervals}: must be a positive multiple of 8")
+    fine, half, quarter = (_rule(values[::step]) for step in (1, 2, 4))
+    return Integral(fine, torch.maximum((fine - half).abs() / REDUCTION, (half - quarter).abs() / REDUCTION**2))
+
+
+def _rule(values: Tensor) -> Tensor:
+    weights = clenshaw_curtis(len(values) - 1)[1].to(values)
+    return torch.tensordot(weights, values, dims=1)

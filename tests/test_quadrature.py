@@ -1,0 +1,54 @@
+"""Clenshaw-Curtis is exact for polynomials of its degree, nested, and its error estimate covers the error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ase_enf.quadrature import clenshaw_curtis, integrate
+
+
+@pytest.mark.parametrize("intervals", [2, 8, 24, 48])
+def test_exact_for_polynomials_and_no_further(intervals):
+    nodes, weights = clenshaw_curtis(intervals)
+    assert (nodes.diff() > 0).all() and nodes[0] == 0 and nodes[-1] == 1 and (weights > 0).all()
+    for degree in range(intervals + 1):
+        assert abs((weights * nodes**degree).sum() - 1.0 / (degree + 1)) < 1e-14
+    beyond = torch.cos(2 * intervals * torch.acos(2 * nodes - 1))  # equals 1 at every node, its integral does not
+    assert abs((weights * beyond).sum() - 1.0) < 1e-12
+
+
+def test_rules_are_nested():
+    assert torch.allclose(clenshaw_curtis(48)[0][::2], clenshaw_curtis(24)[0], atol=1e-15, rtol=0)
+
+
+FUNCTIONS = {
+    "peak at the data": (lambda t: 1 / (t + 0.01), math.log(1.01 / 0.01)),
+    "waves": (lambda t: torch.cos(40 * t), math.sin(40) / 40),
+    "step": (lambda t: torch.tanh(20 * (t - 0.7)), (math.log(math.cosh(6)) - math.log(math.cosh(14))) / 20),
+    "root": (torch.sqrt, 2 / 3),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("intervals", [16, 32, 64])
+def test_estimate_covers_the_error(name, intervals):
+    function, truth = FUNCTIONS[name]
+    answer = integrate(function(clenshaw_curtis(intervals)[0]))
+    assert abs(answer.value - truth) <= 2 * answer.error + 1e-14
+    assert answer.error < 0.2
+
+
+def test_shapes_and_precision_are_those_of_the_values():
+    values = torch.rand(17, 3, 2)
+    answer = integrate(values)
+    assert answer.value.shape == answer.error.shape == (3, 2) and answer.value.dtype == torch.float32
+    assert torch.allclose(answer.value[1], integrate(values[:, 1]).value)
+
+
+@pytest.mark.parametrize("intervals", [0, 3, 12])
+def test_other_numbers_are_refused(intervals):
+    with pytest.raises(ValueError, match=f"^quadrature intervals={intervals}: must be a positive multiple of 8"):
+        integrate(torch.zeros(intervals + 1))
