@@ -3,9 +3,10 @@
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Four tables:
 
 * traces: milliseconds of one exact trace by every method, on the CPU and on CUDA where there is one;
-* scores: exact scores of 100 molecules against the exact trace by a loop of ``autograd.grad`` inside dopri5 at 1e-5, and
-  float32 against float64;
-* quadrature: true error against nodes, for the rule in use and for Gauss-Kronrod panels, and how honest its estimate is;
+* scores: exact scores of 100 molecules against the exact trace by a loop of ``autograd.grad`` inside dopri5 at 1e-5,
+  and float32 against float64;
+* quadrature: true error against nodes, for the rule in use and for Gauss-Kronrod panels, and how honest its estimate
+  is;
 * estimators: error against cost of stochastic traces, with a figure.
 """
 
@@ -77,29 +78,9 @@ def traces(flow: ENF, molecules: list[Atoms]) -> None:
     """Times every method on molecules of three sizes, on every device."""
     rows = []
     for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
-        here = flow.to(device)
         for size in (9, 18, 27):
-            chosen = [item for item in molecules if len(item) == size][:8]
-            if not chosen:
-                continue
-            moment, x, h = _moment(here, (chosen * 8)[:8])
-            one, x_1, h_1 = _moment(here, chosen[:1])
-            truth = divergence.exact(*_moment(here.double(), chosen[:1])).trace
-            here.float()
-            methods: dict[str, tuple[Callable[[], Tensor], int]] = {
-                "loop of autograd.grad": (lambda: _loop_trace(one, x_1, h_1), 1),
-                "reverse, directions in chunks": (lambda: divergence.exact(one.velocity_at, x_1, h_1).trace, 1),
-                "forward (vmap of jvp), in chunks": (lambda: _forward_trace(one, x_1, h_1), 1),
-                "closed form": (lambda: divergence.exact(one, x_1, h_1).trace, 1),
-                "closed form, 8 molecules": (lambda: divergence.exact(moment, x, h).trace, 8),
-                "(velocity alone, 8 molecules)": (lambda: _velocity_only(moment, x, h), 8),
-            }
-            times = {name: _seconds(work, here.device) / count for name, (work, count) in methods.items()}
-            slowest = times["loop of autograd.grad"]
-            for name, (work, count) in methods.items():
-                gap = "" if name.startswith("(") else f"{float((work()[:1].double() - truth).abs()):.1e}"
-                ratio = f"{slowest / times[name]:.1f}"
-                rows.append((device, size, size * (3 + h.shape[-1]), name, f"{1e3 * times[name]:.2f}", ratio, gap))
+            if chosen := [item for item in molecules if len(item) == size][:8]:
+                rows += _trace_rows(flow.to(device), chosen, size)
     flow.to("cpu")
     columns = ["device", "atoms", "directions", "method", "ms a molecule", "times the loop's speed", "error, nats"]
     notes = (
@@ -107,6 +88,28 @@ def traces(flow: ENF, molecules: list[Atoms]) -> None:
         "against float64. Best of at least 3 runs."
     )
     write_results(pd.DataFrame(rows, columns=columns), "likelihood_traces", "One exact trace", notes)
+
+
+def _trace_rows(flow: ENF, molecules: list[Atoms], size: int) -> list[tuple[object, ...]]:
+    truth = divergence.exact(*_moment(flow.double(), molecules[:1])).trace
+    moment, x, h = _moment(flow.float(), (molecules * 8)[:8])
+    one, x_1, h_1 = _moment(flow, molecules[:1])
+    methods: dict[str, tuple[Callable[[], Tensor], int]] = {
+        "loop of autograd.grad": (lambda: _loop_trace(one, x_1, h_1), 1),
+        "reverse, directions in chunks": (lambda: divergence.exact(one.velocity_at, x_1, h_1).trace, 1),
+        "forward (vmap of jvp), in chunks": (lambda: _forward_trace(one, x_1, h_1), 1),
+        "closed form": (lambda: divergence.exact(one, x_1, h_1).trace, 1),
+        "closed form, 8 molecules": (lambda: divergence.exact(moment, x, h).trace, 8),
+        "(velocity alone, 8 molecules)": (lambda: _velocity_only(moment, x, h), 8),
+    }
+    times = {name: _seconds(work, flow.device) / count for name, (work, count) in methods.items()}
+    rows = []
+    for name, (work, _) in methods.items():
+        gap = "" if name.startswith("(") else f"{float((work()[:1].double() - truth).abs()):.1e}"
+        ratio = f"{times['loop of autograd.grad'] / times[name]:.1f}"
+        device, directions = flow.device.type, size * (x.shape[-1] + h.shape[-1])
+        rows.append((device, size, directions, name, f"{1e3 * times[name]:.2f}", ratio, gap))
+    return rows
 
 
 class _TimedMoment(Moment):
@@ -226,8 +229,8 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
             ("largest difference of the two", "nats", f"{max(map(abs, gaps)):.3f}"),
         ]
     notes = (
-        f"`{flow.name}`, one draw of q. True error: against float64, {ACCURATE}, the quadrature refined to 0.001 nat; it "
-        "holds the errors of the path, of the quadrature and of rounding."
+        f"`{flow.name}`, one draw of q. True error: against float64, {ACCURATE}, the quadrature refined to 0.001 nat; "
+        "it holds the errors of the path, of the quadrature and of rounding."
     )
     write_results(pd.DataFrame(rows, columns=["what", "unit", "value"]), "likelihood_scores", "Exact scores", notes)
 
@@ -286,8 +289,8 @@ def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
         rows.append(_quadrature_row(f"Gauss-Kronrod 7-15, {panels} panels", 15 * panels, np.array(error), estimate))
     columns = ["rule", "nodes", "rms error, nats", "largest", "mean estimate", "rms of error / estimate", "covered"]
     notes = (
-        f"`{flow.name}`, {len(molecules)} molecules of the test split, each with one draw of q; the trace along a path of "
-        f"{ACCURATE} as its Chebyshev interpolant on {DENSE + 1} nodes. Estimates: of the nested rules for "
+        f"`{flow.name}`, {len(molecules)} molecules of the test split, each with one draw of q; the trace along a path "
+        f"of {ACCURATE} as its Chebyshev interpolant on {DENSE + 1} nodes. Estimates: of the nested rules for "
         "Clenshaw-Curtis, |K15 - G7| for the others. Covered: the share of molecules whose error is below the estimate."
     )
     name = f"likelihood_quadrature_{flow.name}"
@@ -375,9 +378,9 @@ def estimators(flow: ENF, molecules: list[Atoms], draws: int = 40) -> None:
     for column, digits in (("seconds a molecule", 2), ("rms error, nats", 3)):
         table[column] = [f"{value:.{digits}f}" for value in table[column]]
     notes = (
-        f"`{flow.name}`, {len(molecules)} molecules of 18 atoms, {draws} draws each. Cost: the products with the Jacobian "
-        f"at 49 nodes, each {1e3 * product:.2f} ms a molecule by a reverse pass in batches of 8, velocity included; the "
-        "closed form pushes all directions at once. The error of the quadrature is left out."
+        f"`{flow.name}`, {len(molecules)} molecules of 18 atoms, {draws} draws each. Cost: the products with the "
+        f"Jacobian at 49 nodes, each {1e3 * product:.2f} ms a molecule by a reverse pass in batches of 8, velocity "
+        "included; the closed form pushes all directions at once. The error of the quadrature is left out."
     )
     name = f"likelihood_estimators_{flow.name}"
     write_results(table, name, "Stochastic traces against the exact one", notes)

@@ -127,13 +127,14 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
         ("the same, the scale counted on 3M dimensions as released", "−59.7", f"{nll + extra:.2f}", str(len(scores))),
         *measured,
     ]
+    probes, redrawn = SCORE["probes"], sum(item.info["enf_attempts"] > 1 for item in atoms)
     notes = (
-        f"NLL: eq. 12 with one draw of q, {SCORE['probes']} Rademacher probe, Clenshaw-Curtis quadrature on 48 intervals, "
-        f"path by rk4; the error is over molecules and holds the noise of draws and probes. {lost} of {len(scores)} are not "
-        f"finite. On {len(both)} molecules the same by the exact trace is {-both.log_likelihood_exact.mean():.2f}, with "
-        f"the same draws; probes differ from it by {gap.mean():.2f} ± {gap.sem():.2f}, one by {gap.std():.1f}. "
-        f"Samples: {SOLVER}, seed {seed}; {sum(item.info['enf_attempts'] > 1 for item in atoms)} were drawn again. "
-        f"{len(stable)} of {len(atoms)} molecules are stable."
+        f"NLL: eq. 12 with one draw of q and {probes} Rademacher probe, the trace by quadrature on 49 nodes of an rk4 "
+        f"path; the error is over molecules and holds the noise of draws and probes. {lost} of {len(scores)} are not "
+        f"finite. On {len(both)} of them the exact trace gives {-both.log_likelihood_exact.mean():.2f} with the same "
+        f"draws; the probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation "
+        f"of {gap.std():.1f}. Samples: {SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are "
+        "stable."
     )
     table = pd.DataFrame(rows, columns=["what", "paper", "from the published weights", "denominator"])
     write_results(table, "published_table2", "Table 2, E-NF, from the published weights", notes)

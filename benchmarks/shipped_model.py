@@ -1,7 +1,7 @@
 """The figures of a model card: ``python -m benchmarks.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
 
 Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
-split. With ``--solvers`` it measures stability against the number of evaluations of the dynamics instead.
+split.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import pandas as pd
 
 import ase_enf
 from ase_enf import metrics, plot
-from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
-from ase_enf.flow import EVALUATIONS_PER_STEP, Solver
 from ase_enf.model import ENF
 from benchmarks.tables import RESULTS, write_results
 
@@ -29,13 +27,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", default=None, help="QM9 in any form, for the likelihood of its validation split")
     parser.add_argument("--scores", type=int, default=256, help="validation molecules to score")
-    parser.add_argument("--trace", default="hutchinson", help="trace of the scores")
-    parser.add_argument("--solvers", nargs="*", default=[], metavar="METHOD:STEPS:WARP", help="samplers to compare")
+    parser.add_argument("--trace", default="exact", help="trace of the scores")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
-    if options.solvers:
-        _compare_solvers(flow, options.solvers, options.n, options.seed)
-        return
     start = time.perf_counter()
     atoms = ase_enf.generate(flow, options.n, seed=options.seed)
     speed = options.n / (time.perf_counter() - start)
@@ -84,28 +78,6 @@ def _unstable_elements(atoms: list) -> str:
             total[symbol] = total.get(symbol, 0) + 1
             unstable[symbol] = unstable.get(symbol, 0) + (not stable)
     return ", ".join(f"{symbol} {unstable[symbol]} of {total[symbol]}" for symbol in sorted(total))
-
-
-def _compare_solvers(flow: ENF, solvers: list[str], n: int, seed: int) -> None:
-    rows = []
-    for text in solvers:
-        method, steps, warp = text.split(":")
-        solver = Solver(method, steps=int(steps), warp=float(warp))
-        start = time.perf_counter()
-        verdict = stability(ase_enf.generate(flow, n, seed=seed, solver=solver))
-        seconds = time.perf_counter() - start
-        atom = verdict.stable_atoms.sum() / verdict.n_atoms.sum()
-        evaluations = int(steps) * EVALUATIONS_PER_STEP[method]
-        rows.append(
-            (method, steps, warp, evaluations, f"{atom:.4f}", f"{verdict.stable.mean():.4f}", f"{n / seconds:.1f}")
-        )
-    columns = ["method", "steps", "warp", "evaluations", "atom stability", "molecule stability", "molecules/s"]
-    write_results(
-        pd.DataFrame(rows, columns=columns),
-        f"solvers_{flow.name}",
-        f"Samplers of `{flow.name}`",
-        f"{n} molecules, seed {seed}.",
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""Stability against the number of evaluations, for every solver: ``python -m benchmarks.samplers MODEL -n 2000``.
+
+MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
+the same latent molecules. ``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule
+after the other. With ``--work FOLDER`` finished solvers are kept and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import ase_enf
+from ase_enf.chem.bonds import stability
+from ase_enf.en_flows import convert_en_flows
+from ase_enf.files import atomic_write
+from ase_enf.flow import Solver
+from ase_enf.generate import DEFAULT_SOLVER
+from ase_enf.model import ENF
+from benchmarks.tables import RESULTS, write_results
+
+SOLVERS = (
+    *(Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-2, 1e-3, 1e-5, 1e-7)),
+    *(Solver("rk4", steps=steps) for steps in (4, 8, 16, 32)),
+    *(Solver("midpoint", steps=steps) for steps in (8, 16, 32, 64)),
+)
+PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
+BATCH = 64
+
+
+def main() -> None:
+    """Measures and writes ``results/samplers_NAME``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="shipped name, .safetensors, or .npz of the published weights")
+    parser.add_argument("-n", type=int, default=2000, help="molecules a solver (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one-at-a-time", type=int, default=50, metavar="N", help="drawn singly (default: 50)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's choice")
+    parser.add_argument("--work", type=Path, help="folder that keeps the figures of finished solvers")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    flow = convert_en_flows(options.model) if options.model.endswith(".npz") else ase_enf.load(options.model, "cpu")
+    plans = [(solver, options.n, BATCH) for solver in SOLVERS]
+    if options.one_at_a_time:
+        plans.insert(0, (PUBLISHED, options.one_at_a_time, 1))
+    rows = [_measure(flow, *plan, options) for plan in tqdm(plans, unit="solver", dynamic_ncols=True)]
+    table = pd.DataFrame(rows)
+    _write(flow, table, options)
+
+
+def _measure(flow: ENF, solver: Solver, n: int, batch: int, options: argparse.Namespace) -> dict[str, float | str]:
+    """Returns stability, evaluations a molecule and molecules/s of one solver."""
+    key = f"{solver.method}_{solver.rtol:g}" if solver.adaptive else f"{solver.method}_{solver.steps}"
+    path = options.work / f"{key}_{n}_{batch}_seed{options.seed}.json" if options.work else None
+    if path and path.exists():
+        return json.loads(path.read_text())
+    evaluations = 0
+
+    def count(module: torch.nn.Module, arguments: tuple, output: object) -> None:
+        nonlocal evaluations
+        evaluations += len(arguments[1])
+
+    hook = flow.dynamics.register_forward_hook(count)
+    ase_enf.generate(flow, min(n, batch), seed=options.seed + 1, solver=Solver("euler", steps=2))  # a warm-up
+    evaluations, start = 0, time.perf_counter()
+    atoms = ase_enf.generate(flow, n, seed=options.seed, solver=solver, batch_size=batch)
+    seconds = time.perf_counter() - start
+    hook.remove()
+    verdict = stability(atoms)
+    # Atoms of one molecule are not independent: the error is over molecules.
+    share = verdict.stable_atoms / verdict.n_atoms
+    row = {
+        "solver": str(solver).split(", warp")[0] if not solver.adaptive else f"{solver.method}, {solver.rtol:g}",
+        "method": solver.method,
+        "batch": batch,
+        "n": n,
+        "evaluations": evaluations / n,
+        "rate": n / seconds,
+        "atoms": float(verdict.stable_atoms.sum() / verdict.n_atoms.sum()),
+        "atoms_error": float(share.std(ddof=1) / np.sqrt(n)),
+        "molecules": float(verdict.stable.mean()),
+        "molecules_error": float(np.sqrt(verdict.stable.mean() * (1 - verdict.stable.mean()) / n)),
+    }
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as handle:
+            handle.write(json.dumps(row).encode())
+    return row
+
+
+def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
+    printed = pd.DataFrame(
+        {
+            "solver": table.solver,
+            "batch": table.batch,
+            "molecules": table.n,
+            "evaluations": [f"{value:.0f}" for value in table.evaluations],
+            "atoms stable": [f"{a:.4f} ± {e:.4f}" for a, e in zip(table.atoms, table.atoms_error, strict=True)],
+            "molecules stable": [
+                f"{a:.4f} ± {e:.4f}" for a, e in zip(table.molecules, table.molecules_error, strict=True)
+            ],
+            "molecules/s": [f"{value:.2f}" for value in table.rate],
+        }
+    )
+    notes = f"`{flow.name}`, seed {options.seed}, the same latent molecules for all. `generate` uses {DEFAULT_SOLVER}."
+    single, batched = table[table.batch == 1], table[table.batch > 1]
+    if len(single):
+        rate = single.rate.iloc[0]
+        printed["times one at a time"] = [f"{value / rate:.1f}" for value in table.rate]
+        notes += f" The first row is how the published script samples, in this code: {rate:.2f} molecules/s."
+    write_results(printed, f"samplers_{flow.name}", f"Samplers of {flow.name}", notes)
+    _plot(batched, flow.name)
+
+
+def _plot(table: pd.DataFrame, name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = zip(figure.subplots(1, 2), ("atoms", "molecules"), strict=True)
+    for axes, what in panels:
+        for method, part in table.groupby("method", sort=False):
+            rows = part.sort_values("evaluations")
+            axes.errorbar(
+                rows.evaluations, 100 * rows[what], 100 * rows[f"{what}_error"], marker="o", capsize=3, label=method
+            )
+        axes.set(xscale="log", xlabel="evaluations of the dynamics a molecule", ylabel=f"{what} stable, %")
+    axes.legend()
+    figure.suptitle(f"Samplers of {name}, {int(table.n.iloc[0])} molecules each")
+    figure.savefig(RESULTS / f"samplers_{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
