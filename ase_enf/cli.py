@@ -165,6 +165,7 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
     command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
+    command.add_argument("--tolerance", type=float, default=0.2, help="largest estimated integration error, nats")
     _add_sampling(command, "noise", batch_size=32)
 
 
@@ -321,7 +322,7 @@ def _score(options: argparse.Namespace) -> None:
         check_output(options.output)
     atoms = _read(options.structures)
     flow = load(options.model, device=options.device, dtype=options.dtype)
-    names = ("trace", "probes", "draws", "seed", "solver", "steps", "batch_size")
+    names = ("trace", "probes", "draws", "seed", "solver", "steps", "tolerance", "batch_size")
     table = score(flow, atoms, **{name: getattr(options, name) for name in names})
     if not options.output:
         print(table.to_csv(index=False), end="")

@@ -114,6 +114,8 @@ def score(
     """
     many = one_or_many(atoms)
     _check(flow, many, trace, probes, draws, seed, batch_size)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
     scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, seed, tolerance, batch_size)

@@ -374,6 +374,8 @@ def test_a_structure_off_the_plane_is_named_by_its_place(make_flow):
         ({"seed": -1}, "seed=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"steps": 0}, "steps=0"),
+        ({"tolerance": 0.0}, "tolerance=0.0"),
+        ({"tolerance": math.nan}, "tolerance=nan"),
         ({"solver": "rk5"}, "'rk5'"),
         ({"device": "cpuu"}, "'cpuu'"),
     ],

@@ -1,4 +1,4 @@
-"""The exact trace of an EGNN's Jacobian by its structure, some hundred times cheaper than by automatic differentiation.
+"""The exact trace of an EGNN's Jacobian by its structure, at a small part of the cost of automatic differentiation.
 
 Inside a layer two atoms meet in one message only, and the message depends on them through the F numbers
 ``a_ij = A h_i + B h_j + C [d²_ij, d⁰²_ij]``. So the Jacobian of a layer is a matrix of M × M blocks
@@ -10,7 +10,7 @@ D · M² · F tangents of the pairs is ever touched. At the two ends there is le
 * Last layer: the trace asks an atom's outputs for their dependence on that atom's own inputs only, so the few
   cotangents of each atom are pulled back through its own pairs and meet the tangents there.
 
-The cost is (L − 2) products of (D × M F) with (M F × M F), for QM9 about that of a dozen forward passes.
+The cost is that of (L − 2) products of (D × M F) with (M F × M F); ``benchmarks/likelihood.py`` measures it.
 """
 
 from __future__ import annotations
@@ -279,7 +279,8 @@ class _Layer:
         dh = (torch.cat([lift.new_zeros(n, lift.shape[1]), lift]) * one).flatten(1, 2)  # (i, D, F)
         node = self.module.node
         inner = F.linear(torch.cat([dh.expand(size, -1, -1, -1), dm], dim=-1), node.node_in.weight)
-        return _Tangent(dh + F.linear(inner * self.node_slope.unsqueeze(2), node.node_out.weight), dx)
+        moved = dh + F.linear(inner * self.node_slope.unsqueeze(2), node.node_out.weight)
+        return _Tangent(moved.contiguous(), dx)  # push writes into views of it
 
     def push(self, tangent: _Tangent, together: int, work: Tensor | None) -> _Tangent:
         """Pushes any directions through the layer.
@@ -310,8 +311,7 @@ class _Layer:
             if to_m0 is not None:  # directions of the input positions move what every layer sees of them
                 dm.view(len(dm), atoms, -1, atoms, width)[:, :, :n] += to_m0[some]
                 dx.view(len(dx), atoms, -1, atoms, n)[:, :, :n] += to_x0[some]
-            by_atom = (t.unflatten(2, (atoms, -1)).transpose(1, 2).flatten(0, 1) for t in (dm, dx))  # (B' M, D, ·)
-            dm, dx = by_atom
+            dm, dx = (t.unflatten(2, (atoms, -1)).transpose(1, 2).flatten(0, 1) for t in (dm, dx))  # (B' M, D, ·)
             x_pieces.append(tangent.x[some] + torch.baddbmm(dx, h, own_x[some].flatten(0, 1)).unflatten(0, (-1, atoms)))
             inner = torch.bmm(dm, by_m.T.expand(len(dm), -1, -1)).baddbmm_(h, own[some].flatten(0, 1))
             target = None if work is None else h
