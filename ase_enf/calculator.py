@@ -17,7 +17,7 @@ from ase_enf.model import ENF
 from ase_enf.molecules import to_batch
 
 DEFAULT_SOLVER = Solver("midpoint", steps=16, warp=2.0)
-INTERVALS = 32
+DEFAULT_INTERVALS = 32
 
 
 class EnergyAndForces(NamedTuple):
@@ -28,7 +28,7 @@ class EnergyAndForces(NamedTuple):
 
 
 def log_likelihood_gradient(
-    flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, intervals: int = INTERVALS
+    flow: ENF, atoms: Atoms, solver: Solver = DEFAULT_SOLVER, intervals: int = DEFAULT_INTERVALS
 ) -> EnergyAndForces:
     """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
 
@@ -43,6 +43,7 @@ def log_likelihood_gradient(
 
     Returns:
         Nats, and nats / Å. For ``features="joint"`` the value is the bound's integrand at the mean of q, without p_M.
+        It holds the errors of the path and of the quadrature, which are smooth; ``score`` estimates the latter.
 
     Raises:
         ValueError: See ``molecules.check_atoms``.

@@ -165,7 +165,12 @@ def _add_score(commands: Any) -> None:
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
     command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
-    command.add_argument("--tolerance", type=float, default=0.2, help="largest estimated integration error, nats")
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.2,
+        help="refine (at most twice) where the integration error exceeds this, nats",
+    )
     _add_sampling(command, "noise", batch_size=32)
 
 

@@ -51,12 +51,17 @@ class Dynamics(nn.Module):
         Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN does not notice
         when all atoms move together.
         """
-        if not isinstance(self.network, EGNN):
+        if not self.has_closed_form:
             return None
         nodes = self._nodes(t, x, h, context)
         h_out, x_out, trace = egnn_trace(self.network, nodes, x, pair_mask(mask).to(x.dtype), mask)
         trace = trace - x.shape[-1] * mask.sum(dim=-1)  # of x^L − x
         return center(x_out - x, mask), h_out * mask.unsqueeze(-1), trace
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the structure of the network gives its trace."""
+        return type(self.network) is EGNN  # a subclass may compute something else
 
     @staticmethod
     def _nodes(t: Tensor, x: Tensor, h: Tensor, context: Tensor | None) -> Tensor:
@@ -64,7 +69,7 @@ class Dynamics(nn.Module):
         return torch.cat([h, time] if context is None else [h, context, time], dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundDynamics:
     """Dynamics of one batch: ``(t, x, h) → (dx, dh)`` with mask and context bound.
 

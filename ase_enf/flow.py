@@ -15,7 +15,7 @@ import torchdiffeq
 from torch import Tensor
 
 from ase_enf.divergence import Divergence, Field, Moment, Velocity
-from ase_enf.quadrature import clenshaw_curtis, integrate
+from ase_enf.quadrature import check_intervals, clenshaw_curtis, integrate
 
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
@@ -193,7 +193,8 @@ class ContinuousFlow:
             end: 1 or 0.
             trace: ``divergence.exact`` or a closure over probes; None leaves ladj at zero.
             intervals: Of the quadrature, a multiple of 8; one more node.
-            known: ``traces`` of the same transport with half as many intervals, which are not evaluated again.
+            known: ``traces`` of the same transport with half as many intervals, which are not evaluated again. (The
+                path is solved anew, through all nodes.)
 
         Raises:
             SolverError: If the solver fails.
@@ -204,28 +205,23 @@ class ContinuousFlow:
             path = self._solve(x, h, torch.tensor([start, end], dtype=torch.float64))
             zero = x.new_zeros(1, 1, len(x))
             return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
-        times, _ = clenshaw_curtis(intervals)
+        check_intervals(intervals)
         if known is not None and len(known) != intervals // 2 + 1:
             raise ValueError(f"known traces at {len(known)} nodes: {intervals} intervals need {intervals // 2 + 1}")
-        new = torch.arange(intervals + 1) if known is None else torch.arange(1, intervals, 2)
-        visited = new if start < end else new.flip(0)
-        stops = times[visited]
-        if known is None:
-            states = path = self._solve(x, h, stops)
-        else:  # the ends are among the known nodes
-            path = self._solve(x, h, torch.cat([stops.new_tensor([start]), stops, stops.new_tensor([end])]))
-            states = path[1:-1]
-        traces: list[Tensor] = [x] * (intervals + 1)
-        for node, (x_t, h_t) in zip(visited.tolist(), states, strict=True):
-            traces[node] = trace(Moment(self.velocity, times[node].to(x)), x_t, h_t).samples.double()
-            self.nfe += 1
+        times = clenshaw_curtis(intervals)[0]
+        # The path stops at every node, so that it is refined with the quadrature.
+        path = self._solve(x, h, times if start < end else times.flip(0))
+        states = path if start < end else path[::-1]
+        moments = times.to(x)
+        fresh = range(intervals + 1) if known is None else range(1, intervals, 2)
+        traces = torch.stack([trace(Moment(self.velocity, moments[k]), *states[k]).samples.double() for k in fresh])
+        self.nfe += len(fresh)
         if known is not None:
-            traces[::2] = list(known.double())
-        values = torch.stack(traces)  # (Q, P, B)
-        direction = 1.0 if start < end else -1.0
-        samples = direction * integrate(values).value
-        error = integrate(values.mean(dim=1)).error  # of the mean over probes
-        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, values)), self.nfe)
+            traces, odd = traces.new_empty(intervals + 1, *traces.shape[1:]), traces
+            traces[::2], traces[1::2] = known.to(traces), odd
+        samples = integrate(traces).value * (1.0 if start < end else -1.0)
+        error = integrate(traces.mean(dim=1)).error  # of the mean over probes
+        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""

@@ -27,9 +27,10 @@ COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe"
 TRACES = ("auto", "exact", "hutchinson")
 # A fixed grid, so that a row does not depend on its batch mates; the nodes of the quadrature are its steps.
 DEFAULT_SOLVER = Solver("rk4", steps=4, warp=2.0)
-# "auto" takes the exact trace up to this many dimensions M (n + F), with and without a closed form of it. Beyond, the
-# memory of its blocks (M F)² or the number of its reverse passes is what limits.
-EXACT_DIMENSIONS = {True: 512, False: 96}
+# "auto" takes the exact trace up to this many dimensions M (n + F): by the closed form, where its blocks (M · width)²
+# fit (0.5 GB in float32), or by reverse passes.
+CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
+AUTOGRAD_DIMENSIONS = 96
 # The quadrature starts with INTERVALS and doubles them up to this many times.
 DOUBLINGS = 2
 # Streams of the noise: of q, of the probes.
@@ -49,6 +50,7 @@ class _Estimate(NamedTuple):
 
     log_likelihood: float
     stderr: float
+    integration_error: float  # the part of stderr that more nodes would lower
     nfe: int
 
 
@@ -87,17 +89,19 @@ def score(
         probes: Rademacher probes of "hutchinson".
         draws: K, for "joint".
         seed: Of the noise.
-        solver: A ``Solver`` or the name of a method; rk4 by default, on a fixed grid that the quadrature nodes refine.
-        steps: Number of fixed steps, when ``solver`` is a name or None.
-        tolerance: The nodes of the quadrature are doubled, at most twice, where the estimated integration error exceeds
-            this many nats.
+        solver: A ``Solver`` or the name of a method; rk4 by default. Fixed steps are taken between the nodes of the
+            quadrature and the solver's own grid, 48 intervals and more.
+        steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
+        tolerance: Nodes and steps are doubled, at most twice, where the estimated integration error exceeds this many
+            nats; a warning names what stays above it.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
 
     Returns:
-        One row a structure, in order. ``stderr`` joins the integration error (quadrature) and the standard errors over
-        probes and over draws (delta method; NaN for one probe, or one draw of a bound, whose spread is unknown).
+        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature, not of the path) and
+        the standard errors over probes and over draws (delta method; NaN for one probe, or one draw of a bound, whose
+        spread is unknown).
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
 
@@ -121,12 +125,7 @@ def score(
     scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, seed, tolerance, batch_size)
     scorer.solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
     estimates = scorer.run(many, sys.stderr.isatty() if progress is None else progress)
-    lost = [k for k, estimate in enumerate(estimates) if not math.isfinite(estimate.log_likelihood)]
-    if lost:
-        names = ", ".join(f"{k} ({many[k].get_chemical_formula()})" for k in lost[:5])
-        warnings.warn(
-            f"{len(lost)} structure(s) have no finite log-likelihood, structure {names}; use more steps", stacklevel=2
-        )
+    _warn(many, estimates, tolerance)
     rows = []
     for item, estimate in zip(many, estimates, strict=True):
         used = scorer.trace_of(len(item))
@@ -144,6 +143,22 @@ def score(
             )
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float) -> None:
+    """Names the structures without a finite score, and those whose integration error stayed above the tolerance."""
+
+    def say(places: list[int], words: str) -> None:
+        if places:
+            names = ", ".join(f"{k} ({atoms[k].get_chemical_formula()})" for k in places[:5])
+            warnings.warn(f"{len(places)} structure(s) {words}: structure {names}", stacklevel=4)
+
+    finite = [math.isfinite(estimate.log_likelihood) for estimate in estimates]
+    say([k for k, good in enumerate(finite) if not good], "have no finite log-likelihood; use 200 steps or float64")
+    rough = [k for k, e in enumerate(estimates) if finite[k] and not e.integration_error <= tolerance]
+    worst = max((estimates[k].integration_error for k in rough), default=0.0)
+    words = f"keep an integration error above tolerance={tolerance:g}, up to {worst:.2g} nats; take it into account"
+    say(rough, words)
 
 
 def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> list[Atoms]:
@@ -206,7 +221,8 @@ class _Scorer:
             return self.trace
         config = self.flow.config
         dimensions = n_atoms * (config.dimension + config.flow_features)
-        return "exact" if dimensions <= EXACT_DIMENSIONS[config.network == "egnn"] else "hutchinson"
+        closed = self.flow.dynamics.has_closed_form and (n_atoms * config.hidden) ** 2 <= CLOSED_FORM_BLOCKS
+        return "exact" if dimensions <= (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) else "hutchinson"
 
     def run(self, atoms: list[Atoms], progress: bool) -> list[_Estimate]:
         """Returns one estimate a structure, in order."""
@@ -232,24 +248,28 @@ class _Scorer:
 
         Each row decides for itself, so that it does not depend on its batch mates.
         """
-        k = self.draws
         answers: dict[int, _Estimate] = {}
-        evaluations, known = np.zeros(len(rows), dtype=int), None
-        pending = list(range(len(rows)))
-        for doubling in range(DOUBLINGS + 1):
-            chosen = [rows[place] for place in pending]
-            out = self._log_prob(chosen, INTERVALS * 2**doubling, known)
-            constant = (out.log_prob - out.ladj).double()
-            by_row = (constant + out.samples.double()).unflatten(-1, (len(chosen), k)).cpu().numpy()  # (P, R, K)
-            error = out.error.double().view(len(chosen), k).amax(dim=1).cpu().numpy()
-            evaluations[pending] += out.nfe * k
-            for number, place in enumerate(pending):
-                answers[place] = self._answer(rows[place], by_row[:, number], error[number], evaluations[place])
-            rough = np.flatnonzero(error > self.tolerance)
-            pending = [pending[number] for number in rough]
-            if not pending:
-                break
-            known = out.traces.unflatten(-1, (len(chosen), k))[:, :, torch.from_numpy(rough)].flatten(2)
+        evaluations = np.zeros(len(rows), dtype=int)
+        work: list[tuple[np.ndarray, int, Tensor | None]] = [(np.arange(len(rows)), INTERVALS, None)]
+        while work:
+            places, intervals, known = work.pop()
+            chosen = [rows[place] for place in places]
+            out = self._log_prob(chosen, intervals, known)
+            weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
+            error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
+            evaluations[places] += out.nfe * self.draws
+            for number, place in enumerate(places):
+                row = weights[:, number].cpu().numpy()  # (P, K)
+                answers[place] = self._answer(rows[place], row, error[number], evaluations[place])
+            if intervals < INTERVALS * 2**DOUBLINGS:
+                rough, lost = error > self.tolerance, ~np.isfinite(error)
+                traces = out.traces.unflatten(-1, (len(chosen), self.draws))
+                for which, usable in ((rough & ~lost, True), (lost, False)):
+                    if (
+                        which.any()
+                    ):  # what is not finite may be so on a finer path, but not by traces kept from this one
+                        kept = traces[:, :, torch.from_numpy(which)].flatten(2) if usable else None
+                        work.append((places[which], 2 * intervals, kept))
         return [answers[place] for place in range(len(rows))]
 
     def _log_prob(self, rows: list[_Row], intervals: int, known: Tensor | None) -> LogProb:
@@ -266,7 +286,7 @@ class _Scorer:
         # One draw of a bound, or one probe, says nothing of their spread.
         unknown = self.flow.features == "joint" and self.draws == 1
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
-        return _Estimate(value, math.nan if unknown else stderr, int(evaluations))
+        return _Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
 
     def _noise(self, ranks: list[np.ndarray], width: int) -> Tensor:
         """Returns ε of q for every row and draw, shape (R K, M, width)."""

@@ -15,7 +15,7 @@ from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
 from ase_enf.calculator import ENFCalculator, log_likelihood_gradient
-from ase_enf.flow import Solver
+from ase_enf.flow import INTERVALS, Solver
 
 STEPS = 3
 
@@ -104,7 +104,7 @@ def test_log_likelihood_is_that_of_score(make_flow, features):
 
     flow, solver, atoms = make_flow(features).double(), Solver("rk4", steps=16, warp=2.0), rattled()
     row = ase_enf.score(flow, atoms, trace="exact", solver=solver, tolerance=math.inf).iloc[0]
-    ours = log_likelihood_gradient(flow, atoms, solver, intervals=48)  # as many as score starts with
+    ours = log_likelihood_gradient(flow, atoms, solver, intervals=INTERVALS)  # as score starts
     assert ours.log_likelihood == pytest.approx(row.log_likelihood, abs=1e-9)
 
 

@@ -21,7 +21,7 @@ from scipy.stats import norm
 import ase_enf
 from ase_enf.flow import Solver
 from ase_enf.io import write_structures
-from ase_enf.score import COLUMNS, EXACT_DIMENSIONS, _Scorer, annotate, combine, score
+from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Scorer, annotate, combine, score
 
 # No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
@@ -232,7 +232,7 @@ def test_columns_and_kinds(flow):
 def test_auto_changes_to_hutchinson_above_its_limit(make_flow, closed):
     network = "egnn" if closed else "gnn"
     flow = make_flow("none", layers=1, hidden=2, network=network)
-    limit = EXACT_DIMENSIONS[closed] // 3
+    limit = (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) // 3
     chains = [Atoms(f"H{m}", [(k, 0.1 * (k % 2), 0) for k in range(m)]) for m in (limit, limit + 1)]
     table = score(flow, chains, probes=2, solver=Solver("euler", steps=1), tolerance=math.inf)
     assert table.trace.tolist() == ["exact", "hutchinson"]
@@ -414,10 +414,27 @@ def test_the_name_stays_a_function():
     assert ase_enf.score is score and callable(ase_enf.annotate)
 
 
-def test_refinement_reaches_the_tolerance():
-    flow = ase_enf.load("qm9", device="cpu", dtype="float64")
-    options = {"trace": "hutchinson", "probes": 2, "draws": 1}
-    rough = score(flow, molecule("CH4"), tolerance=0.2, **options)
-    fine = score(flow, molecule("CH4"), tolerance=1e-5, **options)
-    assert fine.nfe[0] > 2 * rough.nfe[0]
-    assert fine.log_likelihood[0] == pytest.approx(rough.log_likelihood[0], abs=0.2)
+def test_refinement_reaches_the_tolerance(make_flow):
+    flow, atoms = make_flow("given", layers=2).double(), molecule("CH4")
+    solver = Solver("rk4", steps=100)  # an accurate path: the traces of two passes belong to one function
+    rough = score(flow, atoms, solver=solver, tolerance=math.inf).iloc[0]
+    fine = score(flow, atoms, solver=solver, tolerance=rough.stderr / 5).iloc[0]
+    assert 0 < fine.stderr < rough.stderr / 5 and fine.nfe > 2 * rough.nfe
+    assert fine.log_likelihood == pytest.approx(rough.log_likelihood, abs=3 * rough.stderr)
+
+
+def test_what_stays_above_the_tolerance_is_named(make_flow):
+    flow = make_flow("given", layers=1)
+    with pytest.warns(
+        UserWarning, match=r"1 structure\(s\) keep an integration error above tolerance=1e-30, .* 0 \(H2O\)"
+    ):
+        score(flow, molecule("H2O"), tolerance=1e-30)
+
+
+def test_what_is_not_finite_is_refined_and_named(make_flow):
+    flow = make_flow("given", layers=1)
+    with torch.no_grad():
+        flow.dynamics.network.embed.bias.fill_(math.nan)
+    with pytest.warns(UserWarning, match=r"1 structure\(s\) have no finite log-likelihood; use 200 steps or float64"):
+        table = score(flow, molecule("H2O"))
+    assert math.isnan(table.log_likelihood[0]) and table.nfe[0] > 1000

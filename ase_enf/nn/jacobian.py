@@ -65,7 +65,8 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     block = (atoms * hidden) ** 2
     blocks = max(1, BLOCK_ELEMENTS[x.device.type] // block)
     # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
-    work = None if torch.is_grad_enabled() else x.new_empty(min(together, blocks, len(x)) * block)
+    middle = len(network.layers) > 2
+    work = None if torch.is_grad_enabled() else x.new_empty(min(together, blocks, len(x)) * block * middle)
     pieces = [
         _trace(network, *arguments, blocks, work)
         for arguments in zip(*(t.split(together) for t in (h, x, pair_mask, mask)), strict=True)
@@ -242,20 +243,26 @@ class _Layer:
             inner, self.node_slope = _silu_with_slope(inner)
             self.h_out = self.h + node.node_out(inner)
 
-    def _distance_blocks(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Returns what moving the positions of atom j does to m_i and x_i', and the same for the input positions.
+    def _message_blocks(self) -> tuple[Tensor, Tensor | None]:
+        """Returns what moving the positions of atom j does to m_i, and the same for the input positions.
 
-        Entries [j, c, i, f'] and [j, c, i, c']; the diagonal holds the effect of an atom on itself.
+        Entries [j, c, i, f']; the diagonal holds the effect of an atom on itself.
         """
+        pairs = zip((self.r, self.r0), self.g.unbind(dim=3), strict=False)
+        blocks = [
+            _fill_own(-2.0 * r.permute(0, 2, 3, 1).unsqueeze(-1) * g.transpose(1, 2).unsqueeze(2)) for r, g in pairs
+        ]
+        return blocks[0], blocks[1] if self.r0 is not None else None
+
+    def _position_blocks(self) -> tuple[Tensor, Tensor | None]:
+        """Returns what moving the positions of atom j does to x_i', entries [j, c, i, c']; see ``_message_blocks``."""
+        identity = torch.eye(self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
+        by_w = self.w.transpose(1, 2)[:, :, None, :, None] * identity[:, None, :]
         r = -2.0 * self.r.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, j, n, i, 1)
-        by_w = self.w.transpose(1, 2)[:, :, None, :, None] * torch.eye(self.x.shape[-1]).to(self.x)[:, None, :]
-        to_m = _fill_own(r * self.g[..., 0, :].transpose(1, 2).unsqueeze(2))
         to_x = _fill_own(r * self._along(self.eta) - by_w)
         if self.r0 is None:
-            return to_m, to_x, None, None
-        r0 = -2.0 * self.r0.permute(0, 2, 3, 1).unsqueeze(-1)
-        to_m0 = _fill_own(r0 * self.g[..., 1, :].transpose(1, 2).unsqueeze(2))
-        return to_m, to_x, to_m0, _fill_own(r0 * self._along(self.eta0))
+            return to_x, None
+        return to_x, _fill_own(-2.0 * self.r0.permute(0, 2, 3, 1).unsqueeze(-1) * self._along(self.eta0))
 
     def _along(self, weight: Tensor) -> Tensor:
         """Returns weight_ij r_ij, shape (B, j, 1, i, n)."""
@@ -264,7 +271,7 @@ class _Layer:
     def push_first(self, lift: Tensor) -> _Tangent:
         """Pushes the directions of the network's inputs, each of which moves one atom, through the layer."""
         size, atoms, n = self.x.shape
-        to_m, to_x, to_m0, to_x0 = self._distance_blocks()
+        (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
         if to_m0 is not None:
             to_m, to_x = to_m + to_m0, to_x + to_x0
         by_own, by_other = lift @ self.a_i.T, lift @ self.a_j.T  # (S, F)
@@ -280,7 +287,7 @@ class _Layer:
         node = self.module.node
         inner = F.linear(torch.cat([dh.expand(size, -1, -1, -1), dm], dim=-1), node.node_in.weight)
         moved = dh + F.linear(inner * self.node_slope.unsqueeze(2), node.node_out.weight)
-        return _Tangent(moved.contiguous(), dx)  # push writes into views of it
+        return _Tangent(moved.contiguous(), dx.contiguous())  # push writes into views of it
 
     def push(self, tangent: _Tangent, together: int, work: Tensor | None) -> _Tangent:
         """Pushes any directions through the layer.
@@ -293,7 +300,7 @@ class _Layer:
         size, atoms, directions, n = tangent.x.shape
         width, node = self.h.shape[-1], self.module.node
         by_h, by_m = node.node_in.weight.split(width, dim=1)
-        to_m, to_x, to_m0, to_x0 = self._distance_blocks()
+        (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
         to_x_by_h = torch.einsum("bijf,bijc->bjfic", self.psi, self.r)  # (B, j, F, i, n)
         others, moved = F.linear(tangent.h, self.a_j), tangent.x.transpose(1, 2).flatten(2)
         # What an atom does to itself, as matrices (F, F) of the node update and (F, n) of the position.
@@ -303,7 +310,7 @@ class _Layer:
         h_pieces, x_pieces = [], []
         for first in range(0, size, together):  # what follows of one molecule stays in the cache
             some = slice(first, first + together)
-            v, h = others[some].transpose(1, 2).flatten(2), tangent.h[some].flatten(0, 1)  # (B', D, M F), (B' M, D, F)
+            v, h = others[some].transpose(1, 2).flatten(2), tangent.h[some].view(-1, directions, width)
             dm = torch.bmm(moved[some], to_m[some].flatten(3).flatten(1, 2))
             dx = torch.bmm(moved[some], to_x[some].flatten(3).flatten(1, 2))
             dm.baddbmm_(v, self.message.blocks(some, work))
@@ -312,11 +319,13 @@ class _Layer:
                 dm.view(len(dm), atoms, -1, atoms, width)[:, :, :n] += to_m0[some]
                 dx.view(len(dx), atoms, -1, atoms, n)[:, :, :n] += to_x0[some]
             dm, dx = (t.unflatten(2, (atoms, -1)).transpose(1, 2).flatten(0, 1) for t in (dm, dx))  # (B' M, D, ·)
-            x_pieces.append(tangent.x[some] + torch.baddbmm(dx, h, own_x[some].flatten(0, 1)).unflatten(0, (-1, atoms)))
+            x_pieces.append(torch.baddbmm(dx, h, own_x[some].flatten(0, 1)))
             inner = torch.bmm(dm, by_m.T.expand(len(dm), -1, -1)).baddbmm_(h, own[some].flatten(0, 1))
+            # In place where no graph is recorded: nobody needs the old tangent any more.
             target = None if work is None else h
-            h_pieces.append(torch.baddbmm(h, inner, out[some].flatten(0, 1), out=target).unflatten(0, (-1, atoms)))
-        return _Tangent(torch.cat(h_pieces) if work is None else tangent.h, torch.cat(x_pieces))
+            h_pieces.append(torch.baddbmm(h, inner, out[some].flatten(0, 1), out=target))
+        dh = torch.cat(h_pieces).view_as(tangent.h) if work is None else tangent.h
+        return _Tangent(dh, tangent.x + torch.cat(x_pieces).view_as(tangent.x))
 
     def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> Tensor:
         """Contracts the tangents that arrive with the cotangents of the outputs, atom by atom.
@@ -330,7 +339,7 @@ class _Layer:
         dh, dx = (t.unflatten(2, (atoms, -1)) for t in tangent)  # (B, j, i, s, ·): what output (i, s) asks of atom j
         total = torch.einsum("biicc->bi", dx[..., :n, :])
         if self.module.position_in is not None:
-            _, to_x, _, to_x0 = self._distance_blocks()
+            to_x, to_x0 = self._position_blocks()
             to_h = torch.einsum("bijf,bijc->bijcf", self.psi, self.r)
             own = torch.einsum("biicf->bicf", dh[..., :n, :]) @ self.a_i.T
             total = total + torch.einsum("bijcf,bjicf->bi", to_h, F.linear(dh[..., :n, :], self.a_j))
