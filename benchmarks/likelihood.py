@@ -13,6 +13,7 @@ MODEL is a shipped name, a .safetensors, or the .npz of the weights published wi
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,19 +24,18 @@ import torch
 import torchdiffeq
 from ase import Atoms
 from numpy.polynomial import chebyshev, legendre
-from scipy.integrate import quad
 from torch import Tensor
 
 import ase_enf
 from ase_enf import divergence
 from ase_enf.data import qm9
 from ase_enf.divergence import Moment
-from ase_enf.en_flows import convert_en_flows
 from ase_enf.flow import Solver
 from ase_enf.model import ENF, Encoded
-from ase_enf.molecules import to_batch
+from ase_enf.molecules import canonical_order, to_batch
 from ase_enf.quadrature import clenshaw_curtis, integrate
-from ase_enf.score import DEFAULT_SOLVER
+from ase_enf.score import DEFAULT_SOLVER, _Row, _Scorer
+from benchmarks.common import load_flow
 from benchmarks.tables import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=2, help="of them by the loop of autograd.grad (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    flow = convert_en_flows(options.model) if options.model.endswith(".npz") else ase_enf.load(options.model, "cpu")
+    flow = load_flow(options.model)
     test = qm9.load(options.data, split="test")
     order = np.random.default_rng(options.seed).permutation(len(test))
     molecules = [test[k] for k in order if len(test[k]) in flow.size_prior]
@@ -96,7 +96,7 @@ def _trace_rows(flow: ENF, molecules: list[Atoms], size: int) -> list[tuple[obje
     one, x_1, h_1 = _moment(flow, molecules[:1])
     methods: dict[str, tuple[Callable[[], Tensor], int]] = {
         "loop of autograd.grad": (lambda: _loop_trace(one, x_1, h_1), 1),
-        "reverse, directions in chunks": (lambda: divergence.exact(one.velocity_at, x_1, h_1).trace, 1),
+        "reverse, directions in chunks": (lambda: divergence.exact(one.__call__, x_1, h_1).trace, 1),
         "forward (vmap of jvp), in chunks": (lambda: _forward_trace(one, x_1, h_1), 1),
         "closed form": (lambda: divergence.exact(one, x_1, h_1).trace, 1),
         "closed form, 8 molecules": (lambda: divergence.exact(moment, x, h).trace, 8),
@@ -112,15 +112,7 @@ def _trace_rows(flow: ENF, molecules: list[Atoms], size: int) -> list[tuple[obje
     return rows
 
 
-class _TimedMoment(Moment):
-    """A moment that also offers the plain function, which knows no closed form."""
-
-    @property
-    def velocity_at(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return lambda x, h: self.velocity(self.t, x, h)
-
-
-def _moment(flow: ENF, molecules: list[Atoms]) -> tuple[_TimedMoment, Tensor, Tensor]:
+def _moment(flow: ENF, molecules: list[Atoms]) -> tuple[Moment, Tensor, Tensor]:
     """Returns the field at one time and a point between data and noise, as in flow matching."""
     data = _encode(flow, molecules)
     generator = torch.Generator().manual_seed(0)
@@ -128,36 +120,41 @@ def _moment(flow: ENF, molecules: list[Atoms]) -> tuple[_TimedMoment, Tensor, Te
         (1 - TIME) * part + TIME * torch.randn(part.shape, generator=generator).to(part) for part in (data.x, data.h)
     )
     x = x - x.mean(dim=1, keepdim=True)
-    return _TimedMoment(flow.velocity(data.mask, data.context), torch.tensor(TIME).to(x)), x, h
+    return Moment(flow.velocity(data.mask, data.context), torch.tensor(TIME).to(x)), x, h
 
 
 def _encode(flow: ENF, molecules: list[Atoms]) -> Encoded:
-    """Returns molecules of one size in the coordinates of the flow, each with the same noise in every precision."""
+    """Returns molecules of one size in the coordinates of the flow, all with the same noise, in every precision."""
     batch = to_batch(molecules, flow.species, flow.config.dimension, dtype=torch.float64)
-    noise = torch.randn(*batch.mask.shape, flow.config.flow_features, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(*batch.mask.shape[1:], flow.config.flow_features, generator=torch.Generator().manual_seed(1))
+    noise = noise.expand(len(molecules), -1, -1)
     with torch.no_grad():
         return flow.encode(batch.to(flow.device, flow.dtype), noise.to(flow.device, flow.dtype))
 
 
-def _loop_trace(moment: _TimedMoment, x: Tensor, h: Tensor) -> Tensor:
-    """The trace as it is usually written: one call of autograd.grad for each direction."""
+def _loop_trace(moment: Moment, x: Tensor, h: Tensor) -> Tensor:
+    return _loop(moment, x, h)[1]
+
+
+def _loop(moment: Moment, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and trace as they are usually written: one call of autograd.grad for each direction."""
     n = x.shape[-1]
-    y = torch.cat([x, h], dim=-1).requires_grad_(True)
-    out = torch.cat(moment.velocity_at(y[..., :n], y[..., n:]), dim=-1)
+    y = torch.cat([x, h], dim=-1).detach().requires_grad_(True)
+    out = torch.cat(moment(y[..., :n], y[..., n:]), dim=-1)
     trace = torch.zeros(len(x)).to(x)
     for i in range(y.shape[1]):
         for c in range(y.shape[2]):
             (row,) = torch.autograd.grad(out[:, i, c].sum(), y, retain_graph=True)
             trace = trace + row[:, i, c]
-    return trace
+    return out.detach(), trace
 
 
-def _forward_trace(moment: _TimedMoment, x: Tensor, h: Tensor, chunk: int = 18) -> Tensor:
+def _forward_trace(moment: Moment, x: Tensor, h: Tensor, chunk: int = 18) -> Tensor:
     n, shape = x.shape[-1], (*x.shape[:2], x.shape[-1] + h.shape[-1])
     y = torch.cat([x, h], dim=-1)
 
     def field(y: Tensor) -> Tensor:
-        return torch.cat(moment.velocity_at(y[..., :n], y[..., n:]), dim=-1)
+        return torch.cat(moment(y[..., :n], y[..., n:]), dim=-1)
 
     def along(v: Tensor) -> Tensor:
         return (torch.func.jvp(field, (y,), (v,))[1] * v).sum()
@@ -167,7 +164,7 @@ def _forward_trace(moment: _TimedMoment, x: Tensor, h: Tensor, chunk: int = 18) 
         return torch.func.vmap(along, chunk_size=chunk)(basis).sum().view(1)
 
 
-def _velocity_only(moment: _TimedMoment, x: Tensor, h: Tensor) -> Tensor:
+def _velocity_only(moment: Moment, x: Tensor, h: Tensor) -> Tensor:
     with torch.no_grad():
         return moment(x, h)[0]
 
@@ -197,23 +194,24 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
     refined = ase_enf.score(flow, molecules, trace="exact", draws=1)
     seconds = time.perf_counter() - start
     some = molecules[:checked]
-    double = ENF(flow.config).double()
-    double.load_state_dict(flow.state_dict())
-    tight = ase_enf.score(double, some, trace="exact", draws=1, solver=ACCURATE, tolerance=1e-3).log_likelihood
-    error, refined_error = (t.log_likelihood[:checked] - tight for t in (table, refined))
-    single = ase_enf.score(double.double(), some, trace="exact", draws=1).log_likelihood
-    rounding = refined.log_likelihood[:checked] - single
+    double = copy.deepcopy(flow).double()
+    tight, worst = zip(*(_tight(double, item) for item in some), strict=True)
+    error, refined_error = (t.log_likelihood[:checked] - np.array(tight) for t in (table, refined))
+    estimate = _stderr_of(flow, some)
+    rounding = refined.log_likelihood[:checked] - ase_enf.score(double, some, trace="exact", draws=1).log_likelihood
     rows = [
         (f"{len(molecules)} exact scores, 49 nodes", "s", f"{once:.1f}"),
         (f"{len(molecules)} exact scores, default (nodes doubled where needed)", "s", f"{seconds:.1f}"),
         ("rows whose nodes were doubled", "", str(int((refined.nfe > table.nfe).sum()))),
         (f"true error, 49 nodes, rms and largest of {checked}", "nats", _spread(error)),
         (f"true error, default, rms and largest of {checked}", "nats", _spread(refined_error)),
+        ("integration error estimated by the package, 49 nodes, rms and largest of them", "nats", _spread(estimate)),
         (f"float32 against float64, rms and largest of {checked}", "nats", _spread(rounding)),
     ]
-    if loops:
+    same_size = [item for item in molecules if len(item) == 18][:loops]
+    if same_size:
         gaps, slow, fast = [], 0.0, 0.0
-        for item in [item for item in molecules if len(item) == 18][:loops]:
+        for item in same_size:
             start = time.perf_counter()
             value, evaluations = _traditional(flow, item)
             slow += time.perf_counter() - start
@@ -222,17 +220,36 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
             fast += time.perf_counter() - start
             gaps.append(ours - value)
         rows += [
-            (f"18 atoms, loop of autograd.grad inside dopri5 at 1e-5, mean of {loops}", "s", f"{slow / loops:.1f}"),
+            (
+                f"18 atoms, loop of autograd.grad inside dopri5 at 1e-5, mean of {len(gaps)}",
+                "s",
+                f"{slow / len(gaps):.1f}",
+            ),
             ("its evaluations of the trace, last molecule", "", str(evaluations)),
-            ("the same molecules by score, one at a time", "s", f"{fast / loops:.2f}"),
+            ("the same molecules by score, one at a time", "s", f"{fast / len(gaps):.2f}"),
             ("ratio", "", f"{slow / fast:.0f}"),
             ("largest difference of the two", "nats", f"{max(map(abs, gaps)):.3f}"),
         ]
     notes = (
-        f"`{flow.name}`, one draw of q. True error: against float64, {ACCURATE}, the quadrature refined to 0.001 nat; "
-        "it holds the errors of the path, of the quadrature and of rounding."
+        f"`{flow.name}`, one draw of q. True error: against float64, {ACCURATE}, 193 nodes whose own estimated error is "
+        f"at most {max(worst):.1e} nats; it holds the errors of the path, of the quadrature and of rounding."
     )
     write_results(pd.DataFrame(rows, columns=["what", "unit", "value"]), "likelihood_scores", "Exact scores", notes)
+
+
+def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
+    """Returns log p on an accurate path with 193 nodes, with the noise of ``score``, and its integration error."""
+    scorer = _Scorer(double, "exact", 1, 1, 0, math.inf, 1)
+    scorer.solver = ACCURATE
+    out = scorer._log_prob([_Row(0, item, canonical_order(item))], 192, None)
+    return float(out.log_prob), float(out.error)
+
+
+def _stderr_of(flow: ENF, molecules: list[Atoms]) -> pd.Series:
+    """Returns the integration error alone, which ``score`` joins with that of the draws."""
+    scorer = _Scorer(flow, "exact", 1, 1, 0, math.inf, 1)
+    scorer.solver = DEFAULT_SOLVER
+    return pd.Series([estimate.integration_error for estimate in scorer.run(molecules, progress=False)])
 
 
 def _spread(error: pd.Series) -> str:
@@ -241,12 +258,8 @@ def _spread(error: pd.Series) -> str:
 
 def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     """Returns log p by the exact trace inside dopri5 at 1e-5, with the noise of ``score``, and the evaluations."""
-    from ase_enf.molecules import canonical_order
-    from ase_enf.score import _Row, _Scorer
-
     scorer = _Scorer(flow, "exact", 1, 1, 0, math.inf, 1)
-    ranks = [_Row(0, item, canonical_order(item)).rank]
-    noise = scorer._noise(ranks, flow.config.flow_features) if flow.features == "joint" else None
+    noise = scorer._noise([canonical_order(item)], flow.config.flow_features) if flow.features == "joint" else None
     data = flow.encode(to_batch([item], flow.species, flow.config.dimension, dtype=flow.dtype), noise)
     velocity, n = flow.velocity(data.mask, data.context), flow.config.dimension
     evaluations = 0
@@ -256,9 +269,7 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
         evaluations += 1
         x, h = state[0][..., :n], state[0][..., n:]
         with torch.enable_grad():
-            trace = _loop_trace(_TimedMoment(velocity, t), x, h)
-        with torch.no_grad():
-            return torch.cat(velocity(t, x, h), dim=-1), trace
+            return _loop(Moment(velocity, t), x, h)
 
     start = (torch.cat([data.x, data.h], dim=-1), torch.zeros(1))
     with torch.no_grad():
@@ -273,7 +284,8 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
 def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
     """True integration error against the number of nodes, along accurate paths."""
     interpolants = [_interpolant(flow, item) for item in molecules]
-    truths = np.array([quad(f, 0, 1, epsabs=1e-9, limit=400)[0] for f in interpolants])
+    dense, dense_weights = (t.numpy() for t in clenshaw_curtis(DENSE))
+    truths = np.array([dense_weights @ f(dense) for f in interpolants])
     rows = []
     for intervals in (16, 24, 32, 48, 64, 96):
         nodes = clenshaw_curtis(intervals)[0].numpy()
@@ -307,8 +319,7 @@ def _quadrature_row(name: str, nodes: int, error: np.ndarray, estimate: Sequence
 
 def _interpolant(flow: ENF, item: Atoms) -> Callable[[np.ndarray], np.ndarray]:
     """Returns Tr J as a function of t along the path of one molecule."""
-    double = ENF(flow.config).double()
-    double.load_state_dict(flow.state_dict())
+    double = copy.deepcopy(flow).double()
     data = _encode(double, [item])
     nodes = clenshaw_curtis(DENSE)[0]
     with torch.no_grad():

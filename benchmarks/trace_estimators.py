@@ -31,8 +31,8 @@ def gaussian(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
 
 
 def fresh(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
-    """Hutchinson's estimate with other probes of ±1 for every matrix, which averages over the nodes of a path."""
-    return _quadratic(a, _signs(a, products, generator, a.shape[:-2])).mean(dim=-1)
+    """Hutchinson's estimate with other probes of ±1 at each place of the first axis: it averages over a path."""
+    return _quadratic(a, _signs(a, products, generator, (len(a), *[1] * (a.dim() - 3)))).mean(dim=-1)
 
 
 def orthogonal(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
