@@ -131,8 +131,8 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
         f"path; the error is over molecules and holds the noise of draws and probes. {len(scores) - len(finite)} of "
         f"{len(scores)} are not finite and left out. On {len(both)} of them the exact trace gives "
         f"{-both.log_likelihood_exact.mean():.2f} with the same draws and nodes; the probe differs from it by "
-        f"{gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of {gap.std():.1f}. Samples: {SOLVER}, "
-        f"seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are stable."
+        f"{gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of {gap.std():.1f}. Samples: "
+        f"{SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are stable."
     )
     table = pd.DataFrame(rows, columns=["what", "paper", "from the published weights", "denominator"])
     write_results(table, "published_table2", "Table 2, E-NF, from the published weights", notes)
