@@ -294,6 +294,7 @@ BAD = {
     "steps of dopri5": ([*GENERATE, "--solver", "dopri5", "--steps", "3"], "chooses its own steps"),
     "trace": (["score", "joint.safetensors", "good.extxyz", "--trace", "exakt"], "trace 'exakt' is unknown"),
     "draws": (["score", "joint.safetensors", "good.extxyz", "--draws", "0"], "draws=0"),
+    "tolerance": (["score", "joint.safetensors", "good.extxyz", "--tolerance", "-1"], "tolerance=-1.0"),
     "no command": ([], "arguments are required: COMMAND"),
     "unknown command": (["create"], "invalid choice: 'create'"),
     "unknown option": ([*GENERATE, "--fast"], "unrecognized arguments: --fast"),
