@@ -23,7 +23,7 @@ from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import INTERVALS, ContinuousFlow, Solver, TraceMethod, Transformed
+from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 
@@ -134,7 +134,7 @@ class LogProb(NamedTuple):
     ladj: Tensor  # log-determinant of flow and scaling
     log_q: Tensor  # zero unless "joint"
     log_size: Tensor  # log p_M(M), zero unless "joint"
-    error: Tensor  # estimated integration error
+    error: Tensor  # estimated integration error, of the quadrature and of the path
     samples: Tensor  # (P, B), ladj by each probe alone
     traces: Tensor  # (Q, P, B), Tr J at the nodes of the quadrature
     nfe: int
@@ -267,18 +267,22 @@ class ENF(nn.Module):
             encoded = self.encode(batch, noise)
             flow = self.flow(encoded.mask, encoded.context, solver)
             z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals, known=known)
-            return self._terms(encoded, z)
+            return self._terms(encoded, z, flow.solver)
 
-    def _terms(self, encoded: Encoded, z: Transformed) -> LogProb:
+    def _terms(self, encoded: Encoded, z: Transformed, solver: Solver) -> LogProb:
         mask = encoded.mask
         log_base = base.position_log_prob(z.x, mask) + base.feature_log_prob(z.h, mask)
+        coarse = base.position_log_prob(z.coarse[0], mask) + base.feature_log_prob(z.coarse[1], mask)
         log_size = torch.zeros_like(log_base)
         if self.config.features == "joint":
             log_size = self.size_prior.log_prob(mask.sum(dim=-1).tolist()).to(log_base)
         ladj = z.ladj + encoded.log_volume
         total = log_base + ladj - encoded.log_q + log_size
         samples = z.samples + encoded.log_volume
-        return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.traces, z.nfe)
+        # What twice the steps do to log p_Z; an adaptive solver has kept its own tolerance.
+        reduction = PATH_REDUCTION.get(solver.method, math.inf)
+        error = z.error + (log_base - coarse).abs() / (reduction - 1.0)
+        return LogProb(total, log_base, ladj, encoded.log_q, log_size, error, samples, z.traces, z.nfe)
 
     def sample(
         self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None

@@ -99,9 +99,9 @@ def score(
         progress: Show a bar; by default on a terminal only.
 
     Returns:
-        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature, not of the path) and
-        the standard errors over probes and over draws (delta method; NaN for one probe, or one draw of a bound, whose
-        spread is unknown).
+        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and, with fixed steps,
+        of the path) and the standard errors over probes and over draws (delta method; NaN for one probe, or one draw of
+        a bound, whose spread is unknown).
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
 

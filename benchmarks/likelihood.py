@@ -30,7 +30,7 @@ import ase_enf
 from ase_enf import divergence
 from ase_enf.data import qm9
 from ase_enf.divergence import Moment
-from ase_enf.flow import Solver
+from ase_enf.flow import Solver, Transformed
 from ase_enf.model import ENF, Encoded
 from ase_enf.molecules import canonical_order, to_batch
 from ase_enf.quadrature import clenshaw_curtis, integrate
@@ -274,8 +274,9 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     start = (torch.cat([data.x, data.h], dim=-1), torch.zeros(1))
     with torch.no_grad():
         y, ladj = torchdiffeq.odeint(augmented, start, torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-5, method="dopri5")
-    z = ase_enf.flow.Transformed(y[-1][..., :n], y[-1][..., n:], ladj[-1], *[torch.zeros(1, 1)] * 3, nfe=evaluations)
-    return float(flow._terms(data, z).log_prob), evaluations
+    end, zero = (y[-1][..., :n], y[-1][..., n:]), torch.zeros(1, 1)
+    z = Transformed(*end, ladj[-1], zero, zero, zero, end, evaluations)
+    return float(flow._terms(data, z, ACCURATE).log_prob), evaluations
 
 
 # Quadrature
