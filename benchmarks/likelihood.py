@@ -395,8 +395,8 @@ def estimators(flow: ENF, molecules: list[Atoms], draws: int = 40) -> None:
     for column, digits in zip(columns[2:], (2, 3, 3), strict=True):
         table[column] = [f"{value:.{digits}f}" for value in table[column]]
     notes = (
-        f"`{flow.name}`, {len(molecules)} molecules of {x.shape[1]} atoms, {draws} draws each. Cost: the products with the "
-        f"Jacobian at 49 nodes, each {1e3 * product:.2f} ms a molecule by a reverse pass in batches of 8, velocity "
+        f"`{flow.name}`, {len(molecules)} molecules of {x.shape[1]} atoms, {draws} draws each. Cost: the products with "
+        f"the Jacobian at 49 nodes, each {1e3 * product:.2f} ms a molecule by a reverse pass in batches of 8, velocity "
         "included; the closed form pushes all directions at once. The error of the quadrature is left out. The last "
         "column is the error of the difference to the same molecule rattled by 0.05 Å, with the same probes (other "
         "probes would give 1.41 times the error of one)."
