@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the pieces")
     parser.add_argument("-n", type=int, default=10_000, help="molecules to draw (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and scores (default: 0)")
-    parser.add_argument("--exact", type=int, default=100, help="test molecules to score exactly, too (default: 100)")
+    parser.add_argument("--exact", type=int, default=50, help="test molecules to score exactly, too (default: 50)")
     parser.add_argument("--only", choices=("samples", "scores"), help="one half of the work, and no table")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's choice")
     options = parser.parse_args()

@@ -29,6 +29,8 @@ SOLVERS = (
     *(Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-2, 1e-3, 1e-5, 1e-7)),
     *(Solver("rk4", steps=steps) for steps in (4, 8, 16)),
     *(Solver("midpoint", steps=steps) for steps in (8, 16, 32)),
+    Solver("rk4", steps=10, warp=1.2),
+    Solver("midpoint", steps=16, warp=1.5),
 )
 PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
 BATCH = 64
@@ -59,7 +61,9 @@ def main() -> None:
 
 def _measure(flow: ENF, solver: Solver, n: int, batch: int, options: argparse.Namespace) -> dict[str, float | str]:
     """Returns stability, evaluations a molecule and molecules/s of one solver."""
-    key = f"{solver.method}_{solver.rtol:g}" if solver.adaptive else f"{solver.method}_{solver.steps}"
+    grid = "" if solver.warp == 1 else f", warp {solver.warp:g}"
+    name = f"{solver.method}, {solver.rtol:g}" if solver.adaptive else f"{solver.method}, {solver.steps} steps{grid}"
+    key = name.replace(" steps", "").replace(", ", "_").replace(" ", "_")
     path = options.work / f"{key}_{n}_{batch}.json" if options.work else None
     if path and path.exists():
         return json.loads(path.read_text())
@@ -77,8 +81,8 @@ def _measure(flow: ENF, solver: Solver, n: int, batch: int, options: argparse.Na
     hook.remove()
     report = metrics.evaluate(atoms).set_index("metric")
     row = {
-        "solver": f"{solver.method}, {solver.rtol:g}" if solver.adaptive else f"{solver.method}, {solver.steps} steps",
-        "method": solver.method,
+        "solver": name,
+        "method": solver.method + grid,
         "batch": batch,
         "n": n,
         "evaluations": evaluations / n,
