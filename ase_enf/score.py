@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,7 @@ class _Row(NamedTuple):
     index: int
     atoms: Atoms
     rank: np.ndarray  # (M,), canonical order
+    seed: int
 
 
 class _Estimate(NamedTuple):
@@ -60,7 +61,7 @@ def score(
     trace: str = "auto",
     probes: int = 4,
     draws: int = 2,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     solver: str | Solver | None = None,
     steps: int | None = None,
     tolerance: float = 0.2,
@@ -88,7 +89,9 @@ def score(
             trace has a closed form, and up to 96 for other networks.
         probes: Rademacher probes of "hutchinson".
         draws: K, for "joint".
-        seed: Of the noise.
+        seed: Of the noise, the same for all rows or one for each. Rows with one seed share their noise, which is what
+            conformers want; the mean over a set of molecules wants a seed of its own for each
+            (``seed=range(len(atoms))``), or its error is that of one draw and not that of many.
         solver: A ``Solver`` or the name of a method; rk4 by default. Fixed steps are taken between the nodes of the
             quadrature and the solver's own grid, 48 intervals and more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
@@ -117,14 +120,15 @@ def score(
         [['exact', 'exact', 3, 'H2O']]
     """
     many = one_or_many(atoms)
-    _check(flow, many, trace, probes, draws, seed, batch_size)
+    seeds = [seed] * len(many) if isinstance(seed, int) else list(seed)
+    _check(flow, many, trace, probes, draws, seeds, batch_size)
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
-    scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, seed, tolerance, batch_size)
+    scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
     scorer.solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
-    estimates = scorer.run(many, sys.stderr.isatty() if progress is None else progress)
+    estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
     _warn(many, estimates, tolerance)
     rows = []
     for item, estimate in zip(many, estimates, strict=True):
@@ -203,14 +207,11 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
 class _Scorer:
     """One request: everything that its structures share."""
 
-    def __init__(
-        self, flow: ENF, trace: str, probes: int, draws: int, seed: int, tolerance: float, batch_size: int
-    ) -> None:
+    def __init__(self, flow: ENF, trace: str, probes: int, draws: int, tolerance: float, batch_size: int) -> None:
         self.flow = flow
         self.trace = trace
         self.probes = probes
         self.draws = draws
-        self.seed = seed
         self.tolerance = tolerance
         self.batch_size = batch_size
         self.solver = DEFAULT_SOLVER
@@ -224,9 +225,12 @@ class _Scorer:
         closed = self.flow.dynamics.has_closed_form and (n_atoms * config.hidden) ** 2 <= CLOSED_FORM_BLOCKS
         return "exact" if dimensions <= (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) else "hutchinson"
 
-    def run(self, atoms: list[Atoms], progress: bool) -> list[_Estimate]:
+    def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[_Estimate]:
         """Returns one estimate a structure, in order."""
-        rows = [_Row(index, item, canonical_order(item)) for index, item in enumerate(atoms)]
+        rows = [
+            _Row(index, item, canonical_order(item), seed)
+            for index, (item, seed) in enumerate(zip(atoms, seeds, strict=True))
+        ]
         results: dict[int, _Estimate] = {}
         with tqdm(total=len(rows), disable=not progress, unit="structure", dynamic_ncols=True) as bar:
             for group in self._groups(rows):
@@ -276,9 +280,8 @@ class _Scorer:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
-        ranks = [row.rank for row in rows]
-        noise = self._noise(ranks, config.flow_features) if flow.features == "joint" else None
-        method = self._trace_method(ranks)
+        noise = self._noise(rows, config.flow_features) if flow.features == "joint" else None
+        method = self._trace_method(rows)
         return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals, known)
 
     def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
@@ -288,19 +291,17 @@ class _Scorer:
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
         return _Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
 
-    def _noise(self, ranks: list[np.ndarray], width: int) -> Tensor:
+    def _noise(self, rows: list[_Row], width: int) -> Tensor:
         """Returns ε of q for every row and draw, shape (R K, M, width)."""
-        places = np.stack([self._draw(_Q, place, (self.draws, width)) for place in range(len(ranks[0]))])  # (M, K, F)
-        stacked = np.concatenate([places[rank].transpose(1, 0, 2) for rank in ranks])
+        stacked = np.concatenate(self._draws(_Q, rows, (self.draws, width)))
         return torch.from_numpy(stacked).to(device=self.flow.device, dtype=self.flow.dtype)
 
-    def _trace_method(self, ranks: list[np.ndarray]) -> TraceMethod:
-        if self.trace_of(len(ranks[0])) == "exact":
+    def _trace_method(self, rows: list[_Row]) -> TraceMethod:
+        if self.trace_of(len(rows[0].atoms)) == "exact":
             return divergence.exact
         n, width = self.flow.config.dimension, self.flow.config.flow_features
-        places = np.stack([self._draw(_PROBES, place, (self.probes, n + width)) for place in range(len(ranks[0]))])
-        signs = np.where(places >= 0, 1.0, -1.0)  # (M, P, n + F)
-        by_row = np.stack([signs[rank].transpose(1, 0, 2) for rank in ranks], axis=1)  # (P, R, M, n + F)
+        gaussian = np.stack(self._draws(_PROBES, rows, (self.probes, n + width)), axis=1)  # (P, R, M, n + F)
+        by_row = np.where(gaussian >= 0, 1.0, -1.0)
         v = torch.from_numpy(by_row.repeat(self.draws, axis=1)).to(device=self.flow.device, dtype=self.flow.dtype)
 
         def estimate(field: Field, x: Tensor, h: Tensor) -> Divergence:
@@ -308,10 +309,22 @@ class _Scorer:
 
         return estimate
 
-    def _draw(self, stream: int, place: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the noise of one place of the canonical order; more draws or atoms only add to it."""
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(stream, place))
-        return np.random.default_rng(sequence).standard_normal(shape)
+    @staticmethod
+    def _draws(stream: int, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it."""
+        size = len(rows[0].atoms)
+        by_seed = {
+            seed: np.stack(
+                [
+                    np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, place))).standard_normal(
+                        shape
+                    )
+                    for place in range(size)
+                ]
+            )
+            for seed in {row.seed for row in rows}
+        }
+        return [by_seed[row.seed][row.rank].transpose(1, 0, 2) for row in rows]
 
 
 def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float]:
@@ -345,15 +358,19 @@ def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float
     return float(value), math.sqrt(variance)
 
 
-def _check(flow: ENF, atoms: list[Atoms], trace: str, probes: int, draws: int, seed: int, batch_size: int) -> None:
+def _check(
+    flow: ENF, atoms: list[Atoms], trace: str, probes: int, draws: int, seeds: list[int], batch_size: int
+) -> None:
     if not atoms:
         raise ValueError("no structures to score; the input is empty")
+    if len(seeds) != len(atoms):
+        raise ValueError(f"{len(seeds)} seeds for {len(atoms)} structures: give one for all or one for each")
     if trace not in TRACES:
         raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
     for name, value, least in (
         ("probes", probes, 1),
         ("draws", draws, 1),
-        ("seed", seed, 0),
+        ("seed", min(seeds, default=0), 0),
         ("batch_size", batch_size, 1),
     ):
         if value < least:

@@ -239,17 +239,17 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
 
 def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
     """Returns log p on an accurate path with 193 nodes, with the noise of ``score``, and its integration error."""
-    scorer = _Scorer(double, "exact", 1, 1, 0, math.inf, 1)
+    scorer = _Scorer(double, "exact", 1, 1, math.inf, 1)
     scorer.solver = ACCURATE
-    out = scorer._log_prob([_Row(0, item, canonical_order(item))], 192, None)
+    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192, None)
     return float(out.log_prob), float(out.error)
 
 
 def _estimates(flow: ENF, molecules: list[Atoms], tolerance: float) -> pd.DataFrame:
     """Returns what ``score`` computes for exact traces and one draw, the integration error by itself."""
-    scorer = _Scorer(flow, "exact", 1, 1, 0, tolerance, 32)
+    scorer = _Scorer(flow, "exact", 1, 1, tolerance, 32)
     scorer.solver = DEFAULT_SOLVER
-    return pd.DataFrame(scorer.run(molecules, progress=False))
+    return pd.DataFrame(scorer.run(molecules, [0] * len(molecules), progress=False))
 
 
 def _spread(error: pd.Series) -> str:
@@ -258,8 +258,12 @@ def _spread(error: pd.Series) -> str:
 
 def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     """Returns log p by the exact trace inside dopri5 at 1e-5, with the noise of ``score``, and the evaluations."""
-    scorer = _Scorer(flow, "exact", 1, 1, 0, math.inf, 1)
-    noise = scorer._noise([canonical_order(item)], flow.config.flow_features) if flow.features == "joint" else None
+    scorer = _Scorer(flow, "exact", 1, 1, math.inf, 1)
+    noise = (
+        scorer._noise([_Row(0, item, canonical_order(item), 0)], flow.config.flow_features)
+        if flow.features == "joint"
+        else None
+    )
     data = flow.encode(to_batch([item], flow.species, flow.config.dimension, dtype=flow.dtype), noise)
     velocity, n = flow.velocity(data.mask, data.context), flow.config.dimension
     evaluations = 0

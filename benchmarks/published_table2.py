@@ -2,7 +2,7 @@
 
 python -m benchmarks.published_table2 WEIGHTS.npz --data QM9.npz --work FOLDER
 
-Draws 10,000 molecules and scores the 13,083 of the test split, in pieces that are kept in a folder: run it again and it
+Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are kept in a folder: run it again and it
 goes on where it stopped; run it with ``--only samples`` and ``--only scores`` side by side, one thread each, and once
 more without to write the table.
 """
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the pieces")
     parser.add_argument("-n", type=int, default=10_000, help="molecules to draw (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and scores (default: 0)")
+    parser.add_argument("--test", type=int, default=None, help="test molecules to score, at random (default: all)")
     parser.add_argument("--exact", type=int, default=50, help="test molecules to score exactly, too (default: 50)")
     parser.add_argument("--only", choices=("samples", "scores"), help="one half of the work, and no table")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's choice")
@@ -75,14 +76,14 @@ def samples(flow: ENF, n: int, seed: int, work: Path) -> list[Atoms]:
 
 def scores_of(flow: ENF, test: list[Atoms], options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Returns the scores of the test split by one probe, and of some of it by the exact trace."""
-    # By size, so that the batches are full; the exact ones are drawn evenly.
-    order = sorted(range(len(test)), key=lambda k: len(test[k]))
+    # In random order, so that some pieces are an unbiased sample of all.
+    order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()
     pieces = [order[start : start + PIECE] for start in range(0, len(order), PIECE)]
     found = [
-        _score_piece(flow, test, rows, options.work / f"scores_{k:03d}.csv", options.seed, SCORE)
+        _score_piece(flow, test, rows, options.work / f"scores_{k:03d}_{len(rows)}.csv", options.seed, SCORE)
         for k, rows in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True))
     ]
-    chosen = np.random.default_rng(options.seed).permutation(len(test))[: options.exact].tolist()
+    chosen = order[: options.exact]
     how = {"trace": "exact", "draws": 1, "tolerance": math.inf}  # the same quadrature: what differs is the trace
     exact = _score_piece(flow, test, chosen, options.work / f"exact_{len(chosen)}.csv", options.seed, how)
     return pd.concat(found, ignore_index=True), exact
@@ -90,7 +91,9 @@ def scores_of(flow: ENF, test: list[Atoms], options: argparse.Namespace) -> tupl
 
 def _score_piece(flow: ENF, test: list[Atoms], rows: list[int], path: Path, seed: int, how: dict) -> pd.DataFrame:
     if not path.exists():
-        table = ase_enf.score(flow, [test[k] for k in rows], seed=seed, **how)
+        # Noise of its own for each molecule: with the same for all, the error of the mean would be that of one draw.
+        seeds = [seed * len(test) + k for k in rows]
+        table = ase_enf.score(flow, [test[k] for k in rows], seed=seeds, **how)
         table.insert(0, "molecule", rows)
         with atomic_write(path) as handle:
             handle.write(table.to_csv(index=False).encode())
@@ -128,11 +131,12 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
     probes, redrawn = SCORE["probes"], sum(item.info["enf_attempts"] > 1 for item in atoms)
     notes = (
         f"NLL: eq. 12 with one draw of q and {probes} Rademacher probe, the trace by quadrature on 49 nodes of an rk4 "
-        f"path; the error is over molecules and holds the noise of draws and probes. {len(scores) - len(finite)} of "
-        f"{len(scores)} are not finite and left out. On {len(both)} of them the exact trace gives "
-        f"{-both.log_likelihood_exact.mean():.2f} with the same draws and nodes; the probe differs from it by "
-        f"{gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of {gap.std():.1f}. Samples: "
-        f"{SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are stable."
+        f"path, for {len(scores)} molecules of the test split at random; each has noise of its own, so the error over "
+        f"molecules holds that of draws and probes. {len(scores) - len(finite)} are not finite and left out. On "
+        f"{len(both)} of them the exact trace gives {-both.log_likelihood_exact.mean():.2f} with the same draws and nodes; "
+        f"the probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of "
+        f"{gap.std():.1f}. Samples: {SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are "
+        "stable."
     )
     table = pd.DataFrame(rows, columns=["what", "paper", "from the published weights", "denominator"])
     write_results(table, "published_table2", "Table 2, E-NF, from the published weights", notes)

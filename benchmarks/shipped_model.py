@@ -58,7 +58,7 @@ def main() -> None:
 def _validation_nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
     valid = qm9.load(options.data, split="valid")
     chosen = np.random.default_rng(options.seed).permutation(len(valid))[: options.scores]
-    scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace)
+    scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace, seed=chosen.tolist())
     nll = -scores.log_likelihood
     how = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
     definition = f"mean NLL in nats of molecules of the validation split ({how}); stderr over molecules"

@@ -21,7 +21,7 @@ from scipy.stats import norm
 import ase_enf
 from ase_enf.flow import Solver
 from ase_enf.io import write_structures
-from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Scorer, annotate, combine, score
+from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Row, _Scorer, annotate, combine, score
 
 # No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
@@ -157,7 +157,7 @@ def test_joint_bound_is_eq_12(make_flow, monkeypatch):
     flow = make_flow("joint", scale=0.4, layers=1, sizes={2: 3, 3: 1}).double()
     atoms = Atoms("OH", [(0, 0, 0), (0.96, 0.1, 0)])
     noise = np.random.default_rng(0).standard_normal((2, 2, 4))  # draw, atom, (H, C, O, charge)
-    monkeypatch.setattr(_Scorer, "_noise", lambda self, ranks, width: torch.from_numpy(noise))
+    monkeypatch.setattr(_Scorer, "_noise", lambda self, rows, width: torch.from_numpy(noise))
     shift, scale = np.array(flow.config.feature_shift), np.array(flow.config.feature_scale)
     weights = []
     for eps in noise:
@@ -199,6 +199,16 @@ def test_refinement_is_that_of_the_row_itself(make_flow):
     assert (table.stderr[refined] < rough.stderr[refined]).all()
     alone = pd.concat([score(flow, atoms, **options) for atoms in stretched], ignore_index=True)
     pd.testing.assert_frame_equal(table, alone, rtol=1e-10)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_each_row_may_have_its_own_seed(make_flow, trace):
+    flow, waters = make_flow("joint", layers=1).double(), [molecule("H2O")] * 3
+    together = values(flow, waters, trace=trace, seed=[5, 6, 5])
+    assert together[0] == together[2] != together[1]
+    assert together[:2] == pytest.approx([values(flow, waters[0], trace=trace, seed=s)[0] for s in (5, 6)], abs=1e-9)
+    with pytest.raises(ValueError, match="2 seeds for 3 structures: give one for all or one for each"):
+        score(flow, waters, seed=range(2))
 
 
 def test_conformers_share_their_noise(make_flow):
@@ -257,7 +267,7 @@ def test_more_draws_only_add_to_the_noise(make_flow):
 
 
 def score_noise(flow, draws: int) -> torch.Tensor:
-    return _Scorer(flow, "exact", 1, draws, 0, 1.0, 32)._noise([np.array([2, 0, 1])], 4)
+    return _Scorer(flow, "exact", 1, draws, 1.0, 32)._noise([_Row(0, molecule("H2O"), np.array([2, 0, 1]), 0)], 4)
 
 
 def test_hutchinson_agrees_with_the_exact_trace_within_its_error(make_flow):
