@@ -2,9 +2,9 @@
 
 python -m benchmarks.published_table2 WEIGHTS.npz --data QM9.npz --work FOLDER
 
-Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are kept in a folder: run it again and it
-goes on where it stopped; run it with ``--only samples`` and ``--only scores`` side by side, one thread each, and once
-more without to write the table.
+Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are kept in a
+folder: run it again and it goes on where it stopped; run it with ``--only samples`` and ``--only scores`` side by side,
+one thread each, and once more without to write the table.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
         f"NLL: eq. 12 with one draw of q and {probes} Rademacher probe, the trace by quadrature on 49 nodes of an rk4 "
         f"path, for {len(scores)} molecules of the test split at random; each has noise of its own, so the error over "
         f"molecules holds that of draws and probes. {len(scores) - len(finite)} are not finite and left out. On "
-        f"{len(both)} of them the exact trace gives {-both.log_likelihood_exact.mean():.2f} with the same draws and nodes; "
-        f"the probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of "
+        f"{len(both)} of them the exact trace gives {-both.log_likelihood_exact.mean():.2f} with the same draws and "
+        f"nodes; the probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of "
         f"{gap.std():.1f}. Samples: {SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are "
         "stable."
     )
