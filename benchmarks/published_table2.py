@@ -134,8 +134,8 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
         f"path, for {len(scores)} molecules of the test split at random; each has noise of its own, so the error over "
         f"molecules holds that of draws and probes. {len(scores) - len(finite)} are not finite and left out. On "
         f"{len(both)} of them the exact trace gives {-both.log_likelihood_exact.mean():.2f} with the same draws and "
-        f"nodes; the probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation of "
-        f"{gap.std():.1f}. Samples: {SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are "
+        f"nodes; one probe differs from it by {gap.mean():.2f} ± {gap.sem():.2f} on average, with a standard deviation "
+        f"of {gap.std():.1f}. Samples: {SOLVER}, seed {seed}, {redrawn} drawn again; {len(stable)} of {len(atoms)} are "
         "stable."
     )
     table = pd.DataFrame(rows, columns=["what", "paper", "from the published weights", "denominator"])
