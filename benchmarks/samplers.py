@@ -136,6 +136,8 @@ def _plot(table: pd.DataFrame, name: str) -> None:
                 rows.evaluations, 100 * rows[what], 100 * rows[f"{what}_error"], marker="o", capsize=3, label=method
             )
         axes.set(xscale="log", xlabel="evaluations of the dynamics a molecule", ylabel=f"{what} stable, %")
+        axes.set_xticks([16, 32, 64, 128, 256, 512], labels=["16", "32", "64", "128", "256", "512"])
+        axes.set_xticks([], minor=True)
     axes.legend()
     figure.suptitle(f"Samplers of {name}, {int(table.n.iloc[0])} molecules each")
     figure.savefig(RESULTS / f"samplers_{name}.png", dpi=110)
