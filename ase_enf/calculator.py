@@ -43,7 +43,7 @@ def log_likelihood_gradient(
 
     Returns:
         Nats, and nats / Å. For ``features="joint"`` the value is the bound's integrand at the mean of q, without p_M.
-        It holds the errors of the path and of the quadrature, which are smooth; ``score`` estimates the latter.
+        It holds the errors of the path and of the quadrature, which are smooth; ``score`` estimates both.
 
     Raises:
         ValueError: See ``molecules.check_atoms``.

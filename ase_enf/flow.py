@@ -122,7 +122,6 @@ class Transformed(NamedTuple):
     error: Tensor  # (B,), estimated error of the quadrature of ladj, nats
     samples: Tensor  # (P, B), ladj by each probe alone; (1, B) for an exact trace
     traces: Tensor  # (Q, P, B), Tr J at the Q nodes of the quadrature, in the order of t
-    coarse: tuple[Tensor, Tensor]  # x and h by twice the steps; x and h themselves with an adaptive solver or no trace
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
@@ -208,15 +207,13 @@ class ContinuousFlow:
         if trace is None:
             path = self._solve(x, h, torch.tensor([start, end], dtype=torch.float64))
             zero = x.new_zeros(1, 1, len(x))
-            return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], path[-1], self.nfe)
+            return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
         check_intervals(intervals)
         if known is not None and len(known) != intervals // 2 + 1:
             raise ValueError(f"known traces at {len(known)} nodes: {intervals} intervals need {intervals // 2 + 1}")
         times = clenshaw_curtis(intervals)[0]
         # The path stops at every node, so that it is refined with the quadrature.
-        stops = times if start < end else times.flip(0)
-        path = self._solve(x, h, stops)
-        coarse = path[-1] if self.solver.adaptive else self._solve(x, h, stops[::2])[-1]
+        path = self._solve(x, h, times if start < end else times.flip(0))
         states = path if start < end else path[::-1]
         moments = times.to(x)
         fresh = range(intervals + 1) if known is None else range(1, intervals, 2)
@@ -227,8 +224,7 @@ class ContinuousFlow:
             traces[::2], traces[1::2] = known.to(traces), odd
         samples = integrate(traces).value * (1.0 if start < end else -1.0)
         error = integrate(traces.mean(dim=1)).error  # of the mean over probes
-        results = (t.to(x) for t in (samples.mean(dim=0), error, samples, traces))
-        return Transformed(*path[-1], *results, coarse, self.nfe)
+        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""

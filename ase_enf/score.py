@@ -120,7 +120,7 @@ def score(
         [['exact', 'exact', 3, 'H2O']]
     """
     many = one_or_many(atoms)
-    seeds = [seed] * len(many) if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] * len(many) if np.ndim(seed) == 0 else [int(value) for value in seed]
     _check(flow, many, trace, probes, draws, seeds, batch_size)
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
@@ -268,10 +268,9 @@ class _Scorer:
             if intervals < INTERVALS * 2**DOUBLINGS:
                 rough, lost = error > self.tolerance, ~np.isfinite(error)
                 traces = out.traces.unflatten(-1, (len(chosen), self.draws))
+                # What is not finite may be so on a finer path, but not by traces kept from this one.
                 for which, usable in ((rough & ~lost, True), (lost, False)):
-                    if (
-                        which.any()
-                    ):  # what is not finite may be so on a finer path, but not by traces kept from this one
+                    if which.any():
                         kept = traces[:, :, torch.from_numpy(which)].flatten(2) if usable else None
                         work.append((places[which], 2 * intervals, kept))
         return [answers[place] for place in range(len(rows))]
@@ -312,18 +311,12 @@ class _Scorer:
     @staticmethod
     def _draws(stream: int, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it."""
-        size = len(rows[0].atoms)
-        by_seed = {
-            seed: np.stack(
-                [
-                    np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, place))).standard_normal(
-                        shape
-                    )
-                    for place in range(size)
-                ]
-            )
-            for seed in {row.seed for row in rows}
-        }
+
+        def draw(seed: int, place: int) -> np.ndarray:
+            return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, place))).standard_normal(shape)
+
+        places = range(len(rows[0].atoms))
+        by_seed = {seed: np.stack([draw(seed, place) for place in places]) for seed in {row.seed for row in rows}}
         return [by_seed[row.seed][row.rank].transpose(1, 0, 2) for row in rows]
 
 

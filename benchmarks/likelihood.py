@@ -278,9 +278,9 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     start = (torch.cat([data.x, data.h], dim=-1), torch.zeros(1))
     with torch.no_grad():
         y, ladj = torchdiffeq.odeint(augmented, start, torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-5, method="dopri5")
-    end, zero = (y[-1][..., :n], y[-1][..., n:]), torch.zeros(1, 1)
-    z = Transformed(*end, ladj[-1], zero, zero, zero, end, evaluations)
-    return float(flow._terms(data, z, ACCURATE).log_prob), evaluations
+    zero = torch.zeros(1, 1)
+    z = Transformed(y[-1][..., :n], y[-1][..., n:], ladj[-1], zero, zero, zero, evaluations)
+    return float(flow._terms(data, z).log_prob), evaluations
 
 
 # Quadrature

@@ -20,7 +20,7 @@ MODULES = {
 }
 
 # Importer → what it may import from this package. A name stands for the module and everything below it.
-_CORE = {"base", "dequantize", "divergence", "dynamics", "flow", "geometry", "molecules"}
+_CORE = {"base", "dequantize", "divergence", "dynamics", "flow", "geometry", "molecules", "quadrature"}
 ALLOWED = {
     "__init__": set(),  # lazy: by name, when asked
     # L0

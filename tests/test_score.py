@@ -206,6 +206,8 @@ def test_each_row_may_have_its_own_seed(make_flow, trace):
     flow, waters = make_flow("joint", layers=1).double(), [molecule("H2O")] * 3
     together = values(flow, waters, trace=trace, seed=[5, 6, 5])
     assert together[0] == together[2] != together[1]
+    assert values(flow, waters, trace=trace, seed=np.array([5, 6, 5])) == pytest.approx(together, abs=1e-12)
+    assert values(flow, waters[0], trace=trace, seed=np.int64(5))[0] == pytest.approx(together[0], abs=1e-9)
     assert together[:2] == pytest.approx([values(flow, waters[0], trace=trace, seed=s)[0] for s in (5, 6)], abs=1e-9)
     with pytest.raises(ValueError, match="2 seeds for 3 structures: give one for all or one for each"):
         score(flow, waters, seed=range(2))
