@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ase_enf.geometry import center, pair_mask
+from ase_enf.nn import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
+
+KERNELS = ("auto", "fused", "plain")
 
 
 class Dynamics(nn.Module):
@@ -62,6 +65,28 @@ class Dynamics(nn.Module):
     def has_closed_form(self) -> bool:
         """Whether the structure of the network gives its trace."""
         return type(self.network) is EGNN  # a subclass may compute something else
+
+    def use_kernel(self, kernel: str) -> str:
+        """Chooses "fused", "plain" or "auto" and returns which of the first two it is; see ``ENF.use_kernel``.
+
+        Raises:
+            ValueError: For an unknown name, or "fused" where that is impossible.
+        """
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel {kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
+        reason = None if kernel == "plain" else self._no_kernel()
+        if reason and kernel == "fused":
+            raise ValueError(f"kernel 'fused' cannot be used: {reason}")
+        fuse = kernel != "plain" and reason is None
+        if isinstance(self.network, EGNN):
+            self.network.fuse(fuse)
+        return "fused" if fuse else "plain"
+
+    def _no_kernel(self) -> str | None:
+        if type(self.network) is not EGNN:
+            return f"it computes the pairs of an EGNN only, not of {type(self.network).__name__}"
+        weight = self.network.embed.weight
+        return fused.unavailable(len(weight), weight.dtype, weight.device)
 
     @staticmethod
     def _nodes(t: Tensor, x: Tensor, h: Tensor, context: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
+from ase_enf.nn import fused
 from ase_enf.nn.gnn import Messages, NodeUpdate
 
 # Keeps the distance of eq. 9 differentiable where two atoms coincide (and on the diagonal).
@@ -42,6 +43,7 @@ class EGCL(nn.Module):
     ) -> None:
         super().__init__()
         self.bound = bound
+        self.fused = False  # see EGNN.fuse
         self.messages = Messages(features, 1 + edge_features, gate)
         self.node = NodeUpdate(features) if update_features else None
         self.position_in = nn.Linear(features, features) if update_positions else None
@@ -58,6 +60,9 @@ class EGCL(nn.Module):
         pair_mask: Tensor,  # (B, M, M)
     ) -> tuple[Tensor, Tensor]:
         """Returns the updated h (B, M, F) and x (B, M, n)."""
+        if self.fused and x.device.type == "cpu":
+            m_sum, shift = self._fused_pairs(h, x, a, pair_mask)
+            return (h if self.node is None else self.node(h, m_sum)), x + shift
         difference, squared = pair_differences(x)
         edges = squared.unsqueeze(-1) if a is None else torch.cat([squared.unsqueeze(-1), a], dim=-1)
         m = self.messages(h, edges, pair_mask)
@@ -70,6 +75,25 @@ class EGCL(nn.Module):
         if self.node is not None:
             h = self.node(h, m.sum(dim=2))
         return h, x
+
+    def _fused_pairs(self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+        messages, width = self.messages, h.shape[-1]
+        first, moves = messages.edge_in.weight, self.position_in is not None
+        gate = messages.gate
+        weights = {
+            "by_scalar": first[:, 2 * width :].T,
+            "w2": messages.edge_out.weight,
+            "b2": messages.edge_out.bias,
+            "gate": None if gate is None else gate.weight[0],
+            "gate_bias": None if gate is None else gate.bias,
+            "w3": self.position_in.weight if moves else None,
+            "b3": self.position_in.bias if moves else None,
+            "w4": self.position_out.weight[0] if moves else None,
+        }
+        target = F.linear(h, first[:, :width], messages.edge_in.bias)
+        source = F.linear(h, first[:, width : 2 * width])
+        extra = None if a is None else a[..., 0]
+        return fused.pair_layer(target, source, x, extra, pair_mask, self.bound, weights)
 
 
 class EGNN(nn.Module):
@@ -119,6 +143,11 @@ class EGNN(nn.Module):
             for layer in range(layers)
         )
         self.out = nn.Linear(hidden, out_features) if out_features else None
+
+    def fuse(self, fused: bool = True) -> None:
+        """Computes the pairs by the compiled kernel, or not; the kernel has no second derivatives."""
+        for layer in self.layers:
+            layer.fused = fused
 
     def forward(
         self,

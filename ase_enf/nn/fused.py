@@ -1,0 +1,254 @@
+"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer, several times as fast.
+
+``pairs.cpp`` is compiled at first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for this very
+processor, and kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache). The kernel knows first derivatives only;
+whoever needs second ones uses the plain layer, which remains the definition.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_name("pairs.cpp")
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared",
+    "-fPIC",
+)  # fmt: skip
+COMPILERS = ("c++", "g++", "clang++")
+NAMES = {torch.float32: "float32", torch.float64: "float64"}
+# The longest vectors there are (64 bytes); a width must be whole numbers of them.
+LANES = {torch.float32: 16, torch.float64: 8}
+
+# Inputs that gradients flow to, in the order of the structures in pairs.cpp.
+_DIFFERENTIABLE = (
+    "target", "source", "x", "extra", "by_scalar", "w2", "b2", "gate", "gate_bias", "w3", "b3", "w4",
+)  # fmt: skip
+_WEIGHTS = _DIFFERENTIABLE[4:]
+
+
+class KernelError(RuntimeError):
+    """The kernel could not be compiled."""
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "scalars")),
+        ("bound", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("mask", *_DIFFERENTIABLE)),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in _DIFFERENTIABLE]
+
+
+def unavailable(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Returns why the kernel cannot serve a network here, None if it can; compiles it if need be."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on {device.type}"
+    if dtype not in NAMES:
+        return f"it computes in float32 and float64, not in {dtype}"
+    if width % LANES[dtype]:
+        return f"the width {width} is no multiple of {LANES[dtype]}"
+    try:
+        _library()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def pair_layer(
+    target: Tensor,
+    source: Tensor,
+    x: Tensor,
+    extra: Tensor | None,
+    pair_mask: Tensor,
+    bound: float | None,
+    weights: dict[str, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Sum of the gated messages of each atom, and how far they move it (eq. 4, 5 and 9).
+
+    Args:
+        target: ``A h_i + b``, shape (B, M, F).
+        source: ``B h_j``, shape (B, M, F).
+        x: Positions, shape (B, M, n).
+        extra: A second scalar of each pair beside the squared distance, shape (B, M, M), or None.
+        pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
+        bound: The largest |φ_x|; None for no bound.
+        weights: ``by_scalar`` (1 or 2, F), ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
+            ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
+
+    Returns:
+        Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
+
+    Raises:
+        ValueError: For more than three dimensions or two scalars of a pair.
+    """
+    if x.shape[-1] > 3 or len(weights["by_scalar"]) != (1 if extra is None else 2):
+        raise ValueError(
+            f"the kernel knows up to 3 dimensions and one scalar beside the distance; got {x.shape[-1]} dimensions "
+            f"and {len(weights['by_scalar'])} scalars"
+        )
+    mask = pair_mask.ne(0)
+    tensors = (target, source, x, extra, *(weights[name] for name in _WEIGHTS))
+    return _PairLayer.apply(mask, 0.0 if bound is None else float(bound), torch.is_grad_enabled(), *tensors)
+
+
+class _PairLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mask, bound, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own signature)
+        inputs = {
+            name: None if t is None else t.detach().contiguous()
+            for name, t in zip(_DIFFERENTIABLE, tensors, strict=True)
+        }
+        target, x = inputs["target"], inputs["x"]
+        size, atoms, width = target.shape
+        messages, shift = torch.zeros_like(target), torch.zeros_like(x)
+        keep = with_grad and any(ctx.needs_input_grad)
+        moves = inputs["w3"] is not None
+        v = target.new_empty(size, atoms * atoms, width) if keep else None
+        p = target.new_empty(size, atoms * atoms, width) if keep and moves else None
+        scalars = target.new_empty(size, atoms * atoms, 2) if keep else None
+        mask = mask.contiguous()
+        problem = _problem(mask, bound, inputs)
+        function = _function("forward", target.dtype)
+        outputs = [_address(t) for t in (messages, shift if moves else None, v, p, scalars)]
+        _in_threads(size, lambda k, first, last: function(problem, first, last, *outputs))
+        ctx.save_for_backward(mask, v, p, scalars, *inputs.values())
+        ctx.bound = bound
+        return messages, shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
+        mask, v, p, scalars, *kept = ctx.saved_tensors
+        inputs = dict(zip(_DIFFERENTIABLE, kept, strict=True))
+        needs = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[3:], strict=True))
+        target = inputs["target"]
+        size = len(target)
+        out = {name: torch.zeros_like(inputs[name]) for name in ("target", "source", "x")}
+        if needs["extra"]:
+            out["extra"] = torch.zeros_like(inputs["extra"])
+        threads = _threads(size)
+        learn = any(needs[name] for name in _WEIGHTS)
+        own = {
+            name: inputs[name].new_zeros(threads, *inputs[name].shape)
+            for name in _WEIGHTS
+            if learn and inputs[name] is not None
+        }
+        problem = _problem(mask, ctx.bound, inputs)
+        function = _function("backward", target.dtype)
+        g_messages, g_shift = g_messages.contiguous(), g_shift.contiguous()
+        given = [_address(t) for t in (v, p, scalars, g_messages, g_shift)]
+
+        def work(k: int, first: int, last: int) -> None:
+            part = {name: t[k] for name, t in own.items()} | out
+            function(problem, first, last, *given, _Gradients(*(_address(part.get(name)) for name in _DIFFERENTIABLE)))
+
+        _in_threads(size, work)
+        out |= {name: t.sum(dim=0) for name, t in own.items()}
+        return None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
+
+
+def _problem(mask: Tensor, bound: float, inputs: dict[str, Tensor | None]) -> _Problem:
+    atoms, width = inputs["target"].shape[1:]
+    pointers = (_address(t) for t in (mask, *(inputs[name] for name in _DIFFERENTIABLE)))
+    return _Problem(atoms, inputs["x"].shape[-1], width, len(inputs["by_scalar"]), bound, *pointers)
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _threads(size: int) -> int:
+    return max(1, min(torch.get_num_threads(), size))
+
+
+def _in_threads(size: int, work: Callable[[int, int, int], None]) -> None:
+    """Calls work(k, first, last) on equal shares of the molecules, side by side; ctypes lets go of the interpreter."""
+    count = _threads(size)
+    bounds = [size * k // count for k in range(count + 1)]
+    if count == 1:
+        work(0, 0, size)
+        return
+    list(_pool(count).map(work, range(count), bounds[:-1], bounds[1:]))
+
+
+@functools.cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="ase_enf_pairs")
+
+
+@functools.cache
+def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(_library(), f"pairs_{direction}_{NAMES[dtype]}")
+    structures = [ctypes.POINTER(_Gradients)] if direction == "backward" else []
+    function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 5, *structures]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Loads the kernel, compiled before or now.
+
+    Raises:
+        KernelError: If there is no compiler, or it fails.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
+    if not compiler:
+        raise KernelError(f"no C++ compiler; install one ({', '.join(COMPILERS)}) or name it in $CXX")
+    source = SOURCE.read_bytes()
+    # A folder may be shared by machines with other processors.
+    identity = "\0".join([*compiler, *FLAGS, platform.system(), platform.machine(), _processor()]).encode()
+    digest = hashlib.sha256(source + identity).hexdigest()[:16]
+    path = _cache_folder() / f"pairs-{digest}.so"
+    if not path.exists():
+        _compile([*compiler, *FLAGS, str(SOURCE), "-o"], path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"{path} cannot be loaded ({error}); delete it") from None
+
+
+def _compile(command: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: ranks start together
+        built = Path(folder) / path.name
+        try:
+            done = subprocess.run([*command, str(built)], capture_output=True, text=True, timeout=300, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelError(f"{command[0]} failed ({error})") from None
+        if done.returncode or not built.exists():
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise KernelError(f"{command[0]} failed: {lines[0]}")
+        os.replace(built, path)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ase_enf"
+
+
+def _processor() -> str:
+    """Returns the name and abilities of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "isa")
+    return "".join(sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)}))

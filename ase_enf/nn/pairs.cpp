@@ -1,0 +1,387 @@
+// The pairs of one EGCL, forward and backward, fused: no tensor of all pairs leaves the caches but what backward needs.
+//
+//   a = t_i + s_j + Σ_k c_k q_k(i, j)      q: ‖x_i − x_j‖² and, if given, a second number of the pair
+//   v = W2 silu(a) + b2,  u = silu(v),  e = sigmoid(w·u + β),  m = e u            (eq. 4)
+//   p = W3 m + b3,  φ = w4·silu(p)  (bounded: b tanh φ)                           (eq. 5, 9)
+//   out: Σ_j m  and  Σ_j φ (x_i − x_j) / (‖x_i − x_j‖ + 1)
+//
+// Plain C++17 with the vector types of GCC and Clang; no header but the standard library's. Every function works on the
+// molecules [first, last) of a batch, so that threads share nothing but what they read; gradients of the weights are
+// added to buffers of the caller's, one set a thread.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, TILE_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, TILE_VECTORS = 2;
+#else
+constexpr int BYTES = 16, TILE_VECTORS = 4;
+#endif
+constexpr int TILE_ROWS = 6;   // of C held in registers, TILE_VECTORS each
+constexpr int CHUNK = 96;      // pairs at a time
+constexpr int MAX_DIMENSION = 3;
+constexpr double EPSILON = 1e-8;  // DISTANCE_EPSILON of egnn.py
+
+template <typename T>
+struct Vector {
+    static constexpr int LANES = BYTES / sizeof(T);
+    typedef T type __attribute__((vector_size(BYTES)));
+    typedef T loose __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));  // at any address of a T
+};
+template <typename T> using vec = typename Vector<T>::type;
+
+template <typename T> inline vec<T> load(const T* from) { return *reinterpret_cast<const typename Vector<T>::loose*>(from); }
+template <typename T> inline void store(T* to, vec<T> v) { *reinterpret_cast<typename Vector<T>::loose*>(to) = v; }
+template <typename T> inline vec<T> splat(T value) { return value - vec<T>{}; }
+template <typename T> inline T sum(vec<T> v) {
+    T total = 0;
+    for (int k = 0; k < Vector<T>::LANES; ++k) total += v[k];
+    return total;
+}
+
+// e^x to about two units in the last place; arguments are clamped to where neither it nor 1 + it overflows.
+inline vec<float> exponential(vec<float> x) {
+    typedef int32_t ivec __attribute__((vector_size(BYTES)));
+    const vec<float> low = splat(-87.0f), high = splat(87.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vec<float> shifter = splat(12582912.0f);  // 1.5 · 2^23 rounds to an integer in the low bits
+    const vec<float> biased = x * 1.44269504088896341f + shifter;
+    const vec<float> n = biased - shifter;
+    vec<float> r = x - n * 0.693145751953125f;  // ln 2 in two parts
+    r = r - n * 1.42860682030941723e-6f;
+    vec<float> p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.0f);
+    const ivec scale = ((ivec)biased - (int32_t)0x4B400000 + 127) << 23;
+    return p * (vec<float>)scale;
+}
+
+inline vec<double> exponential(vec<double> x) {
+    for (int k = 0; k < Vector<double>::LANES; ++k) x[k] = std::exp(x[k] < -700 ? -700 : x[k] > 700 ? 700 : x[k]);
+    return x;
+}
+
+template <typename T> inline vec<T> sigmoid(vec<T> x) { return T(1) / (T(1) + exponential(-x)); }
+
+// One register tile of C = A B (+ C's start): A has the strides given, B is (depth, ·) with rows `ldb` apart.
+template <typename T, int ROWS, int VECTORS>
+inline void tile(const T* a, long row_stride, long step, const T* b, long ldb, int depth, T* c, long ldc, const T* bias,
+                 bool add) {
+    constexpr int LANES = Vector<T>::LANES;
+    vec<T> sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int k = 0; k < VECTORS; ++k)
+            sums[r][k] = add ? load(c + r * ldc + k * LANES) : bias ? load(bias + k * LANES) : vec<T>{};
+    for (int d = 0; d < depth; ++d) {
+        vec<T> row[VECTORS];
+        for (int k = 0; k < VECTORS; ++k) row[k] = load(b + d * ldb + k * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const T factor = a[r * row_stride + d * step];
+            for (int k = 0; k < VECTORS; ++k) sums[r][k] += factor * row[k];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int k = 0; k < VECTORS; ++k) store(c + r * ldc + k * LANES, sums[r][k]);
+}
+
+template <typename T, int VECTORS>
+void rows_of(int rows, const T* a, long row_stride, long step, const T* b, long ldb, int depth, T* c, long ldc,
+             const T* bias, bool add) {
+    int r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        tile<T, TILE_ROWS, VECTORS>(a + r * row_stride, row_stride, step, b, ldb, depth, c + r * ldc, ldc, bias, add);
+    for (; r + 2 <= rows; r += 2)
+        tile<T, 2, VECTORS>(a + r * row_stride, row_stride, step, b, ldb, depth, c + r * ldc, ldc, bias, add);
+    if (r < rows)
+        tile<T, 1, VECTORS>(a + r * row_stride, row_stride, step, b, ldb, depth, c + r * ldc, ldc, bias, add);
+}
+
+// C (rows, width) = A B + bias, or C += A B; A's element (r, d) is a[r row_stride + d step], B is (depth, width) dense.
+template <typename T>
+void multiply(int rows, int width, int depth, const T* a, long row_stride, long step, const T* b, T* c, const T* bias,
+              bool add) {
+    constexpr int LANES = Vector<T>::LANES;
+    int column = 0;
+    for (; column + TILE_VECTORS * LANES <= width; column += TILE_VECTORS * LANES)
+        rows_of<T, TILE_VECTORS>(rows, a, row_stride, step, b + column, width, depth, c + column, width,
+                                 bias ? bias + column : nullptr, add);
+    for (; column < width; column += LANES)
+        rows_of<T, 1>(rows, a, row_stride, step, b + column, width, depth, c + column, width,
+                      bias ? bias + column : nullptr, add);
+}
+
+template <typename T>
+struct Problem {
+    int atoms, dimension, width, scalars;  // M, n, F, pair scalars (1 or 2)
+    double bound;                          // of φ; not positive for none
+    const uint8_t* mask;                                 // (B, M, M)
+    const T *target, *source, *x, *extra;                // (B, M, F) twice, (B, M, n), (B, M, M) or null
+    const T *by_scalar;                                  // (scalars, F)
+    const T *w2, *b2, *gate, *gate_bias, *w3, *b3, *w4;  // gate or w3 null where the layer has none
+};
+
+template <typename T>
+struct Pairs {  // a chunk of pairs of one molecule
+    int count = 0;
+    int i[CHUNK], j[CHUNK];
+    T squared[CHUNK], extra[CHUNK], r[CHUNK][MAX_DIMENSION];
+};
+
+// Calls work(pairs, index of the first pair in the molecule) for the pairs of a molecule, a chunk at a time.
+template <typename T, typename Work>
+void each_chunk(const Problem<T>& problem, int molecule, Work work) {
+    const int atoms = problem.atoms, n = problem.dimension;
+    const uint8_t* mask = problem.mask + (long)molecule * atoms * atoms;
+    const T* x = problem.x + (long)molecule * atoms * n;
+    const T* extra = problem.extra ? problem.extra + (long)molecule * atoms * atoms : nullptr;
+    Pairs<T> pairs;
+    long done = 0;
+    for (int i = 0; i < atoms; ++i)
+        for (int j = 0; j < atoms; ++j) {
+            if (!mask[i * atoms + j]) continue;
+            const int k = pairs.count++;
+            pairs.i[k] = i, pairs.j[k] = j;
+            pairs.squared[k] = 0;
+            for (int c = 0; c < n; ++c) {
+                pairs.r[k][c] = x[i * n + c] - x[j * n + c];
+                pairs.squared[k] += pairs.r[k][c] * pairs.r[k][c];
+            }
+            pairs.extra[k] = extra ? extra[i * atoms + j] : T(0);
+            if (pairs.count == CHUNK) {
+                work(pairs, done);
+                done += CHUNK, pairs.count = 0;
+            }
+        }
+    if (pairs.count) work(pairs, done);
+}
+
+// a of the first SiLU.
+template <typename T>
+inline vec<T> preactivation(const Problem<T>& problem, const T* target, const T* source, const Pairs<T>& pairs, int k,
+                            int f) {
+    const int width = problem.width;
+    vec<T> a = load(target + (long)pairs.i[k] * width + f) + load(source + (long)pairs.j[k] * width + f) +
+               pairs.squared[k] * load(problem.by_scalar + f);
+    if (problem.scalars > 1) a += pairs.extra[k] * load(problem.by_scalar + width + f);
+    return a;
+}
+
+// What backward needs of a pair besides v and p: its soft edge e and φ.
+template <typename T>
+struct Kept {
+    T edge, phi;
+};
+
+template <typename T>
+void transpose(const T* from, T* to, int width) {
+    for (int r = 0; r < width; ++r)
+        for (int c = 0; c < width; ++c) to[c * width + r] = from[r * width + c];
+}
+
+template <typename T>
+void forward(const Problem<T>& problem, int first, int last, T* messages, T* shift, T* keep_v, T* keep_p,
+             Kept<T>* keep) {
+    constexpr int LANES = Vector<T>::LANES;
+    const int width = problem.width, atoms = problem.atoms, n = problem.dimension;
+    std::vector<T> memory((size_t)(3 * CHUNK + 2 * width) * width);
+    T *s = memory.data(), *v_own = s + CHUNK * width, *p_own = v_own + CHUNK * width, *w2 = p_own + CHUNK * width,
+      *w3 = w2 + width * width;
+    transpose(problem.w2, w2, width);
+    if (problem.w3) transpose(problem.w3, w3, width);
+    for (int molecule = first; molecule < last; ++molecule) {
+        const long node = (long)molecule * atoms;
+        const T *target = problem.target + node * width, *source = problem.source + node * width;
+        T *m_sum = messages + node * width, *x_sum = shift ? shift + node * n : nullptr;
+        const long kept = node * atoms;
+        each_chunk<T>(problem, molecule, [&](const Pairs<T>& pairs, long start) {
+            T* v = keep_v ? keep_v + (kept + start) * width : v_own;
+            T* p = keep_p ? keep_p + (kept + start) * width : p_own;
+            for (int k = 0; k < pairs.count; ++k)
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> a = preactivation(problem, target, source, pairs, k, f);
+                    store(s + k * width + f, a * sigmoid<T>(a));
+                }
+            multiply<T>(pairs.count, width, width, s, width, 1, w2, v, problem.b2, false);
+            for (int k = 0; k < pairs.count; ++k) {
+                T* m = s + k * width;
+                vec<T> dot{};
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> y = load(v + k * width + f);
+                    const vec<T> u = y * sigmoid<T>(y);
+                    store(m + f, u);
+                    if (problem.gate) dot += u * load(problem.gate + f);
+                }
+                const T e = problem.gate ? 1 / (1 + std::exp(-(sum<T>(dot) + *problem.gate_bias))) : T(1);
+                if (keep) keep[kept + start + k].edge = e;
+                T* to = m_sum + (long)pairs.i[k] * width;
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> gated = e * load(m + f);
+                    store(m + f, gated);
+                    store(to + f, load(to + f) + gated);
+                }
+            }
+            if (!problem.w3) return;
+            multiply<T>(pairs.count, width, width, s, width, 1, w3, p, problem.b3, false);
+            for (int k = 0; k < pairs.count; ++k) {
+                vec<T> dot{};
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> y = load(p + k * width + f);
+                    dot += y * sigmoid<T>(y) * load(problem.w4 + f);
+                }
+                const T bound = T(problem.bound), total = sum<T>(dot);
+                const T phi = bound > 0 ? bound * std::tanh(total) : total;
+                if (keep) keep[kept + start + k].phi = phi;
+                const T weight = phi / (std::sqrt(pairs.squared[k] + T(EPSILON)) + 1);
+                for (int c = 0; c < n; ++c) x_sum[pairs.i[k] * n + c] += weight * pairs.r[k][c];
+            }
+        });
+    }
+}
+
+template <typename T>
+struct Gradients {
+    T *target, *source, *x, *extra;                            // as the inputs; extra may be null
+    T *by_scalar, *w2, *b2, *gate, *gate_bias, *w3, *b3, *w4;  // as the weights, of this thread alone; null for none
+};
+
+template <typename T, bool WEIGHTS>
+void backward(const Problem<T>& problem, int first, int last, const T* keep_v, const T* keep_p,
+              const Kept<T>* keep, const T* g_messages, const T* g_shift, const Gradients<T>& g) {
+    constexpr int LANES = Vector<T>::LANES;
+    const int width = problem.width, atoms = problem.atoms, n = problem.dimension;
+    std::vector<T> memory((size_t)5 * CHUNK * width);
+    T *m = memory.data(), *gm = m + CHUNK * width, *gp = gm + CHUNK * width, *s = gp + CHUNK * width,
+      *slope = s + CHUNK * width;
+    for (int molecule = first; molecule < last; ++molecule) {
+        const long node = (long)molecule * atoms;
+        const T *target = problem.target + node * width, *source = problem.source + node * width;
+        const T *gm_sum = g_messages + node * width, *gx_sum = g_shift ? g_shift + node * n : nullptr;
+        T *gt = g.target + node * width, *gs = g.source + node * width, *gx = g.x + node * n;
+        const long all = node * atoms;
+        each_chunk<T>(problem, molecule, [&](const Pairs<T>& pairs, long start) {
+            const T *v = keep_v + (all + start) * width, *p = keep_p ? keep_p + (all + start) * width : nullptr;
+            const Kept<T>* kept = keep + all + start;
+            T g_squared[CHUNK] = {}, g_r[CHUNK][MAX_DIMENSION] = {};
+            for (int k = 0; k < pairs.count; ++k) {  // m again, and what arrives at it from the sum
+                const T *vk = v + k * width, *got = gm_sum + (long)pairs.i[k] * width;
+                const T e = kept[k].edge;
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> y = load(vk + f), open = sigmoid<T>(y), value = y * open;
+                    store(m + k * width + f, e * value);
+                    store(slope + k * width + f, open * (T(1) - value) + value);
+                    store(gm + k * width + f, load(got + f));
+                }
+            }
+            if (problem.w3) {
+                for (int k = 0; k < pairs.count; ++k) {
+                    T* gpk = gp + k * width;
+                    for (int f = 0; f < width; f += LANES) {
+                        const vec<T> y = load(p + k * width + f), w = load(problem.w4 + f);
+                        const vec<T> open = sigmoid<T>(y), value = y * open;
+                        store(gpk + f, w * (open * (T(1) - value) + value));
+                        store(s + k * width + f, value);
+                    }
+                    const T phi = kept[k].phi, bound = T(problem.bound);
+                    T along = 0;
+                    const T distance = std::sqrt(pairs.squared[k] + T(EPSILON)), inverse = 1 / (distance + 1);
+                    for (int c = 0; c < n; ++c) {
+                        const T got = gx_sum[pairs.i[k] * n + c];
+                        along += got * pairs.r[k][c];
+                        g_r[k][c] = phi * inverse * got;
+                    }
+                    g_squared[k] = -along * phi * inverse * inverse / (2 * distance);
+                    const T g_phi = along * inverse * (bound > 0 ? (bound - phi) * (bound + phi) / bound : T(1));
+                    for (int f = 0; f < width; f += LANES) {
+                        const vec<T> gpf = g_phi * load(gpk + f);
+                        store(gpk + f, gpf);
+                        if (!WEIGHTS) continue;
+                        store(g.b3 + f, load(g.b3 + f) + gpf);
+                        store(g.w4 + f, load(g.w4 + f) + g_phi * load(s + k * width + f));
+                    }
+                }
+                if (WEIGHTS) multiply<T>(width, width, pairs.count, gp, 1, width, m, g.w3, nullptr, true);   // += gpᵀ m
+                multiply<T>(pairs.count, width, width, gp, width, 1, problem.w3, gm, nullptr, true);  // += gp W3
+            }
+            for (int k = 0; k < pairs.count; ++k) {  // through the gate and the second SiLU
+                const T e = kept[k].edge;
+                T* gmk = gm + k * width;
+                T g_gate = 0, per_edge = 0;
+                if (problem.gate) {
+                    vec<T> dot{};
+                    for (int f = 0; f < width; f += LANES) dot += load(gmk + f) * load(m + k * width + f);  // e ge
+                    g_gate = sum<T>(dot) * (1 - e);
+                    per_edge = e > 0 ? g_gate / e : T(0);  // m is e u, and zero with e
+                    if (WEIGHTS) *g.gate_bias += g_gate;
+                }
+                for (int f = 0; f < width; f += LANES) {
+                    vec<T> gu = e * load(gmk + f);
+                    if (problem.gate) {
+                        gu += g_gate * load(problem.gate + f);
+                        if (WEIGHTS) store(g.gate + f, load(g.gate + f) + per_edge * load(m + k * width + f));
+                    }
+                    const vec<T> gv = gu * load(slope + k * width + f);
+                    store(gmk + f, gv);
+                    if (WEIGHTS) store(g.b2 + f, load(g.b2 + f) + gv);
+                    const vec<T> a = preactivation(problem, target, source, pairs, k, f);
+                    const vec<T> open_a = sigmoid<T>(a), value_a = a * open_a;
+                    store(s + k * width + f, value_a);
+                    store(m + k * width + f, open_a * (T(1) - value_a) + value_a);  // m is done with
+                }
+            }
+            if (WEIGHTS) multiply<T>(width, width, pairs.count, gm, 1, width, s, g.w2, nullptr, true);           // += gvᵀ s
+            multiply<T>(pairs.count, width, width, gm, width, 1, problem.w2, gp, nullptr, false);   // gs = gv W2
+            for (int k = 0; k < pairs.count; ++k) {
+                const int i = pairs.i[k], j = pairs.j[k];
+                vec<T> by_squared{}, by_extra{};
+                for (int f = 0; f < width; f += LANES) {
+                    const vec<T> ga = load(gp + k * width + f) * load(m + k * width + f);
+                    store(gt + (long)i * width + f, load(gt + (long)i * width + f) + ga);
+                    store(gs + (long)j * width + f, load(gs + (long)j * width + f) + ga);
+                    by_squared += ga * load(problem.by_scalar + f);
+                    if (WEIGHTS) store(g.by_scalar + f, load(g.by_scalar + f) + pairs.squared[k] * ga);
+                    if (problem.scalars > 1) {
+                        by_extra += ga * load(problem.by_scalar + width + f);
+                        if (!WEIGHTS) continue;
+                        T* to = g.by_scalar + width + f;
+                        store(to, load(to) + pairs.extra[k] * ga);
+                    }
+                }
+                if (g.extra) g.extra[(node + i) * atoms + j] = sum<T>(by_extra);
+                const T total = g_squared[k] + sum<T>(by_squared);
+                for (int c = 0; c < n; ++c) {
+                    const T moved = g_r[k][c] + 2 * total * pairs.r[k][c];
+                    gx[i * n + c] += moved;
+                    gx[j * n + c] -= moved;
+                }
+            }
+        });
+    }
+}
+
+}  // namespace
+
+#define EXPORT(T, NAME)                                                                                               \
+    extern "C" void pairs_forward_##NAME(const Problem<T>* problem, int first, int last, T* messages, T* shift,        \
+                                         T* keep_v, T* keep_p, Kept<T>* keep) {                                       \
+        forward<T>(*problem, first, last, messages, shift, keep_v, keep_p, keep);                                     \
+    }                                                                                                                 \
+    extern "C" void pairs_backward_##NAME(const Problem<T>* problem, int first, int last, const T* keep_v,             \
+                                          const T* keep_p, const Kept<T>* keep, const T* g_messages,                  \
+                                          const T* g_shift, const Gradients<T>* gradients) {                          \
+        (gradients->w2 ? backward<T, true> : backward<T, false>)(*problem, first, last, keep_v, keep_p, keep,          \
+                                                                 g_messages, g_shift, *gradients);                    \
+    }
+
+EXPORT(float, float32)
+EXPORT(double, float64)

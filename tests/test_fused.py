@@ -1,0 +1,179 @@
+"""The compiled kernel against the plain layer, which is the definition."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from ase.build import molecule
+from torch import Tensor
+
+from ase_enf.model import ENF, ENFConfig
+from ase_enf.molecules import to_batch
+from ase_enf.nn import fused
+from ase_enf.nn.egnn import EGNN
+from ase_enf.objectives import FlowMatching
+from ase_enf.train import TrainConfig
+
+REASON = fused.unavailable(16, torch.float64, torch.device("cpu"))
+needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
+
+
+def network_and_inputs(
+    dtype: torch.dtype, gate: bool, start: bool, reach: float | None, out: int, sizes: tuple[int, ...], n: int = 3
+) -> tuple[EGNN, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    network = EGNN(
+        3, out, hidden=48, layers=3, gate=gate, reach=reach, input_distance=start, positions_out=out != 1
+    ).to(dtype)
+    for layer in network.layers:
+        if layer.position_out is not None:
+            torch.nn.init.normal_(layer.position_out.weight, std=0.3)
+    atoms = max(sizes)
+    mask = torch.arange(atoms) < torch.tensor(sizes)[:, None]
+    pairs = (mask[:, :, None] & mask[:, None] & ~torch.eye(atoms, dtype=torch.bool)).to(dtype)
+    h = torch.randn(len(sizes), atoms, 3, dtype=dtype) * mask.unsqueeze(-1)
+    x = torch.randn(len(sizes), atoms, n, dtype=dtype) * mask.unsqueeze(-1)
+    return network, h.requires_grad_(), x.requires_grad_(), pairs
+
+
+def outputs_and_gradients(network: EGNN, h: Tensor, x: Tensor, pairs: Tensor) -> list[Tensor]:
+    outputs = network(h, x, pairs)
+    weights = [torch.linspace(-1.0, 1.3, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
+    total = sum((w * t).sum() for w, t in zip(weights, outputs, strict=True))
+    wanted = [h, x, *network.parameters()]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
+    return [*outputs, *(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, wanted, strict=True))]
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("gate", "start", "reach", "out"),
+    [
+        *itertools.product((True, False), (True, False), (15.0, None), (2,)),
+        (True, True, 15.0, 0),
+        (True, True, 15.0, 1),
+    ],
+)
+def test_kernel_is_the_plain_layer(gate: bool, start: bool, reach: float | None, out: int) -> None:
+    network, *inputs = network_and_inputs(torch.float64, gate, start, reach, out, sizes=(13, 2, 7))
+    plain = outputs_and_gradients(network, *inputs)
+    network.fuse()
+    for expected, got in zip(plain, outputs_and_gradients(network, *inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@needs_kernel
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_float32(n: int) -> None:
+    network, *inputs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(19, 4), n=n)
+    plain = outputs_and_gradients(network, *inputs)
+    network.fuse()
+    for expected, got in zip(plain, outputs_and_gradients(network, *inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5 * float(expected.detach().abs().max()))
+
+
+@needs_kernel
+def test_saturated_gates_and_activations() -> None:
+    """e underflows to zero, SiLUs and tanh saturate: still the plain numbers, and all finite."""
+    network, h, x, pairs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(6,))
+    for layer in network.layers:
+        torch.nn.init.constant_(layer.messages.gate.bias, -120.0)
+    big = [h, (x.detach() * 300.0).requires_grad_(), pairs]
+    plain = outputs_and_gradients(network, *big)
+    network.fuse()
+    for expected, got in zip(plain, outputs_and_gradients(network, *big), strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()) + 1e-30)
+
+
+@needs_kernel
+def test_not_a_number_stays_visible() -> None:
+    network, h, x, pairs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(5, 5))
+    network.fuse()
+    with torch.no_grad():
+        x = x.clone()
+        x[0, 0, 0] = torch.nan
+        h_out, x_out = network(h, x, pairs)
+    assert h_out[0].isnan().any() and x_out[0].isnan().any()
+    assert h_out[1].isfinite().all() and x_out[1].isfinite().all()
+
+
+@needs_kernel
+def test_threads_and_batches_change_nothing() -> None:
+    network, h, x, pairs = network_and_inputs(torch.float64, True, True, 15.0, 2, sizes=(9, 5, 7, 9, 3))
+    network.fuse()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = outputs_and_gradients(network, h, x, pairs)
+        torch.set_num_threads(3)
+        three = outputs_and_gradients(network, h, x, pairs)
+    finally:
+        torch.set_num_threads(before)
+    for expected, got in zip(one, three, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    alone = network(h[2:3], x[2:3], pairs[2:3])
+    torch.testing.assert_close(alone[0], one[0][2:3], rtol=1e-12, atol=1e-12)
+
+
+@needs_kernel
+def test_frozen_weights_still_give_the_gradient_of_the_inputs() -> None:
+    network, h, x, pairs = network_and_inputs(torch.float64, True, True, 15.0, 2, sizes=(6, 4))
+    network.requires_grad_(False)
+    found = []
+    for use in (False, True):
+        network.fuse(use)
+        found.append(torch.autograd.grad(network(h, x, pairs)[1].sin().sum(), [h, x]))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@needs_kernel
+def test_second_derivatives_are_refused() -> None:
+    network, h, x, pairs = network_and_inputs(torch.float64, True, True, 15.0, 2, sizes=(4,))
+    network.fuse()
+    (first,) = torch.autograd.grad(network(h, x, pairs)[1].sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@needs_kernel
+def test_training_loss_of_a_flow() -> None:
+    torch.manual_seed(0)
+    flow = ENF(ENFConfig(hidden=32, layers=2))
+    batch = to_batch([molecule("CH3CH2OH"), molecule("H2O"), molecule("CH4")], flow.species)
+    losses = []
+    for kernel in ("plain", "fused"):
+        assert flow.use_kernel(kernel) == kernel
+        losses.append(FlowMatching()(flow, batch, torch.Generator().manual_seed(0)).loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_where_the_kernel_cannot_serve() -> None:
+    flow = ENF(ENFConfig(hidden=8, layers=1))
+    assert flow.use_kernel("auto") == "plain"
+    with pytest.raises(ValueError, match="width 8 is no multiple of 16"):
+        flow.use_kernel("fused")
+    with pytest.raises(ValueError, match="of an EGNN only, not of GNN"):
+        ENF(ENFConfig(network="gnn", hidden=16, layers=1)).use_kernel("fused")
+    with pytest.raises(ValueError, match="kernel 'fast' is unknown"):
+        flow.use_kernel("fast")
+    with pytest.raises(ValueError, match="second derivatives"):
+        TrainConfig(kernel="fused", objective="nll")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    fused._library.cache_clear()
+    try:
+        flow = ENF(ENFConfig(hidden=16, layers=1))
+        assert flow.use_kernel("auto") == "plain"
+        with pytest.raises(ValueError, match="no-such-compiler failed"):
+            flow.use_kernel("fused")
+    finally:
+        fused._library.cache_clear()
