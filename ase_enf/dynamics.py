@@ -118,15 +118,22 @@ class BoundDynamics:
 
 
 def build_network(
-    kind: str, in_features: int, out_features: int, dimension: int, hidden: int, layers: int, attention: bool
+    kind: str,
+    in_features: int,
+    out_features: int,
+    dimension: int,
+    hidden: int,
+    layers: int,
+    attention: bool,
+    radial: int = 0,
 ) -> nn.Module:
-    """Builds a network by name; ``in_features`` counts the time.
+    """Builds a network by name; ``in_features`` counts the time, ``radial`` is for an EGNN only.
 
     Raises:
         ValueError: If ``kind`` is unknown.
     """
     if kind == "egnn":
-        return EGNN(in_features, out_features, hidden, layers, gate=attention)
+        return EGNN(in_features, out_features, hidden, layers, gate=attention, radial=radial)
     if kind == "gnn":
         return GNN(in_features, out_features, dimension, hidden, layers, gate=attention)
     raise ValueError(f"network {kind!r} is unknown; choose 'egnn' or 'gnn'")

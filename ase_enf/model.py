@@ -49,6 +49,7 @@ class ENFConfig:
         hidden: Width F of the network.
         layers: Number L of layers.
         attention: Soft edges (eq. 4).
+        radial: Number of radial functions of each distance beside its square (not in the paper); 0 for none.
         dequantizer: "fixed" or "learned" q(h̃|h), for "joint".
         position_scale: Length in Å that is one unit inside the flow.
         feature_shift: Subtracted from h̃ (K scores, then the charge), for "joint".
@@ -67,6 +68,7 @@ class ENFConfig:
     hidden: int = 64
     layers: int = 6
     attention: bool = True
+    radial: int = 0
     dequantizer: str = "fixed"
     position_scale: float = 1.0
     feature_shift: tuple[float, ...] = ()
@@ -93,6 +95,8 @@ class ENFConfig:
             raise ValueError(f"species {self.species}: must be different chemical symbols")
         if min(self.hidden, self.layers) < 1:
             raise ValueError(f"hidden={self.hidden}, layers={self.layers}: both must be at least 1")
+        if self.radial < 0 or (self.radial and self.network != "egnn"):
+            raise ValueError(f"radial={self.radial}: must be at least 0, and 0 unless network is 'egnn'")
         if min(self.sizes, default=2) < 2:
             raise ValueError(f"sizes: {min(self.sizes)} atom(s) have no density on centred positions; the least is 2")
         if not all(math.isfinite(scale) and scale > 0 for scale in self.feature_scale):
@@ -177,6 +181,7 @@ class ENF(nn.Module):
             hidden=config.hidden,
             layers=config.layers,
             attention=config.attention,
+            radial=config.radial,
         )
         self.dynamics = Dynamics(network)
         self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None

@@ -63,6 +63,7 @@ GRADIENT_HISTORY = 50
 RESUME_MAY_CHANGE = (
     "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "initial",
     "out", "device", "precision", "compile", "kernel",
+    "decay",
 )  # fmt: skip
 
 
@@ -81,9 +82,11 @@ class TrainConfig:
         hidden: Width of the network.
         layers: Layers.
         attention: Soft edges.
+        radial: Radial functions of each distance beside its square, for an EGNN.
         dequantizer: "fixed", or "learned" (with ``objective="nll"`` only).
         objective: "flow_matching" or "nll".
         time_power: Flow matching draws t = u^time_power.
+        decay: Part of the steps at the end over which the learning rate falls to zero, by half a cosine; 1 for all.
         regularisation: λ of the kinetic and Jacobian terms of "nll".
         tolerance: rtol and atol of dopri5 for "nll".
         adjoint: Adjoint (constant memory) or back-propagation through the solver for "nll".
@@ -119,9 +122,11 @@ class TrainConfig:
     hidden: int = 64
     layers: int = 6
     attention: bool = True
+    radial: int = 0
     dequantizer: str = "fixed"
     objective: str = "flow_matching"
     time_power: float = 1.3
+    decay: float = 1.0
     regularisation: float = 1e-3
     tolerance: float = 1e-4
     adjoint: bool = True
@@ -153,11 +158,13 @@ class TrainConfig:
         for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "weight_decay", "regularisation", "seed", "validate_every"):
+        for name in ("warmup", "weight_decay", "regularisation", "seed", "validate_every", "radial"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.time_limit is not None and not self.time_limit > 0:
             raise ValueError(f"time_limit={self.time_limit}: must be a positive number of hours")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay={self.decay}: must be in (0, 1]")
         for name in ("learning_rate", "tolerance", "time_power"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
@@ -380,7 +387,7 @@ class _Trainer:
             rotations = random_rotations(len(index), batch.positions.shape[-1], generator, batch.positions.dtype)
             batch = batch._replace(positions=batch.positions @ rotations.mT)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(self.step, self.total_steps, config.warmup)
+            group["lr"] = config.learning_rate * schedule(self.step, self.total_steps, config.warmup, config.decay)
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with self._autocast():
@@ -424,7 +431,7 @@ class _Trainer:
             return
         rows = np.array(self.window) if self.window else np.full((1, 3), math.nan)
         loss, value, norm = rows.mean(axis=0)
-        rate = self.config.learning_rate * schedule(self.step, self.total_steps, self.config.warmup)
+        rate = self.config.learning_rate * schedule(self.step, self.total_steps, self.config.warmup, self.config.decay)
         speed = self.step * self.config.batch_size * self.ranks.world / max(self.elapsed, 1e-9)
         valid_loss, valid_nll = validated or ("", "")
         row = (
@@ -606,6 +613,7 @@ class _Trainer:
             hidden=config.hidden,
             layers=config.layers,
             attention=config.attention,
+            radial=config.radial,
             dequantizer=config.dequantizer,
             position_scale=self.data.position_scale(),
             feature_shift=shift,
@@ -634,17 +642,20 @@ class _Trainer:
         return bool(shared > 0)
 
 
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine to zero.
+def schedule(step: int, total: int, warmup: int, decay: float = 1.0) -> float:
+    """Linear warm-up, a plateau, then half a cosine to zero over the part ``decay`` of what follows the warm-up.
 
     Example:
         >>> [round(schedule(step, 110, 10), 3) for step in (0, 4, 9, 60, 110)]
         [0.1, 0.5, 1.0, 0.5, 0.0]
+        >>> [round(schedule(step, 110, 10, decay=0.2), 3) for step in (60, 90, 100, 110)]
+        [1.0, 1.0, 0.5, 0.0]
     """
     warmup = min(warmup, max(total // 2, 1))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+    falling = decay * max(total - warmup, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(1.0 - (total - step) / falling, 0.0), 1.0)))
 
 
 def _backward(loss: Tensor) -> None:

@@ -52,6 +52,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     flow = load_flow(options.weights)
+    flow.use_kernel("auto")  # the numbers of torch to rounding
     open_work(options.work, flow, seed=options.seed, solver=SOLVER, piece=PIECE, score=SCORE)
     if options.only != "scores":
         atoms = samples(flow, options.n, options.seed, options.work)

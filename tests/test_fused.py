@@ -22,11 +22,18 @@ needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {
 
 
 def network_and_inputs(
-    dtype: torch.dtype, gate: bool, start: bool, reach: float | None, out: int, sizes: tuple[int, ...], n: int = 3
+    dtype: torch.dtype,
+    gate: bool,
+    start: bool,
+    reach: float | None,
+    out: int,
+    sizes: tuple[int, ...],
+    n: int = 3,
+    radial: int = 0,
 ) -> tuple[EGNN, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     network = EGNN(
-        3, out, hidden=48, layers=3, gate=gate, reach=reach, input_distance=start, positions_out=out != 1
+        3, out, hidden=48, layers=3, gate=gate, reach=reach, input_distance=start, radial=radial, positions_out=out != 1
     ).to(dtype)
     for layer in network.layers:
         if layer.position_out is not None:
@@ -67,9 +74,9 @@ def test_kernel_is_the_plain_layer(gate: bool, start: bool, reach: float | None,
 
 
 @needs_kernel
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_float32(n: int) -> None:
-    network, *inputs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(19, 4), n=n)
+@pytest.mark.parametrize(("n", "radial"), [(1, 0), (2, 3), (3, 16)])
+def test_float32(n: int, radial: int) -> None:
+    network, *inputs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(19, 4), n=n, radial=radial)
     plain = outputs_and_gradients(network, *inputs)
     network.fuse()
     for expected, got in zip(plain, outputs_and_gradients(network, *inputs), strict=True):

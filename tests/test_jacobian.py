@@ -78,6 +78,21 @@ def test_closed_form_is_the_trace_of_the_jacobian(
     assert (trace[:2] - (features + 3) * torch.tensor(SIZES[:2], device=trace.device)).abs().min() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("layers", "gate", "input_distance", "radial"), [(1, True, True, 3), (2, False, True, 1), (4, True, False, 5)]
+)
+def test_radial_functions(build, mask, dtype, tolerance, layers, gate, input_distance, radial):
+    network = build(layers, 2, gate=gate, input_distance=input_distance, radial=radial)
+    h, x, pairs = point(mask, 2, dtype)
+    expected = by_autograd(network, h, x, pairs, mask)
+    h_out, x_out, trace = egnn_trace(network, h, x, pairs, mask)
+    assert torch.allclose(x_out * mask.unsqueeze(-1), expected[1], **tolerance)
+    assert torch.allclose(trace, expected[2], **tolerance)
+    for layer in network.layers:  # and it is not the trace without them
+        torch.nn.init.zeros_(layer.messages.edge_in.weight[:, 17 : 17 + radial].detach())
+    assert (trace - egnn_trace(network, h, x, pairs, mask)[2])[:2].abs().min() > 1e-3
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_other_dimensions_of_space(build, mask, dtype, tolerance, n):
     network = build(3, 2)

@@ -9,9 +9,7 @@ from torch.nn import functional as F
 from ase_enf.geometry import pair_differences
 from ase_enf.nn import fused
 from ase_enf.nn.gnn import Messages, NodeUpdate
-
-# Keeps the distance of eq. 9 differentiable where two atoms coincide (and on the diagonal).
-DISTANCE_EPSILON = 1e-8
+from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalars
 
 
 class EGCL(nn.Module):
@@ -26,6 +24,7 @@ class EGCL(nn.Module):
     Args:
         features: Width F.
         edge_features: Number of constant pair scalars a_ij.
+        radial: Number K of radial functions of the distance beside ‖x_i − x_j‖²; see ``nn.radial.pair_scalars``.
         gate: Soft edges e_ij (eq. 4).
         bound: The largest |φ_x|, in the units of x; None for no bound.
         update_features: Whether h is updated (False in a last layer whose features nobody reads).
@@ -36,6 +35,7 @@ class EGCL(nn.Module):
         self,
         features: int,
         edge_features: int = 0,
+        radial: int = 0,
         gate: bool = True,
         bound: float | None = 15.0,
         update_features: bool = True,
@@ -43,8 +43,9 @@ class EGCL(nn.Module):
     ) -> None:
         super().__init__()
         self.bound = bound
+        self.radial = radial
         self.fused = False  # see EGNN.fuse
-        self.messages = Messages(features, 1 + edge_features, gate)
+        self.messages = Messages(features, 1 + radial + edge_features, gate)
         self.node = NodeUpdate(features) if update_features else None
         self.position_in = nn.Linear(features, features) if update_positions else None
         self.position_out = nn.Linear(features, 1, bias=False) if update_positions else None
@@ -60,11 +61,12 @@ class EGCL(nn.Module):
         pair_mask: Tensor,  # (B, M, M)
     ) -> tuple[Tensor, Tensor]:
         """Returns the updated h (B, M, F) and x (B, M, n)."""
-        if self.fused and x.device.type == "cpu":
+        if self.uses_kernel(x):
             m_sum, shift = self._fused_pairs(h, x, a, pair_mask)
             return (h if self.node is None else self.node(h, m_sum)), x + shift
         difference, squared = pair_differences(x)
-        edges = squared.unsqueeze(-1) if a is None else torch.cat([squared.unsqueeze(-1), a], dim=-1)
+        edges = pair_scalars(squared, self.radial)
+        edges = edges if a is None else torch.cat([edges, a], dim=-1)
         m = self.messages(h, edges, pair_mask)
         if self.position_in is not None:
             phi = self.position_out(F.silu(self.position_in(m))).squeeze(-1)
@@ -75,6 +77,10 @@ class EGCL(nn.Module):
         if self.node is not None:
             h = self.node(h, m.sum(dim=2))
         return h, x
+
+    def uses_kernel(self, x: Tensor) -> bool:
+        """Whether the compiled kernel computes the pairs of these positions; ``a`` then is ‖x^0_i − x^0_j‖² alone."""
+        return self.fused and x.device.type == "cpu"
 
     def _fused_pairs(self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
         messages, width = self.messages, h.shape[-1]
@@ -93,7 +99,7 @@ class EGCL(nn.Module):
         target = F.linear(h, first[:, :width], messages.edge_in.bias)
         source = F.linear(h, first[:, width : 2 * width])
         extra = None if a is None else a[..., 0]
-        return fused.pair_layer(target, source, x, extra, pair_mask, self.bound, weights)
+        return fused.pair_layer(target, source, x, extra, pair_mask, self.radial, self.bound, weights)
 
 
 class EGNN(nn.Module):
@@ -107,6 +113,7 @@ class EGNN(nn.Module):
         gate: Soft edges e_ij.
         reach: Bound on the sum over layers of |φ_x|, in the units of x; None for no bound.
         input_distance: Whether ‖x^0_i − x^0_j‖² of the *input* is a feature of every layer.
+        radial: Number K of radial functions of each distance beside its square.
         positions_out: Whether x^L is read; if not, the last layer has no φ_x.
 
     Example:
@@ -126,15 +133,18 @@ class EGNN(nn.Module):
         gate: bool = True,
         reach: float | None = 15.0,
         input_distance: bool = True,
+        radial: int = 0,
         positions_out: bool = True,
     ) -> None:
         super().__init__()
         self.input_distance = input_distance
+        self.radial = radial
         self.embed = nn.Linear(in_features, hidden)
         self.layers = nn.ModuleList(
             EGCL(
                 hidden,
-                edge_features=1 if input_distance else 0,
+                edge_features=1 + radial if input_distance else 0,
+                radial=radial,
                 gate=gate,
                 bound=None if reach is None else reach / layers,
                 update_features=out_features > 0 or layer < layers - 1,
@@ -156,7 +166,10 @@ class EGNN(nn.Module):
         pair_mask: Tensor,  # (B, M, M), same dtype as h
     ) -> tuple[Tensor, Tensor]:
         """Returns h^L (B, M, out_features) and x^L (B, M, n)."""
-        a = pair_differences(x)[1].unsqueeze(-1) if self.input_distance else None
+        a = None
+        if self.input_distance:
+            expanded = 0 if self.layers[0].uses_kernel(x) else self.radial  # the kernel does it itself
+            a = pair_scalars(pair_differences(x)[1], expanded)
         h = self.embed(h)
         for layer in self.layers:
             h, x = layer(h, x, a, pair_mask)

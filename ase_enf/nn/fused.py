@@ -47,7 +47,7 @@ class KernelError(RuntimeError):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "scalars")),
+        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "radial", "scalars")),
         ("bound", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("mask", *_DIFFERENTIABLE)),
     ]
@@ -78,6 +78,7 @@ def pair_layer(
     x: Tensor,
     extra: Tensor | None,
     pair_mask: Tensor,
+    radial: int,
     bound: float | None,
     weights: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
@@ -87,31 +88,34 @@ def pair_layer(
         target: ``A h_i + b``, shape (B, M, F).
         source: ``B h_j``, shape (B, M, F).
         x: Positions, shape (B, M, n).
-        extra: A second scalar of each pair beside the squared distance, shape (B, M, M), or None.
+        extra: A second squared distance of each pair, shape (B, M, M), or None.
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
+        radial: Number K of radial functions of each distance.
         bound: The largest |φ_x|; None for no bound.
-        weights: ``by_scalar`` (1 or 2, F), ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
+        weights: ``by_scalar`` ((1 or 2) · (1 + K), F) for d² and its K radial functions, then those of the second
+            distance, see ``nn.radial``; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
             ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
 
     Returns:
         Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
 
     Raises:
-        ValueError: For more than three dimensions or two scalars of a pair.
+        ValueError: For more than three dimensions, or scalars of a pair that are not those above.
     """
-    if x.shape[-1] > 3 or len(weights["by_scalar"]) != (1 if extra is None else 2):
+    rows, expected = len(weights["by_scalar"]), (1 + radial) * (1 if extra is None else 2)
+    if x.shape[-1] > 3 or rows != expected:
         raise ValueError(
-            f"the kernel knows up to 3 dimensions and one scalar beside the distance; got {x.shape[-1]} dimensions "
-            f"and {len(weights['by_scalar'])} scalars"
+            f"the kernel knows up to 3 dimensions and {expected} scalars of a pair here; got {x.shape[-1]} and {rows}"
         )
     mask = pair_mask.ne(0)
     tensors = (target, source, x, extra, *(weights[name] for name in _WEIGHTS))
-    return _PairLayer.apply(mask, 0.0 if bound is None else float(bound), torch.is_grad_enabled(), *tensors)
+    settings = (radial, 0.0 if bound is None else float(bound))
+    return _PairLayer.apply(mask, settings, torch.is_grad_enabled(), *tensors)
 
 
 class _PairLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mask, bound, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own signature)
+    def forward(ctx, mask, settings, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own signature)
         inputs = {
             name: None if t is None else t.detach().contiguous()
             for name, t in zip(_DIFFERENTIABLE, tensors, strict=True)
@@ -125,12 +129,12 @@ class _PairLayer(torch.autograd.Function):
         p = target.new_empty(size, atoms * atoms, width) if keep and moves else None
         scalars = target.new_empty(size, atoms * atoms, 2) if keep else None
         mask = mask.contiguous()
-        problem = _problem(mask, bound, inputs)
+        problem = _problem(mask, settings, inputs)
         function = _function("forward", target.dtype)
         outputs = [_address(t) for t in (messages, shift if moves else None, v, p, scalars)]
         _in_threads(size, lambda k, first, last: function(problem, first, last, *outputs))
         ctx.save_for_backward(mask, v, p, scalars, *inputs.values())
-        ctx.bound = bound
+        ctx.settings = settings
         return messages, shift
 
     @staticmethod
@@ -151,7 +155,7 @@ class _PairLayer(torch.autograd.Function):
             for name in _WEIGHTS
             if learn and inputs[name] is not None
         }
-        problem = _problem(mask, ctx.bound, inputs)
+        problem = _problem(mask, ctx.settings, inputs)
         function = _function("backward", target.dtype)
         g_messages, g_shift = g_messages.contiguous(), g_shift.contiguous()
         given = [_address(t) for t in (v, p, scalars, g_messages, g_shift)]
@@ -165,10 +169,11 @@ class _PairLayer(torch.autograd.Function):
         return None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
 
 
-def _problem(mask: Tensor, bound: float, inputs: dict[str, Tensor | None]) -> _Problem:
+def _problem(mask: Tensor, settings: tuple[int, float], inputs: dict[str, Tensor | None]) -> _Problem:
     atoms, width = inputs["target"].shape[1:]
+    radial, bound = settings
     pointers = (_address(t) for t in (mask, *(inputs[name] for name in _DIFFERENTIABLE)))
-    return _Problem(atoms, inputs["x"].shape[-1], width, len(inputs["by_scalar"]), bound, *pointers)
+    return _Problem(atoms, inputs["x"].shape[-1], width, radial, len(inputs["by_scalar"]), bound, *pointers)
 
 
 def _address(t: Tensor | None) -> int | None:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
-from ase_enf.nn.egnn import DISTANCE_EPSILON, EGCL, EGNN
+from ase_enf.nn.egnn import EGCL, EGNN
 from ase_enf.nn.gnn import Messages
+from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalar_slopes, pair_scalars
 
 # Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should
 # stay in its caches, on a GPU fill it.
@@ -136,10 +137,10 @@ class _MessageJacobian:
             self.beta = ((slope_v * (w * (open_ * (1.0 - edge)))) @ self.weight) * self.slope
 
     def apply(self, v: Tensor) -> Tensor:
-        """Returns G_ij v for vectors v (k, F), shape (B, M, M, k, F)."""
+        """Returns G_ij v for vectors v (k, F), the same for all pairs or each its own, shape (B, M, M, k, F)."""
         out = F.linear(self.slope.unsqueeze(-2) * v, self.weight) * self.alpha.unsqueeze(-2)
         if self.beta is not None:
-            out = out + (self.beta @ v.T).unsqueeze(-1) * self.u.unsqueeze(-2)
+            out = out + (v @ self.beta.unsqueeze(-1)) * self.u.unsqueeze(-2)
         return out
 
     def pull(self, w: Tensor) -> Tensor:
@@ -181,10 +182,11 @@ class _Layer:
 
     Along a direction, with r_ij = x_i − x_j, δ_ij = 2 r_ij·(dx_i − dx_j) and likewise δ⁰ of the input positions:
 
-        da_ij = A dh_i + B dh_j + c δ_ij + c⁰ δ⁰_ij,   dm_i = Σ_j G_ij da_ij
+        da_ij = A dh_i + B dh_j + c_ij δ_ij + c⁰_ij δ⁰_ij,   dm_i = Σ_j G_ij da_ij
         dx_i' = dx_i + Σ_j r_ij (ψ_ij·da_ij + ζ_ij δ_ij) + w_ij (dx_i − dx_j)
 
-    where x_i' = x_i + Σ_j w_ij r_ij, w = φ_x(m) / (d + 1), ψ = ∂w/∂a, ζ = ∂w/∂d² at fixed a (eq. 5, 9).
+    where x_i' = x_i + Σ_j w_ij r_ij, w = φ_x(m) / (d + 1), ψ = ∂w/∂a, ζ = ∂w/∂d² at fixed a (eq. 5, 9), and c = ∂a/∂d²,
+    which is the same for all pairs unless there are radial functions.
 
     Args:
         module: The layer.
@@ -203,9 +205,14 @@ class _Layer:
         width = h.shape[-1]
         first = module.messages.edge_in
         self.a_i, self.a_j = first.weight[:, :width], first.weight[:, width : 2 * width]  # A, B
-        self.by_distance = first.weight[:, 2 * width :].T.contiguous()  # (1 or 2, F): c, c⁰
-        edges = [squared] if start is None else [squared, start[1]]
-        a = torch.stack(edges, dim=-1) @ self.by_distance
+        distances = [squared] if start is None else [squared, start[1]]
+        by_scalar = first.weight[:, 2 * width :].T.contiguous().split(1 + module.radial)
+        a = sum(pair_scalars(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True))
+        # c, c⁰: (1 or 2, F), or each pair its own, (B, M, M, 1 or 2, F)
+        self.by_distance = torch.cat(by_scalar)
+        if module.radial:
+            slopes = [pair_scalar_slopes(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True)]
+            self.by_distance = torch.stack(slopes, dim=-2)
         a = a + F.linear(h, self.a_i, first.bias).unsqueeze(2) + F.linear(h, self.a_j).unsqueeze(1)
         self.message = _MessageJacobian(module.messages, a, pair_mask)
         self.g = self.message.apply(self.by_distance)  # (B, M, M, 1 or 2, F): G c, G c⁰
@@ -231,7 +238,7 @@ class _Layer:
         back = back * (slope_phi * inverse).unsqueeze(-1)
         self.psi = message.pull(back.unsqueeze(-2)).squeeze(-2)  # (B, M, M, F)
         zeta = -self.w / (distance + 1.0) / (2.0 * distance)
-        eta = self.psi @ self.by_distance.T
+        eta = (self.by_distance @ self.psi.unsqueeze(-1)).squeeze(-1)
         self.eta, self.eta0 = eta[..., 0] + zeta, eta[..., -1]
         self.x_out = self.x + torch.einsum("bij,bijn->bin", self.w, self.r)
 

@@ -1,6 +1,6 @@
 // The pairs of one EGCL, forward and backward, fused: no tensor of all pairs leaves the caches but what backward needs.
 //
-//   a = t_i + s_j + Σ_k c_k q_k(i, j)      q: ‖x_i − x_j‖² and, if given, a second number of the pair
+//   a = t_i + s_j + Σ_k c_k q_k(i, j)      q: d² and K functions of d; the same of a second distance, if there is one
 //   v = W2 silu(a) + b2,  u = silu(v),  e = sigmoid(w·u + β),  m = e u            (eq. 4)
 //   p = W3 m + b3,  φ = w4·silu(p)  (bounded: b tanh φ)                           (eq. 5, 9)
 //   out: Σ_j m  and  Σ_j φ (x_i − x_j) / (‖x_i − x_j‖ + 1)
@@ -123,8 +123,8 @@ void multiply(int rows, int width, int depth, const T* a, long row_stride, long 
 
 template <typename T>
 struct Problem {
-    int atoms, dimension, width, scalars;  // M, n, F, pair scalars (1 or 2)
-    double bound;                          // of φ; not positive for none
+    int atoms, dimension, width, radial, scalars;  // M, n, F, K, rows of by_scalar
+    double bound;                                  // of φ; not positive for none
     const uint8_t* mask;                                 // (B, M, M)
     const T *target, *source, *x, *extra;                // (B, M, F) twice, (B, M, n), (B, M, M) or null
     const T *by_scalar;                                  // (scalars, F)
@@ -136,6 +136,45 @@ struct Pairs {  // a chunk of pairs of one molecule
     int count = 0;
     int i[CHUNK], j[CHUNK];
     T squared[CHUNK], extra[CHUNK], r[CHUNK][MAX_DIMENSION];
+};
+
+// The scalars of a chunk, (pairs, stride) with zeros from `scalars` on, and their derivatives by the squared distance.
+template <typename T>
+struct Scalars {
+    int stride;
+    std::vector<T> value, slope;
+
+    explicit Scalars(const Problem<T>& problem) {
+        constexpr int LANES = Vector<T>::LANES;
+        stride = (problem.scalars + LANES - 1) / LANES * LANES;
+        value.assign((size_t)CHUNK * stride, T(0));
+        slope.assign((size_t)CHUNK * stride, T(0));
+    }
+
+    void fill(const Problem<T>& problem, const Pairs<T>& pairs) {
+        for (int k = 0; k < pairs.count; ++k) {
+            expand(pairs.squared[k], problem.radial, k * stride);
+            if (problem.extra) expand(pairs.extra[k], problem.radial, k * stride + 1 + problem.radial);
+        }
+    }
+
+    // d² and b_k = exp(−β (e^−d − μ_k)²), μ_k = k / (K − 1), β = (2 K / 3)².
+    void expand(T squared, int radial, int at) {
+        constexpr int LANES = Vector<T>::LANES;
+        value[at] = squared, slope[at] = 1;
+        if (!radial) return;
+        const T distance = std::sqrt(squared + T(EPSILON)), decay = std::exp(-distance);
+        const T root = T(2 * radial) / 3, spacing = radial > 1 ? T(1) / (radial - 1) : T(0);
+        for (int start = 0; start < radial; start += LANES) {
+            vec<T> off;
+            for (int k = 0; k < LANES; ++k) off[k] = decay - (start + k) * spacing;
+            const vec<T> scaled = root * off, b = exponential(-scaled * scaled);
+            const vec<T> by_squared = (root * decay / distance) * scaled * b;
+            const int some = radial - start < LANES ? radial - start : LANES;
+            std::memcpy(&value[at + 1 + start], &b, some * sizeof(T));
+            std::memcpy(&slope[at + 1 + start], &by_squared, some * sizeof(T));
+        }
+    }
 };
 
 // Calls work(pairs, index of the first pair in the molecule) for the pairs of a molecule, a chunk at a time.
@@ -166,15 +205,18 @@ void each_chunk(const Problem<T>& problem, int molecule, Work work) {
     if (pairs.count) work(pairs, done);
 }
 
-// a of the first SiLU.
+// a of the first SiLU, (pairs, F).
 template <typename T>
-inline vec<T> preactivation(const Problem<T>& problem, const T* target, const T* source, const Pairs<T>& pairs, int k,
-                            int f) {
+void preactivations(const Problem<T>& problem, const T* target, const T* source, const Pairs<T>& pairs,
+                    const Scalars<T>& scalars, T* a) {
+    constexpr int LANES = Vector<T>::LANES;
     const int width = problem.width;
-    vec<T> a = load(target + (long)pairs.i[k] * width + f) + load(source + (long)pairs.j[k] * width + f) +
-               pairs.squared[k] * load(problem.by_scalar + f);
-    if (problem.scalars > 1) a += pairs.extra[k] * load(problem.by_scalar + width + f);
-    return a;
+    for (int k = 0; k < pairs.count; ++k) {
+        const T *to = target + (long)pairs.i[k] * width, *from = source + (long)pairs.j[k] * width;
+        for (int f = 0; f < width; f += LANES) store(a + k * width + f, load(to + f) + load(from + f));
+    }
+    multiply<T>(pairs.count, width, problem.scalars, scalars.value.data(), scalars.stride, 1, problem.by_scalar, a,
+                nullptr, true);
 }
 
 // What backward needs of a pair besides v and p: its soft edge e and φ.
@@ -199,6 +241,7 @@ void forward(const Problem<T>& problem, int first, int last, T* messages, T* shi
       *w3 = w2 + width * width;
     transpose(problem.w2, w2, width);
     if (problem.w3) transpose(problem.w3, w3, width);
+    Scalars<T> scalars(problem);
     for (int molecule = first; molecule < last; ++molecule) {
         const long node = (long)molecule * atoms;
         const T *target = problem.target + node * width, *source = problem.source + node * width;
@@ -207,11 +250,12 @@ void forward(const Problem<T>& problem, int first, int last, T* messages, T* shi
         each_chunk<T>(problem, molecule, [&](const Pairs<T>& pairs, long start) {
             T* v = keep_v ? keep_v + (kept + start) * width : v_own;
             T* p = keep_p ? keep_p + (kept + start) * width : p_own;
-            for (int k = 0; k < pairs.count; ++k)
-                for (int f = 0; f < width; f += LANES) {
-                    const vec<T> a = preactivation(problem, target, source, pairs, k, f);
-                    store(s + k * width + f, a * sigmoid<T>(a));
-                }
+            scalars.fill(problem, pairs);
+            preactivations(problem, target, source, pairs, scalars, s);
+            for (int f = 0; f < pairs.count * width; f += LANES) {
+                const vec<T> a = load(s + f);
+                store(s + f, a * sigmoid<T>(a));
+            }
             multiply<T>(pairs.count, width, width, s, width, 1, w2, v, problem.b2, false);
             for (int k = 0; k < pairs.count; ++k) {
                 T* m = s + k * width;
@@ -263,6 +307,11 @@ void backward(const Problem<T>& problem, int first, int last, const T* keep_v, c
     std::vector<T> memory((size_t)5 * CHUNK * width);
     T *m = memory.data(), *gm = m + CHUNK * width, *gp = gm + CHUNK * width, *s = gp + CHUNK * width,
       *slope = s + CHUNK * width;
+    Scalars<T> scalars(problem);
+    const int stride = scalars.stride;
+    std::vector<T> by_scalar((size_t)width * stride), g_scalar((size_t)CHUNK * stride);  // transposed, padded
+    for (int k = 0; k < problem.scalars; ++k)
+        for (int f = 0; f < width; ++f) by_scalar[(size_t)f * stride + k] = problem.by_scalar[(size_t)k * width + f];
     for (int molecule = first; molecule < last; ++molecule) {
         const long node = (long)molecule * atoms;
         const T *target = problem.target + node * width, *source = problem.source + node * width;
@@ -333,32 +382,37 @@ void backward(const Problem<T>& problem, int first, int last, const T* keep_v, c
                     const vec<T> gv = gu * load(slope + k * width + f);
                     store(gmk + f, gv);
                     if (WEIGHTS) store(g.b2 + f, load(g.b2 + f) + gv);
-                    const vec<T> a = preactivation(problem, target, source, pairs, k, f);
-                    const vec<T> open_a = sigmoid<T>(a), value_a = a * open_a;
-                    store(s + k * width + f, value_a);
-                    store(m + k * width + f, open_a * (T(1) - value_a) + value_a);  // m is done with
                 }
+            }
+            scalars.fill(problem, pairs);
+            preactivations(problem, target, source, pairs, scalars, s);
+            for (int f = 0; f < pairs.count * width; f += LANES) {
+                const vec<T> a = load(s + f), open = sigmoid<T>(a), value = a * open;
+                store(s + f, value);
+                store(slope + f, open * (T(1) - value) + value);
             }
             if (WEIGHTS) multiply<T>(width, width, pairs.count, gm, 1, width, s, g.w2, nullptr, true);           // += gvᵀ s
             multiply<T>(pairs.count, width, width, gm, width, 1, problem.w2, gp, nullptr, false);   // gs = gv W2
             for (int k = 0; k < pairs.count; ++k) {
-                const int i = pairs.i[k], j = pairs.j[k];
-                vec<T> by_squared{}, by_extra{};
+                T *to = gt + (long)pairs.i[k] * width, *from = gs + (long)pairs.j[k] * width;
                 for (int f = 0; f < width; f += LANES) {
-                    const vec<T> ga = load(gp + k * width + f) * load(m + k * width + f);
-                    store(gt + (long)i * width + f, load(gt + (long)i * width + f) + ga);
-                    store(gs + (long)j * width + f, load(gs + (long)j * width + f) + ga);
-                    by_squared += ga * load(problem.by_scalar + f);
-                    if (WEIGHTS) store(g.by_scalar + f, load(g.by_scalar + f) + pairs.squared[k] * ga);
-                    if (problem.scalars > 1) {
-                        by_extra += ga * load(problem.by_scalar + width + f);
-                        if (!WEIGHTS) continue;
-                        T* to = g.by_scalar + width + f;
-                        store(to, load(to) + pairs.extra[k] * ga);
-                    }
+                    const vec<T> ga = load(gp + k * width + f) * load(slope + k * width + f);
+                    store(gp + k * width + f, ga);
+                    store(to + f, load(to + f) + ga);
+                    store(from + f, load(from + f) + ga);
                 }
-                if (g.extra) g.extra[(node + i) * atoms + j] = sum<T>(by_extra);
-                const T total = g_squared[k] + sum<T>(by_squared);
+            }
+            if (WEIGHTS)  // += qᵀ ga
+                multiply<T>(problem.scalars, width, pairs.count, scalars.value.data(), 1, stride, gp, g.by_scalar,
+                            nullptr, true);
+            multiply<T>(pairs.count, stride, width, gp, width, 1, by_scalar.data(), g_scalar.data(), nullptr, false);
+            for (int k = 0; k < pairs.count; ++k) {
+                const int i = pairs.i[k], j = pairs.j[k], terms = 1 + problem.radial;
+                const T *got = g_scalar.data() + k * stride, *by = scalars.slope.data() + k * stride;
+                T total = g_squared[k], other = 0;
+                for (int q = 0; q < terms; ++q) total += got[q] * by[q];
+                for (int q = terms; q < problem.scalars; ++q) other += got[q] * by[q];
+                if (g.extra) g.extra[(node + i) * atoms + j] = other;
                 for (int c = 0; c < n; ++c) {
                     const T moved = g_r[k][c] + 2 * total * pairs.r[k][c];
                     gx[i * n + c] += moved;
