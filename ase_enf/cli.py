@@ -133,6 +133,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a shipped name such as qm9, or a path to .safetensors")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     command.add_argument("--dtype", default="float32", help="float32 or float64")
+    command.add_argument("--kernel", default="auto", help="on a CPU: fused (compiled), plain (torch), auto")
 
 
 def _add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) -> None:
@@ -257,6 +258,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise ValueError(f"n={options.n}: must be at least 1")
     flow = load(options.model, device=_own_device(options.device), dtype=options.dtype)
+    flow.use_kernel(options.kernel)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bounds = [options.n * k // world for k in range(world + 1)]
     start, count = bounds[rank], bounds[rank + 1] - bounds[rank]
@@ -327,6 +329,7 @@ def _score(options: argparse.Namespace) -> None:
         check_output(options.output)
     atoms = _read(options.structures)
     flow = load(options.model, device=options.device, dtype=options.dtype)
+    flow.use_kernel(options.kernel)
     names = ("trace", "probes", "draws", "seed", "solver", "steps", "tolerance", "batch_size")
     table = score(flow, atoms, **{name: getattr(options, name) for name in names})
     if not options.output:

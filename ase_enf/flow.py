@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ase_enf.divergence import Divergence, Field, Moment, Velocity
 from ase_enf.quadrature import check_intervals, clenshaw_curtis, integrate
+from ase_enf.threads import map_threads
 
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
@@ -217,7 +218,13 @@ class ContinuousFlow:
         states = path if start < end else path[::-1]
         moments = times.to(x)
         fresh = range(intervals + 1) if known is None else range(1, intervals, 2)
-        traces = torch.stack([trace(Moment(self.velocity, moments[k]), *states[k]).samples.double() for k in fresh])
+
+        def at_node(k: int) -> Tensor:
+            return trace(Moment(self.velocity, moments[k]), *states[k]).samples.double()
+
+        # The nodes of a solved path are independent; a recorded graph, and a GPU, want them one after the other.
+        alone = torch.is_grad_enabled() or x.device.type != "cpu"
+        traces = torch.stack([at_node(k) for k in fresh] if alone else map_threads(at_node, fresh))
         self.nfe += len(fresh)
         if known is not None:
             traces, odd = traces.new_empty(intervals + 1, *traces.shape[1:]), traces

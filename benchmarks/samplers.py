@@ -1,8 +1,9 @@
 """Stability against the number of evaluations, for every solver: ``python -m benchmarks.samplers MODEL -n 2000``.
 
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
-the same latent molecules. ``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule
-after the other. With ``--work FOLDER`` finished solvers are kept and not run again.
+the same latent molecules; the last two do so once more by the compiled kernel, where it can be had.
+``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule after the other. With
+``--work FOLDER`` finished solvers are kept and not run again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SOLVERS = (
     Solver("rk4", steps=10, warp=1.2),
     Solver("midpoint", steps=16, warp=1.5),
 )
+FASTEST = SOLVERS[-2:]
 PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
 BATCH = 64
 
@@ -51,18 +53,24 @@ def main() -> None:
     flow = load_flow(options.model)
     if options.work:
         open_work(options.work, flow, seed=options.seed, threads=torch.get_num_threads())
-    plans = [(solver, options.n, BATCH) for solver in SOLVERS]
+    plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
     if options.one_at_a_time:
-        plans.insert(0, (PUBLISHED, options.one_at_a_time, 1))
+        plans.insert(0, (PUBLISHED, options.one_at_a_time, 1, "plain"))
+    if flow.use_kernel("auto") == "fused":
+        plans += [(solver, options.n, BATCH, "fused") for solver in FASTEST]
     rows = [_measure(flow, *plan, options) for plan in tqdm(plans, unit="solver", dynamic_ncols=True)]
     table = pd.DataFrame(rows)
     _write(flow, table, options)
 
 
-def _measure(flow: ENF, solver: Solver, n: int, batch: int, options: argparse.Namespace) -> dict[str, float | str]:
+def _measure(
+    flow: ENF, solver: Solver, n: int, batch: int, kernel: str, options: argparse.Namespace
+) -> dict[str, float | str]:
     """Returns stability, evaluations a molecule and molecules/s of one solver."""
+    flow.use_kernel(kernel)
     grid = "" if solver.warp == 1 else f", warp {solver.warp:g}"
     name = f"{solver.method}, {solver.rtol:g}" if solver.adaptive else f"{solver.method}, {solver.steps} steps{grid}"
+    name += ", compiled kernel" if kernel == "fused" else ""
     key = name.replace(" steps", "").replace(", ", "_").replace(" ", "_")
     path = options.work / f"{key}_{n}_{batch}.json" if options.work else None
     if path and path.exists():
@@ -119,7 +127,7 @@ def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
         printed["times one at a time"] = [f"{value / rate:.1f}" for value in table.rate]
         notes += f" The first row is how the published script samples, in this code: {rate:.2f} molecules/s."
     write_results(printed, f"samplers_{flow.name}", f"Samplers of {flow.name}", notes)
-    _plot(batched, flow.name)
+    _plot(batched[~batched.solver.str.endswith("kernel")], flow.name)
 
 
 def _plot(table: pd.DataFrame, name: str) -> None:

@@ -26,16 +26,17 @@ ALLOWED = {
     # L0
     "geometry": set(),
     "quadrature": set(),
+    "threads": set(),
     "files": set(),
     # L1
     "molecules": set(),
-    "nn": {"geometry", "nn"},
+    "nn": {"geometry", "nn", "threads"},
     "base": {"geometry"},
     "divergence": set(),
     # L2
     "dynamics": {"geometry", "nn"},
     "dequantize": {"geometry", "nn"},
-    "flow": {"divergence", "quadrature"},
+    "flow": {"divergence", "quadrature", "threads"},
     "dataset": {"molecules"},
     # L3
     "model": _CORE | {"files"},

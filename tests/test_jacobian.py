@@ -11,7 +11,7 @@ from ase_enf import divergence
 from ase_enf.divergence import Moment
 from ase_enf.flow import INTERVALS
 from ase_enf.geometry import pair_mask
-from ase_enf.nn import jacobian
+from ase_enf.nn import fused, jacobian
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.jacobian import egnn_trace
 
@@ -181,3 +181,22 @@ def test_single_precision_agrees_to_its_rounding(make_flow, features, device):
         traces.append(divergence.exact(moment, x.to(kind), h.to(kind)).trace.double())
     dimensions = 9 * (3 + flow.config.flow_features)
     assert ((traces[0] - traces[1]).abs() < 1e-5 * dimensions).all()
+
+
+@pytest.mark.parametrize(
+    ("gate", "input_distance", "radial", "reach"), [(True, True, 0, 15.0), (False, False, 3, None)]
+)
+def test_the_compiled_kernel_gives_the_same_trace(dtype, stir, mask, tolerance, gate, input_distance, radial, reach):
+    reason = fused.unavailable(16, dtype, mask.device)
+    if reason:
+        pytest.skip(f"no kernel here: {reason}")
+    options = {"gate": gate, "input_distance": input_distance, "radial": radial, "reach": reach}
+    network = stir(EGNN(4, 2, 16, 4, **options), 0.9).to(mask.device, dtype)
+    h, x, pairs = point(mask, 2, dtype)
+    with torch.no_grad():
+        expected = egnn_trace(network, h, x, pairs, mask)
+        network.fuse()
+        found = egnn_trace(network, h, x, pairs, mask)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, **tolerance)
+    assert (expected[2][:2] - 5 * torch.tensor(SIZES[:2])).abs().min() > 0.01

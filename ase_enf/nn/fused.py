@@ -17,12 +17,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ase_enf.threads import share_out, shares
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
 FLAGS = (
@@ -50,6 +51,16 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "radial", "scalars")),
         ("bound", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("mask", *_DIFFERENTIABLE)),
+    ]
+
+
+_TERMS = ("mask", "slope", "alpha", "beta", "u", "weight", "to_m", "to_m0", "a_j", "by_m", "own", "out")
+
+
+class _Tangents(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "directions")),
+        *((name, ctypes.c_void_p) for name in (*_TERMS, "x", "h", "v")),
     ]
 
 
@@ -113,6 +124,27 @@ def pair_layer(
     return _PairLayer.apply(mask, settings, torch.is_grad_enabled(), *tensors)
 
 
+def push_tangents(h: Tensor, x: Tensor, sources: Tensor, terms: dict[str, Tensor | None]) -> None:
+    """Pushes tangents through the messages and the node update of a layer, without a graph; see ``nn.jacobian``.
+
+    ``dm_i = Σ_j G_ij a_j h_j + ∂m_i/∂x_j x_j``, then ``h_i ← h_i + (by_m dm_i + h_i own_i) out_i``.
+
+    Args:
+        h: Tangents of the features, contiguous, shape (B, M, D, F); updated in place.
+        x: Tangents of the positions, shape (B, M, D, n).
+        sources: Contiguous memory, shape (B, M, D, F + n); holds [a_j h_j, x_j] afterwards.
+        terms: ``mask`` (B, M, M); ``slope``, ``alpha``, ``beta`` or None, ``u`` (B, M, M, F) and ``weight`` (F, F);
+            ``to_m`` (B, i, j, n, F) and ``to_m0`` or None; ``a_j``, ``by_m`` (F, F); ``own``, ``out`` (B, M, F, F).
+    """
+    size, atoms, directions, width = h.shape
+    held = [None if t is None else t.contiguous() for t in (*(terms[name] for name in _TERMS), x)]
+    pointers = (_address(t) for t in (*held, h, sources))
+    tangents = _Tangents(atoms, x.shape[-1], width, directions, *pointers)
+    for phase in ("sources", "targets"):
+        function = _function(f"push_{phase}", h.dtype)
+        share_out(size * atoms, lambda k, first, last, call=function: call(tangents, first, last))
+
+
 class _PairLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mask, settings, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own signature)
@@ -132,7 +164,7 @@ class _PairLayer(torch.autograd.Function):
         problem = _problem(mask, settings, inputs)
         function = _function("forward", target.dtype)
         outputs = [_address(t) for t in (messages, shift if moves else None, v, p, scalars)]
-        _in_threads(size, lambda k, first, last: function(problem, first, last, *outputs))
+        share_out(size, lambda k, first, last: function(problem, first, last, *outputs))
         ctx.save_for_backward(mask, v, p, scalars, *inputs.values())
         ctx.settings = settings
         return messages, shift
@@ -148,7 +180,7 @@ class _PairLayer(torch.autograd.Function):
         out = {name: torch.zeros_like(inputs[name]) for name in ("target", "source", "x")}
         if needs["extra"]:
             out["extra"] = torch.zeros_like(inputs["extra"])
-        threads = _threads(size)
+        threads = shares(size)
         learn = any(needs[name] for name in _WEIGHTS)
         own = {
             name: inputs[name].new_zeros(threads, *inputs[name].shape)
@@ -164,7 +196,7 @@ class _PairLayer(torch.autograd.Function):
             part = {name: t[k] for name, t in own.items()} | out
             function(problem, first, last, *given, _Gradients(*(_address(part.get(name)) for name in _DIFFERENTIABLE)))
 
-        _in_threads(size, work)
+        share_out(size, work)
         out |= {name: t.sum(dim=0) for name, t in own.items()}
         return None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
 
@@ -180,30 +212,16 @@ def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _threads(size: int) -> int:
-    return max(1, min(torch.get_num_threads(), size))
-
-
-def _in_threads(size: int, work: Callable[[int, int, int], None]) -> None:
-    """Calls work(k, first, last) on equal shares of the molecules, side by side; ctypes lets go of the interpreter."""
-    count = _threads(size)
-    bounds = [size * k // count for k in range(count + 1)]
-    if count == 1:
-        work(0, 0, size)
-        return
-    list(_pool(count).map(work, range(count), bounds[:-1], bounds[1:]))
-
-
-@functools.cache
-def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="ase_enf_pairs")
-
-
 @functools.cache
 def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
     function = getattr(_library(), f"pairs_{direction}_{NAMES[dtype]}")
-    structures = [ctypes.POINTER(_Gradients)] if direction == "backward" else []
-    function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 5, *structures]
+    integer, pointers = ctypes.c_int, [ctypes.c_void_p] * 5
+    function.argtypes = {
+        "forward": [ctypes.POINTER(_Problem), integer, integer, *pointers],
+        "backward": [ctypes.POINTER(_Problem), integer, integer, *pointers, ctypes.POINTER(_Gradients)],
+        "push_sources": [ctypes.POINTER(_Tangents), integer, integer],
+        "push_targets": [ctypes.POINTER(_Tangents), integer, integer],
+    }[direction]
     function.restype = None
     return function
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
+from ase_enf.nn import fused
 from ase_enf.nn.egnn import EGCL, EGNN
 from ase_enf.nn.gnn import Messages
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalar_slopes, pair_scalars
 
 # Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should
 # stay in its caches, on a GPU fill it.
-TANGENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+TANGENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
 
@@ -67,7 +68,10 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     blocks = max(1, BLOCK_ELEMENTS[x.device.type] // block)
     # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
     middle = len(network.layers) > 2
-    work = None if torch.is_grad_enabled() else x.new_empty(min(together, blocks, len(x)) * block * middle)
+    needed = min(together, blocks, len(x)) * block
+    if network.layers[0].uses_kernel(x):  # which holds no blocks
+        needed = min(together, len(x)) * atoms * atoms * (n + features) * (hidden + n)
+    work = None if torch.is_grad_enabled() else x.new_empty(needed * middle)
     pieces = [
         _trace(network, *arguments, blocks, work)
         for arguments in zip(*(t.split(together) for t in (h, x, pair_mask, mask)), strict=True)
@@ -304,6 +308,8 @@ class _Layer:
             together: Molecules whose blocks are held at a time.
             work: Memory for the blocks; None where a graph is recorded.
         """
+        if work is not None and self.module.uses_kernel(self.x):
+            return self._push_fused(tangent, work)
         size, atoms, directions, n = tangent.x.shape
         width, node = self.h.shape[-1], self.module.node
         by_h, by_m = node.node_in.weight.split(width, dim=1)
@@ -333,6 +339,34 @@ class _Layer:
             h_pieces.append(torch.baddbmm(h, inner, out[some].flatten(0, 1), out=target))
         dh = torch.cat(h_pieces).view_as(tangent.h) if work is None else tangent.h
         return _Tangent(dh, tangent.x + torch.cat(x_pieces).view_as(tangent.x))
+
+    def _push_fused(self, tangent: _Tangent, work: Tensor) -> _Tangent:
+        """The same by the compiled kernel, which keeps what belongs to an atom in the caches; changes ``tangent.h``."""
+        size, atoms, directions, n = tangent.x.shape
+        width, node, message = self.h.shape[-1], self.module.node, self.message
+        by_h, by_m = node.node_in.weight.split(width, dim=1)
+        (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
+        sources = work[: size * atoms * directions * (width + n)].view(size, atoms, directions, width + n)
+        own_x = self.a_i.T @ torch.einsum("bijf,bijc->bifc", self.psi, self.r)  # (B, i, F, n)
+        dx = tangent.x + tangent.h @ own_x  # before the kernel overwrites h
+        terms = {
+            "mask": (message.alpha != 0).any(dim=-1),
+            **{name: getattr(message, name) for name in ("slope", "alpha", "beta", "u", "weight")},
+            "to_m": to_m.permute(0, 3, 1, 2, 4),
+            "to_m0": None if to_m0 is None else to_m0.permute(0, 3, 1, 2, 4),
+            "a_j": self.a_j,
+            "by_m": by_m,
+            # What an atom does to itself, as a matrix of the node update.
+            "own": self.a_i.T @ message.row_sum() @ by_m.T + by_h.T,
+            "out": self.node_slope.unsqueeze(-1) * node.node_out.weight.T,
+        }
+        fused.push_tangents(tangent.h, tangent.x, sources, terms)
+        along = sources[..., :width] @ self.psi.permute(0, 2, 3, 1)  # (B, j, D, i)
+        dx += along.permute(0, 3, 2, 1) @ self.r
+        dx += tangent.x.transpose(1, 2).flatten(2).unsqueeze(1) @ to_x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        if to_x0 is not None:  # directions of the input positions move what every layer sees of them
+            dx.unflatten(2, (atoms, -1))[:, :, :, :n] += to_x0.permute(0, 3, 1, 2, 4)
+        return _Tangent(tangent.h, dx)
 
     def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> Tensor:
         """Contracts the tangents that arrive with the cotangents of the outputs, atom by atom.

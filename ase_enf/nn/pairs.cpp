@@ -5,10 +5,13 @@
 //   p = W3 m + b3,  φ = w4·silu(p)  (bounded: b tanh φ)                           (eq. 5, 9)
 //   out: Σ_j m  and  Σ_j φ (x_i − x_j) / (‖x_i − x_j‖ + 1)
 //
+// and, for exact traces, the product of many tangents with the Jacobians of all pairs (push).
+//
 // Plain C++17 with the vector types of GCC and Clang; no header but the standard library's. Every function works on the
 // molecules [first, last) of a batch, so that threads share nothing but what they read; gradients of the weights are
 // added to buffers of the caller's, one set a thread.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -423,6 +426,78 @@ void backward(const Problem<T>& problem, int first, int last, const T* keep_v, c
     }
 }
 
+// Tangents of a layer's inputs along D directions, pushed through its messages and its node update (jacobian.py).
+template <typename T>
+struct Tangents {
+    int atoms, dimension, width, directions;
+    const uint8_t* mask;                     // (B, M, M)
+    const T *slope, *alpha, *beta, *u;       // G_ijᵀ[f, f'] = slope_f W[f', f] alpha_f' + beta_f u_f'; beta may be null
+    const T* weight;                         // W, (F, F)
+    const T* to_m;                           // (B, i, j, n, F): ∂m_i/∂x_j
+    const T* to_m0;                          // the same of the input positions, which directions (j, c < n) move; or null
+    const T *a_j, *by_m;                     // (F, F), (F, F): v_j = a_j h_j; the node update's weight of m
+    const T *own, *out;                      // (B, i, F, F): h ← h + (dm by_mᵀ + h own) out
+    const T* x;                              // (B, M, D, n)
+    T* h;                                    // (B, M, D, F), updated in place
+    T* v;                                    // (B, M, D, F + n), memory for [v_j, x_j]
+};
+
+// First all v_j of the batch, atoms [first, last) of it ...
+template <typename T>
+void push_sources(const Tangents<T>& t, int first, int last) {
+    const int width = t.width, n = t.dimension, row = width + n;
+    std::vector<T> a_j((size_t)width * width), product((size_t)t.directions * width);
+    transpose(t.a_j, a_j.data(), width);
+    for (long atom = first; atom < last; ++atom) {
+        const T *h = t.h + atom * t.directions * width, *x = t.x + atom * t.directions * n;
+        multiply<T>(t.directions, width, width, h, width, 1, a_j.data(), product.data(), nullptr, false);
+        for (long d = 0; d < t.directions; ++d) {
+            T* to = t.v + (atom * t.directions + d) * row;
+            std::memcpy(to, product.data() + d * width, width * sizeof(T));
+            std::memcpy(to + width, x + d * n, n * sizeof(T));
+        }
+    }
+}
+
+// ... then what arrives at each atom i, whose own h no other atom needs any more.
+template <typename T>
+void push_targets(const Tangents<T>& t, int first, int last) {
+    constexpr int LANES = Vector<T>::LANES;
+    const int width = t.width, n = t.dimension, row = width + n, atoms = t.atoms, directions = t.directions;
+    std::vector<T> block((size_t)row * width), weight((size_t)width * width), by_m((size_t)width * width);
+    std::vector<T> dm((size_t)directions * width), inner((size_t)directions * width);
+    transpose(t.weight, weight.data(), width);
+    transpose(t.by_m, by_m.data(), width);
+    for (long i = first; i < last; ++i) {
+        std::fill(dm.begin(), dm.end(), T(0));
+        for (int j = 0; j < atoms; ++j) {
+            const long pair = i * atoms + j, at = pair * width, source = i / atoms * atoms + j;
+            const T *moved = t.to_m + at * n, *from = t.v + source * directions * row;
+            if (t.to_m0)
+                for (int c = 0; c < n; ++c) {
+                    T* to = dm.data() + ((long)j * (directions / atoms) + c) * width;
+                    for (int g = 0; g < width; ++g) to[g] += t.to_m0[at * n + c * width + g];
+                }
+            if (!t.mask[pair]) {  // the atom itself, or padding: no message, but the distances of all others
+                multiply<T>(directions, width, n, from + width, row, 1, moved, dm.data(), nullptr, true);
+                continue;
+            }
+            for (int f = 0; f < width; ++f)
+                for (int g = 0; g < width; g += LANES) {
+                    vec<T> entry = t.slope[at + f] * load(weight.data() + f * width + g) * load(t.alpha + at + g);
+                    if (t.beta) entry += t.beta[at + f] * load(t.u + at + g);
+                    store(block.data() + f * width + g, entry);
+                }
+            std::memcpy(block.data() + (long)width * width, moved, (size_t)n * width * sizeof(T));
+            multiply<T>(directions, width, row, from, row, 1, block.data(), dm.data(), nullptr, true);
+        }
+        T* h = t.h + i * directions * width;
+        multiply<T>(directions, width, width, dm.data(), width, 1, by_m.data(), inner.data(), nullptr, false);
+        multiply<T>(directions, width, width, h, width, 1, t.own + i * width * width, inner.data(), nullptr, true);
+        multiply<T>(directions, width, width, inner.data(), width, 1, t.out + i * width * width, h, nullptr, true);
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                               \
@@ -435,6 +510,12 @@ void backward(const Problem<T>& problem, int first, int last, const T* keep_v, c
                                           const T* g_shift, const Gradients<T>* gradients) {                          \
         (gradients->w2 ? backward<T, true> : backward<T, false>)(*problem, first, last, keep_v, keep_p, keep,          \
                                                                  g_messages, g_shift, *gradients);                    \
+    }                                                                                                                 \
+    extern "C" void pairs_push_sources_##NAME(const Tangents<T>* tangents, int first, int last) {                       \
+        push_sources<T>(*tangents, first, last);                                                                      \
+    }                                                                                                                 \
+    extern "C" void pairs_push_targets_##NAME(const Tangents<T>* tangents, int first, int last) {                       \
+        push_targets<T>(*tangents, first, last);                                                                      \
     }
 
 EXPORT(float, float32)
