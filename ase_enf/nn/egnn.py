@@ -10,6 +10,7 @@ from ase_enf.geometry import pair_differences
 from ase_enf.nn import fused
 from ase_enf.nn.gnn import Messages, NodeUpdate
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalars
+from ase_enf.threads import map_threads, shares
 
 
 class EGCL(nn.Module):
@@ -166,6 +167,16 @@ class EGNN(nn.Module):
         pair_mask: Tensor,  # (B, M, M), same dtype as h
     ) -> tuple[Tensor, Tensor]:
         """Returns h^L (B, M, out_features) and x^L (B, M, n)."""
+        count = 1 if torch.is_grad_enabled() or not self.layers[0].uses_kernel(x) else shares(len(x))
+        if count == 1:
+            return self._evaluate(h, x, pair_mask)
+        # Molecules are independent: whole networks side by side do not wait for each other after every operation.
+        pieces = list(zip(*(t.chunk(count) for t in (h, x, pair_mask)), strict=True))
+        done = map_threads(lambda piece: self._evaluate(*piece), pieces)
+        h_out, x_out = (torch.cat(parts) for parts in zip(*done, strict=True))
+        return h_out, x_out
+
+    def _evaluate(self, h: Tensor, x: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
         a = None
         if self.input_distance:
             expanded = 0 if self.layers[0].uses_kernel(x) else self.radial  # the kernel does it itself

@@ -54,13 +54,16 @@ class _Problem(ctypes.Structure):
     ]
 
 
-_TERMS = ("mask", "slope", "alpha", "beta", "u", "weight", "to_m", "to_m0", "a_j", "by_m", "own", "out")
+_TERMS = (
+    "mask", "slope", "alpha", "beta", "u", "weight", "to_m", "to_m0", "a_i", "a_j", "by_h", "by_m", "node_slope",
+    "node_out", "to_x", "own_x",
+)  # fmt: skip
 
 
 class _Tangents(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "directions")),
-        *((name, ctypes.c_void_p) for name in (*_TERMS, "x", "h", "v")),
+        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "directions", "columns")),
+        *((name, ctypes.c_void_p) for name in (*_TERMS, "x", "h", "v", "moved")),
     ]
 
 
@@ -124,25 +127,41 @@ def pair_layer(
     return _PairLayer.apply(mask, settings, torch.is_grad_enabled(), *tensors)
 
 
-def push_tangents(h: Tensor, x: Tensor, sources: Tensor, terms: dict[str, Tensor | None]) -> None:
-    """Pushes tangents through the messages and the node update of a layer, without a graph; see ``nn.jacobian``.
-
-    ``dm_i = Σ_j G_ij a_j h_j + ∂m_i/∂x_j x_j``, then ``h_i ← h_i + (by_m dm_i + h_i own_i) out_i``.
+def push_tangents(h: Tensor, x: Tensor, terms: dict[str, Tensor | None], work: Tensor) -> Tensor:
+    """Pushes tangents through a layer, without a graph; ``terms`` are those of ``Tangents`` in pairs.cpp.
 
     Args:
         h: Tangents of the features, contiguous, shape (B, M, D, F); updated in place.
         x: Tangents of the positions, shape (B, M, D, n).
-        sources: Contiguous memory, shape (B, M, D, F + n); holds [a_j h_j, x_j] afterwards.
-        terms: ``mask`` (B, M, M); ``slope``, ``alpha``, ``beta`` or None, ``u`` (B, M, M, F) and ``weight`` (F, F);
-            ``to_m`` (B, i, j, n, F) and ``to_m0`` or None; ``a_j``, ``by_m`` (F, F); ``own``, ``out`` (B, M, F, F).
+        terms: What the layer does to them.
+        work: Memory, overwritten; see :func:`push_memory`.
+
+    Returns:
+        What the layer adds to the tangents of the positions, shape (B, M, D, n).
     """
     size, atoms, directions, width = h.shape
+    n, columns = x.shape[-1], terms["to_x"].shape[-1]
     held = [None if t is None else t.contiguous() for t in (*(terms[name] for name in _TERMS), x)]
-    pointers = (_address(t) for t in (*held, h, sources))
-    tangents = _Tangents(atoms, x.shape[-1], width, directions, *pointers)
+    sources, moved = work[: size * push_memory(atoms, directions, width, n, h.dtype)].split(
+        [size * atoms * directions * (width + n), size * atoms * directions * columns]
+    )
+    pointers = (_address(t) for t in (*held, h, sources, moved))
+    tangents = _Tangents(atoms, n, width, directions, columns, *pointers)
     for phase in ("sources", "targets"):
         function = _function(f"push_{phase}", h.dtype)
         share_out(size * atoms, lambda k, first, last, call=function: call(tangents, first, last))
+    shift = moved.view(size, atoms, directions, columns).sum(dim=1)[..., : atoms * n]
+    return shift.unflatten(-1, (atoms, n)).transpose(1, 2)
+
+
+def push_columns(atoms: int, n: int, dtype: torch.dtype) -> int:
+    """Returns M n rounded up to whole vectors."""
+    return -(-atoms * n // LANES[dtype]) * LANES[dtype]
+
+
+def push_memory(atoms: int, directions: int, width: int, n: int, dtype: torch.dtype) -> int:
+    """Returns how many elements of memory a molecule takes in :func:`push_tangents`."""
+    return atoms * directions * (width + n + push_columns(atoms, n, dtype))
 
 
 class _PairLayer(torch.autograd.Function):

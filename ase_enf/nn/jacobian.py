@@ -70,7 +70,7 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     middle = len(network.layers) > 2
     needed = min(together, blocks, len(x)) * block
     if network.layers[0].uses_kernel(x):  # which holds no blocks
-        needed = min(together, len(x)) * atoms * atoms * (n + features) * (hidden + n)
+        needed = min(together, len(x)) * fused.push_memory(atoms, atoms * (n + features), hidden, n, x.dtype)
     work = None if torch.is_grad_enabled() else x.new_empty(needed * middle)
     pieces = [
         _trace(network, *arguments, blocks, work)
@@ -342,28 +342,30 @@ class _Layer:
 
     def _push_fused(self, tangent: _Tangent, work: Tensor) -> _Tangent:
         """The same by the compiled kernel, which keeps what belongs to an atom in the caches; changes ``tangent.h``."""
-        size, atoms, directions, n = tangent.x.shape
+        size, atoms, _, n = tangent.x.shape
         width, node, message = self.h.shape[-1], self.module.node, self.message
         by_h, by_m = node.node_in.weight.split(width, dim=1)
         (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
-        sources = work[: size * atoms * directions * (width + n)].view(size, atoms, directions, width + n)
-        own_x = self.a_i.T @ torch.einsum("bijf,bijc->bifc", self.psi, self.r)  # (B, i, F, n)
-        dx = tangent.x + tangent.h @ own_x  # before the kernel overwrites h
+        by_v = torch.einsum("bijf,bijc->bijfc", self.psi, self.r)
+        columns = fused.push_columns(atoms, n, self.x.dtype)
+        by_source = self.x.new_zeros(size, atoms, width + n, columns)
+        by_source[:, :, :width, : atoms * n].unflatten(3, (atoms, n)).copy_(by_v.permute(0, 2, 3, 1, 4))
+        by_source[:, :, width:, : atoms * n].unflatten(3, (atoms, n)).copy_(to_x)
         terms = {
             "mask": (message.alpha != 0).any(dim=-1),
             **{name: getattr(message, name) for name in ("slope", "alpha", "beta", "u", "weight")},
             "to_m": to_m.permute(0, 3, 1, 2, 4),
             "to_m0": None if to_m0 is None else to_m0.permute(0, 3, 1, 2, 4),
+            "a_i": self.a_i,
             "a_j": self.a_j,
+            "by_h": by_h,
             "by_m": by_m,
-            # What an atom does to itself, as a matrix of the node update.
-            "own": self.a_i.T @ message.row_sum() @ by_m.T + by_h.T,
-            "out": self.node_slope.unsqueeze(-1) * node.node_out.weight.T,
+            "node_slope": self.node_slope,
+            "node_out": node.node_out.weight,
+            "to_x": by_source,
+            "own_x": torch.einsum("fg,bifc->bigc", self.a_i, by_v.sum(dim=2)),
         }
-        fused.push_tangents(tangent.h, tangent.x, sources, terms)
-        along = sources[..., :width] @ self.psi.permute(0, 2, 3, 1)  # (B, j, D, i)
-        dx += along.permute(0, 3, 2, 1) @ self.r
-        dx += tangent.x.transpose(1, 2).flatten(2).unsqueeze(1) @ to_x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        dx = tangent.x + fused.push_tangents(tangent.h, tangent.x, terms, work)
         if to_x0 is not None:  # directions of the input positions move what every layer sees of them
             dx.unflatten(2, (atoms, -1))[:, :, :, :n] += to_x0.permute(0, 3, 1, 2, 4)
         return _Tangent(tangent.h, dx)

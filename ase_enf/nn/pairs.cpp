@@ -426,36 +426,47 @@ void backward(const Problem<T>& problem, int first, int last, const T* keep_v, c
     }
 }
 
-// Tangents of a layer's inputs along D directions, pushed through its messages and its node update (jacobian.py).
+// Tangents of a layer's inputs along D directions, pushed through the layer (see jacobian.py for the terms).
 template <typename T>
 struct Tangents {
-    int atoms, dimension, width, directions;
-    const uint8_t* mask;                     // (B, M, M)
-    const T *slope, *alpha, *beta, *u;       // G_ijᵀ[f, f'] = slope_f W[f', f] alpha_f' + beta_f u_f'; beta may be null
-    const T* weight;                         // W, (F, F)
-    const T* to_m;                           // (B, i, j, n, F): ∂m_i/∂x_j
-    const T* to_m0;                          // the same of the input positions, which directions (j, c < n) move; or null
-    const T *a_j, *by_m;                     // (F, F), (F, F): v_j = a_j h_j; the node update's weight of m
-    const T *own, *out;                      // (B, i, F, F): h ← h + (dm by_mᵀ + h own) out
-    const T* x;                              // (B, M, D, n)
-    T* h;                                    // (B, M, D, F), updated in place
-    T* v;                                    // (B, M, D, F + n), memory for [v_j, x_j]
+    int atoms, dimension, width, directions, columns;  // columns: M n rounded up to whole vectors
+    const uint8_t* mask;                       // (B, M, M)
+    const T *slope, *alpha, *beta, *u;         // (B, M, M, F): G_ijᵀ[f, g] = slope_f W[g, f] alpha_g + beta_f u_g
+    const T* weight;                           // W, (F, F)
+    const T* to_m;                             // (B, i, j, n, F): ∂m_i/∂x_j
+    const T* to_m0;                            // the same of the input positions, which directions (j, c < n) move
+    const T *a_i, *a_j, *by_h, *by_m;          // (F, F)
+    const T *node_slope, *node_out;            // (B, M, F), (F, F): h ← h + node_out diag(node_slope) (by_h h + by_m m)
+    const T* to_x;                             // (B, j, F + n, columns): what [a_j h_j, x_j] does to all x'
+    const T* own_x;                            // (B, i, F, n): what h_i does to its own x'
+    const T* x;                                // (B, M, D, n)
+    T* h;                                      // (B, M, D, F), updated in place
+    T* v;                                      // (B, M, D, F + n), memory for [a_j h_j, x_j]
+    T* moved;                                  // (B, j, D, columns): how far atom j moves all x'
 };
 
-// First all v_j of the batch, atoms [first, last) of it ...
+// First what comes from each of the atoms [first, last) of the batch ...
 template <typename T>
 void push_sources(const Tangents<T>& t, int first, int last) {
-    const int width = t.width, n = t.dimension, row = width + n;
-    std::vector<T> a_j((size_t)width * width), product((size_t)t.directions * width);
+    constexpr int LANES = Vector<T>::LANES;
+    const int width = t.width, n = t.dimension, row = width + n, directions = t.directions;
+    std::vector<T> a_j((size_t)width * width), product((size_t)directions * width);
+    std::vector<T> own((size_t)width * LANES), shift((size_t)directions * LANES);
     transpose(t.a_j, a_j.data(), width);
     for (long atom = first; atom < last; ++atom) {
-        const T *h = t.h + atom * t.directions * width, *x = t.x + atom * t.directions * n;
-        multiply<T>(t.directions, width, width, h, width, 1, a_j.data(), product.data(), nullptr, false);
-        for (long d = 0; d < t.directions; ++d) {
-            T* to = t.v + (atom * t.directions + d) * row;
-            std::memcpy(to, product.data() + d * width, width * sizeof(T));
-            std::memcpy(to + width, x + d * n, n * sizeof(T));
+        const T *h = t.h + atom * directions * width, *x = t.x + atom * directions * n;
+        T *v = t.v + atom * directions * row, *moved = t.moved + atom * directions * t.columns;
+        multiply<T>(directions, width, width, h, width, 1, a_j.data(), product.data(), nullptr, false);
+        for (long d = 0; d < directions; ++d) {
+            std::memcpy(v + d * row, product.data() + d * width, width * sizeof(T));
+            std::memcpy(v + d * row + width, x + d * n, n * sizeof(T));
         }
+        multiply<T>(directions, t.columns, row, v, row, 1, t.to_x + atom * row * t.columns, moved, nullptr, false);
+        for (int f = 0; f < width; ++f)
+            for (int c = 0; c < n; ++c) own[f * LANES + c] = t.own_x[(atom * width + f) * n + c];
+        multiply<T>(directions, LANES, width, h, width, 1, own.data(), shift.data(), nullptr, false);
+        for (long d = 0; d < directions; ++d)
+            for (int c = 0; c < n; ++c) moved[d * t.columns + atom % t.atoms * n + c] += shift[d * LANES + c];
     }
 }
 
@@ -464,12 +475,13 @@ template <typename T>
 void push_targets(const Tangents<T>& t, int first, int last) {
     constexpr int LANES = Vector<T>::LANES;
     const int width = t.width, n = t.dimension, row = width + n, atoms = t.atoms, directions = t.directions;
-    std::vector<T> block((size_t)row * width), weight((size_t)width * width), by_m((size_t)width * width);
-    std::vector<T> dm((size_t)directions * width), inner((size_t)directions * width);
+    const size_t square = (size_t)width * width;
+    std::vector<T> block(square + (size_t)n * width), weight(square), all(square), out(square), by_m(square), by_h(square);
+    std::vector<T> dm((size_t)directions * width), sum_h((size_t)directions * width);
     transpose(t.weight, weight.data(), width);
-    transpose(t.by_m, by_m.data(), width);
     for (long i = first; i < last; ++i) {
         std::fill(dm.begin(), dm.end(), T(0));
+        std::fill(all.begin(), all.end(), T(0));  // Σ_j G_ijᵀ
         for (int j = 0; j < atoms; ++j) {
             const long pair = i * atoms + j, at = pair * width, source = i / atoms * atoms + j;
             const T *moved = t.to_m + at * n, *from = t.v + source * directions * row;
@@ -484,17 +496,27 @@ void push_targets(const Tangents<T>& t, int first, int last) {
             }
             for (int f = 0; f < width; ++f)
                 for (int g = 0; g < width; g += LANES) {
-                    vec<T> entry = t.slope[at + f] * load(weight.data() + f * width + g) * load(t.alpha + at + g);
+                    const long k = (long)f * width + g;
+                    vec<T> entry = t.slope[at + f] * load(weight.data() + k) * load(t.alpha + at + g);
                     if (t.beta) entry += t.beta[at + f] * load(t.u + at + g);
-                    store(block.data() + f * width + g, entry);
+                    store(block.data() + k, entry);
+                    store(all.data() + k, load(all.data() + k) + entry);
                 }
-            std::memcpy(block.data() + (long)width * width, moved, (size_t)n * width * sizeof(T));
+            std::memcpy(block.data() + square, moved, (size_t)n * width * sizeof(T));
             multiply<T>(directions, width, row, from, row, 1, block.data(), dm.data(), nullptr, true);
         }
+        // The node update as two matrices, of dm and of h: h ← dm N + h (1 + by_hᵀ out + a_iᵀ all N), N = by_mᵀ out.
+        for (int f = 0; f < width; ++f)
+            for (int g = 0; g < width; ++g) out[f * width + g] = t.node_slope[i * width + f] * t.node_out[g * width + f];
+        multiply<T>(width, width, width, t.by_m, 1, width, out.data(), by_m.data(), nullptr, false);
+        multiply<T>(width, width, width, t.by_h, 1, width, out.data(), by_h.data(), nullptr, false);
+        multiply<T>(width, width, width, all.data(), width, 1, by_m.data(), out.data(), nullptr, false);
+        multiply<T>(width, width, width, t.a_i, 1, width, out.data(), by_h.data(), nullptr, true);
+        for (int f = 0; f < width; ++f) by_h[f * width + f] += 1;
         T* h = t.h + i * directions * width;
-        multiply<T>(directions, width, width, dm.data(), width, 1, by_m.data(), inner.data(), nullptr, false);
-        multiply<T>(directions, width, width, h, width, 1, t.own + i * width * width, inner.data(), nullptr, true);
-        multiply<T>(directions, width, width, inner.data(), width, 1, t.out + i * width * width, h, nullptr, true);
+        multiply<T>(directions, width, width, dm.data(), width, 1, by_m.data(), sum_h.data(), nullptr, false);
+        multiply<T>(directions, width, width, h, width, 1, by_h.data(), sum_h.data(), nullptr, true);
+        std::copy(sum_h.begin(), sum_h.end(), h);
     }
 }
 
