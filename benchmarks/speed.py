@@ -39,12 +39,18 @@ def main() -> None:
     keep_memory()
     device = resolve_device(options.device)
     flow = ase_enf.load(options.model, device=device)
+    kernels = ("plain", "fused") if flow.use_kernel("auto") == "fused" else ("plain",)
     molecules = generate(flow, 64, seed=0, n_atoms=N_ATOMS)
     seconds, few, some = options.seconds, molecules[:1], molecules[:8]
     measured = {
         ("matrix multiply, 20736 x 64 x 64, float32", "GFLOP/s"): _matmul(device, seconds),
-        ("flow-matching step, 6 x 64, 18 atoms, batch 64", "molecules/s"): _training(6, 64, device, seconds),
-        ("flow-matching step, 6 x 128, 18 atoms, batch 64", "molecules/s"): _training(6, 128, device, seconds),
+        **{
+            (f"flow-matching step, 6 x {hidden}{named}, {kernel} kernel, 18 atoms, batch 64", "molecules/s"): _training(
+                6, hidden, radial, kernel, device, seconds
+            )
+            for hidden, radial, named in ((64, 0, ""), (64, 16, ", 16 radial"), (128, 0, ""))
+            for kernel in kernels
+        },
         ("generate, default solver, 18 atoms, batch 64", "molecules/s"): _rate(
             lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS)), seconds
         ),
@@ -61,11 +67,14 @@ def main() -> None:
     table = pd.DataFrame(rows, columns=["what", "unit", "rate", "items", "seconds"])
     table["rate"] = [f"{rate:.4g}" for rate in table["rate"]]
     table["seconds"] = [f"{seconds:.2f}" for seconds in table["seconds"]]
-    share = _pair_flops(6, 64) * float(table["rate"][1]) / (1e9 * float(table["rate"][0]))
+    shares = [
+        f"{100 * _pair_flops(6, 64) * float(rate) / (1e9 * float(table.rate[0])):.0f} % ({kernel})"
+        for kernel, rate in zip(kernels, table.rate[1:], strict=False)
+    ]
     notes = (
-        f"Model `{options.model}`. The pair products of the 6 x 64 training step (forward and backward, "
-        f"{_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {100 * share:.0f} % of the matrix-multiply rate "
-        "of the same run."
+        f"Model `{options.model}`, {kernels[-1]} kernel where none is named. The pair products of the 6 x 64 training "
+        f"step (forward and backward, {_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {', '.join(shares)} of "
+        "the matrix-multiply rate of the same run."
     )
     write_results(table, "speed" if device.type == "cpu" else "speed_cuda", "Speed", notes)
 
@@ -93,8 +102,11 @@ def _matmul(device: torch.device, seconds: float) -> tuple[float, int, float]:
     return rate * 2 * a.numel() * 64 / 1e9, items, elapsed
 
 
-def _training(layers: int, hidden: int, device: torch.device, seconds: float) -> tuple[float, int, float]:
-    model = ENF(ENFConfig(layers=layers, hidden=hidden)).to(device).train()
+def _training(
+    layers: int, hidden: int, radial: int, kernel: str, device: torch.device, seconds: float
+) -> tuple[float, int, float]:
+    model = ENF(ENFConfig(layers=layers, hidden=hidden, radial=radial)).to(device).train()
+    model.use_kernel(kernel)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
     positions = torch.randn(64, N_ATOMS, 3, generator=torch.Generator().manual_seed(0)).numpy() * 1.5
     batch = to_batch([Atoms("C" * N_ATOMS, positions=p) for p in positions], model.species).to(device)
