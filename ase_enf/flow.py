@@ -49,6 +49,8 @@ class Solver:
         rtol: Relative tolerance of adaptive methods.
         atol: Absolute tolerance of adaptive methods.
         warp: Fixed steps lie at ``t = (k / steps)^warp``: above 1 they are denser near the data, where a flow is stiff.
+            The quadrature of the trace is in u with t = u^warp, too, whatever the method (and in t below 1); whole
+            numbers keep smooth integrands smooth.
 
     Raises:
         ValueError: For an unknown method, steps < 1, or tolerances that are not positive.
@@ -187,8 +189,8 @@ class ContinuousFlow:
     ) -> Transformed:
         """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
 
-        The quadrature is Clenshaw-Curtis in t, whose nodes are those of a fixed grid too; its error is estimated from
-        the rules nested in it.
+        The quadrature is Clenshaw-Curtis in u with t = u^warp, ``∫ Tr J(u^w) w u^{w−1} du``; its nodes are those of a
+        fixed grid too, and its error is estimated from the rules nested in it.
 
         Args:
             x: Positions, shape (B, M, n).
@@ -212,7 +214,7 @@ class ContinuousFlow:
         check_intervals(intervals)
         if known is not None and len(known) != intervals // 2 + 1:
             raise ValueError(f"known traces at {len(known)} nodes: {intervals} intervals need {intervals // 2 + 1}")
-        times = clenshaw_curtis(intervals)[0]
+        times, stretch = self.nodes(intervals)
         # The path stops at every node, so that it is refined with the quadrature.
         path = self._solve(x, h, times if start < end else times.flip(0))
         states = path if start < end else path[::-1]
@@ -229,9 +231,15 @@ class ContinuousFlow:
         if known is not None:
             traces, odd = traces.new_empty(intervals + 1, *traces.shape[1:]), traces
             traces[::2], traces[1::2] = known.to(traces), odd
-        samples = integrate(traces).value * (1.0 if start < end else -1.0)
-        error = integrate(traces.mean(dim=1)).error  # of the mean over probes
+        weighted = traces * stretch.to(traces)[:, None, None]
+        samples = integrate(weighted).value * (1.0 if start < end else -1.0)
+        error = integrate(weighted.mean(dim=1)).error  # of the mean over probes
         return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
+
+    def nodes(self, intervals: int) -> tuple[Tensor, Tensor]:
+        """Returns the times t = u^warp of the quadrature and dt/du there, shape (intervals + 1,), float64."""
+        u, warp = clenshaw_curtis(intervals)[0], max(self.solver.warp, 1.0)
+        return u**warp, warp * u ** (warp - 1.0)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""

@@ -26,7 +26,6 @@ from ase_enf.files import atomic_write, require_folder
 from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
-from ase_enf.quadrature import clenshaw_curtis
 
 FEATURES = ("joint", "none", "given")
 FORMAT_VERSION = 1
@@ -299,7 +298,7 @@ class ENF(nn.Module):
             terms = self._terms(encoded, z)
             if flow.solver.adaptive:  # it has kept its own tolerance
                 return terms
-            coarse = flow.trajectory(encoded.x, encoded.h, clenshaw_curtis(intervals)[0][::2])[-1]
+            coarse = flow.trajectory(encoded.x, encoded.h, flow.nodes(intervals)[0][::2])[-1]
             path_error = (terms.log_base - self._log_base(*coarse, encoded.mask)).abs()
             path_error = path_error / (PATH_REDUCTION[flow.solver.method] - 1.0)
             return terms._replace(error=terms.error + path_error, nfe=terms.nfe + flow.nfe)

@@ -34,7 +34,7 @@ from ase_enf.flow import Solver, Transformed
 from ase_enf.model import ENF, Encoded
 from ase_enf.molecules import canonical_order, to_batch
 from ase_enf.quadrature import clenshaw_curtis, integrate
-from ase_enf.score import DEFAULT_SOLVER, _Row, _Scorer
+from ase_enf.score import _Row, _Scorer, default_solver
 from benchmarks.common import load_flow
 from benchmarks.tables import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS
@@ -271,7 +271,6 @@ def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
 def _estimates(flow: ENF, molecules: list[Atoms], tolerance: float) -> pd.DataFrame:
     """Returns what ``score`` computes for exact traces and one draw, the integration error by itself."""
     scorer = _Scorer(flow, "exact", 1, 1, tolerance, 32)
-    scorer.solver = DEFAULT_SOLVER
     return pd.DataFrame(scorer.run(molecules, [0] * len(molecules), progress=False))
 
 
@@ -315,11 +314,13 @@ def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
     dense, dense_weights = (t.numpy() for t in clenshaw_curtis(DENSE))
     truths = np.array([dense_weights @ f(dense) for f in interpolants])
     rows = []
-    for intervals in (16, 24, 32, 48, 64, 96):
-        nodes = clenshaw_curtis(intervals)[0].numpy()
-        answers = [integrate(torch.from_numpy(f(nodes))) for f in interpolants]
-        error = np.array([float(a.value) for a in answers]) - truths
-        rows.append(_quadrature_row("Clenshaw-Curtis", intervals + 1, error, [float(a.error) for a in answers]))
+    for warp in (1, 2):
+        for intervals in (16, 24, 32, 48, 64, 96):
+            u = clenshaw_curtis(intervals)[0].numpy()
+            answers = [integrate(torch.from_numpy(f(u**warp) * warp * u ** (warp - 1))) for f in interpolants]
+            error = np.array([float(a.value) for a in answers]) - truths
+            name = "Clenshaw-Curtis in t" if warp == 1 else f"Clenshaw-Curtis in u, t = u^{warp}"
+            rows.append(_quadrature_row(name, intervals + 1, error, [float(a.error) for a in answers]))
     for panels in (1, 2, 3, 4, 6):
         error, estimate = [], []
         for f, truth in zip(interpolants, truths, strict=True):
@@ -388,13 +389,13 @@ def _kronrod(f: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> 
 
 def estimators(flow: ENF, molecules: list[Atoms], draws: int = 40) -> None:
     """Error of ladj against cost for every stochastic estimate, on Jacobians written out at the 49 nodes of a path."""
-    nodes, weights = clenshaw_curtis(48)
+    nodes, weights = clenshaw_curtis(48)  # in t, whatever the solver's warp
     neighbours = [item.copy() for item in molecules]
     for item in neighbours:
         item.rattle(0.05, seed=0)
     data = _encode(flow, molecules + neighbours)
     with torch.no_grad():
-        path = flow.flow(data.mask, data.context, DEFAULT_SOLVER).trajectory(data.x, data.h, nodes)
+        path = flow.flow(data.mask, data.context, default_solver(flow)).trajectory(data.x, data.h, nodes)
     velocity = flow.velocity(data.mask, data.context)
     jacobians = torch.stack([_jacobian(velocity, t.float(), x, h) for t, (x, h) in zip(nodes, path, strict=True)])
     truth = torch.tensordot(weights.float(), jacobians.diagonal(dim1=-2, dim2=-1).sum(-1), dims=1)  # (B,)

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--trace", default="exact", help="trace of the scores")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
+    flow.use_kernel("auto")
     start = time.perf_counter()
     atoms = ase_enf.generate(flow, options.n, seed=options.seed)
     speed = options.n / (time.perf_counter() - start)
