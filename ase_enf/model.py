@@ -206,7 +206,7 @@ class ENF(nn.Module):
         return next(self.parameters()).dtype
 
     def use_kernel(self, kernel: str = "auto") -> str:
-        """Chooses how an EGNN computes its pairs on a CPU: by torch, or about twice as fast by a compiled kernel.
+        """Chooses how an EGNN computes its pairs on a CPU: by torch, or in two thirds of the time by a compiled kernel.
 
         Both give the same numbers to rounding. The kernel is compiled by the system's C++ compiler at first use, and
         has no second derivatives (for training by ``objective="nll"``).

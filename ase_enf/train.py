@@ -110,7 +110,7 @@ class TrainConfig:
         precision: "float32", "tf32" or "bf16" (autocast of the network).
         compile: Compile the network by ``torch.compile`` (flow matching only; needs a C++ compiler).
         kernel: "fused", "plain" or "auto", see ``ENF.use_kernel``; flow matching of an EGNN in float32 on a CPU takes
-            half the time with the fused one, which "auto" uses where there is a C++ compiler.
+            two thirds of the time with the fused one, which "auto" uses where there is a C++ compiler.
 
     Raises:
         ValueError: For a value outside its range or an unknown name.

@@ -184,3 +184,16 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             flow.use_kernel("fused")
     finally:
         fused._library.cache_clear()
+
+
+def test_without_a_folder_for_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    fused._library.cache_clear()
+    try:
+        flow = ENF(ENFConfig(hidden=16, layers=1))
+        assert flow.use_kernel("auto") == "plain"
+        with pytest.raises(ValueError, match="no folder to keep the kernel in|no C\\+\\+ compiler"):
+            flow.use_kernel("fused")
+    finally:
+        fused._library.cache_clear()

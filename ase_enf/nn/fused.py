@@ -1,4 +1,4 @@
-"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer, several times as fast.
+"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer in about two thirds of the time.
 
 ``pairs.cpp`` is compiled at first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for this very
 processor, and kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache). The kernel knows first derivatives only;
@@ -259,9 +259,14 @@ def _library() -> ctypes.CDLL:
     # A folder may be shared by machines with other processors.
     identity = "\0".join([*compiler, *FLAGS, platform.system(), platform.machine(), _processor()]).encode()
     digest = hashlib.sha256(source + identity).hexdigest()[:16]
-    path = _cache_folder() / f"pairs-{digest}.so"
-    if not path.exists():
-        _compile([*compiler, *FLAGS, str(SOURCE), "-o"], path)
+    try:
+        path = _cache_folder() / f"pairs-{digest}.so"
+        if not path.exists():
+            _compile([*compiler, *FLAGS, str(SOURCE), "-o"], path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, KernelError):
+            raise
+        raise KernelError(f"no folder to keep the kernel in ({error}); set $XDG_CACHE_HOME to one") from None
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
