@@ -27,8 +27,8 @@ COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe"
 TRACES = ("auto", "exact", "hutchinson")
 # A fixed grid, so that a row does not depend on its batch mates; the nodes of the quadrature are its steps.
 DEFAULT_SOLVER = Solver("rk4", steps=4)
-# Flow matching puts what changes fast near the data: there 33 nodes in u, t = u², do what 49 do in t; after maximum
-# likelihood nodes in t are the better ones (benchmarks/likelihood.py, quadrature).
+# Flow matching puts what changes fast near the data: 49 nodes in u, t = u², err by a third of what 49 in t do; after
+# maximum likelihood nodes in t are the better ones (benchmarks/likelihood.py, quadrature).
 MATCHED_SOLVER = Solver("rk4", steps=4, warp=2.0)
 # "auto" takes the exact trace up to this many dimensions M (n + F): by the closed form, where its blocks (M · width)²
 # fit (0.5 GB in float32), or by reverse passes.

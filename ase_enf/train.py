@@ -73,7 +73,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained, by which objective, for how long; every default is what the shipped model used.
+    """What is trained, by which objective, for how long; the network's defaults are those of the shipped model.
 
     Args:
         features: "joint", "given" or "none"; see ``ENFConfig``.
@@ -82,7 +82,7 @@ class TrainConfig:
         hidden: Width of the network.
         layers: Layers.
         attention: Soft edges.
-        radial: Radial functions of each distance beside its square, for an EGNN.
+        radial: Radial functions of each distance beside its square, in an EGNN; 0 for the paper's.
         dequantizer: "fixed", or "learned" (with ``objective="nll"`` only).
         objective: "flow_matching" or "nll".
         time_power: Flow matching draws t = u^time_power.
@@ -122,7 +122,7 @@ class TrainConfig:
     hidden: int = 64
     layers: int = 6
     attention: bool = True
-    radial: int = 0
+    radial: int = 16
     dequantizer: str = "fixed"
     objective: str = "flow_matching"
     time_power: float = 1.3
@@ -613,7 +613,7 @@ class _Trainer:
             hidden=config.hidden,
             layers=config.layers,
             attention=config.attention,
-            radial=config.radial,
+            radial=config.radial if config.network == "egnn" else 0,
             dequantizer=config.dequantizer,
             position_scale=self.data.position_scale(),
             feature_shift=shift,
