@@ -73,7 +73,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained, by which objective, for how long; the network's defaults are those of the shipped model.
+    """What is trained, by which objective, how long; the defaults are those of the shipped model, but for ``radial``.
 
     Args:
         features: "joint", "given" or "none"; see ``ENFConfig``.
@@ -109,8 +109,9 @@ class TrainConfig:
         device: "auto", "cpu", "cuda" …
         precision: "float32", "tf32" or "bf16" (autocast of the network).
         compile: Compile the network by ``torch.compile`` (flow matching only; needs a C++ compiler).
-        kernel: "fused", "plain" or "auto", see ``ENF.use_kernel``; flow matching of an EGNN in float32 on a CPU takes
-            two thirds of the time with the fused one, which "auto" uses where there is a C++ compiler.
+        kernel: "fused", "plain" or "auto", see ``ENF.use_kernel``; flow matching of an EGNN in float32 on a CPU by one
+            thread takes two thirds of the time with the fused one, which "auto" then uses (torchrun gives each process
+            one thread); several threads in one process are faster with the plain one.
 
     Raises:
         ValueError: For a value outside its range or an unknown name.
@@ -302,6 +303,8 @@ class _Trainer:
             model = initial or ENF(self._model_config(species))
         self.model = model.to(self.device).requires_grad_(True).train()
         plain = config.objective == "nll" or config.compile or config.precision != "float32"
+        # The threads of the kernel and those of torch's own operations get in each other's way.
+        plain = plain or (config.kernel == "auto" and torch.get_num_threads() > 1)
         self.model.use_kernel("plain" if plain else config.kernel)
         self.objective = self._objective()
         self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema))
