@@ -62,8 +62,7 @@ GRADIENT_HISTORY = 50
 # What may differ when a run is resumed; the rest decides which numbers come next.
 RESUME_MAY_CHANGE = (
     "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "initial",
-    "out", "device", "precision", "compile", "kernel",
-    "decay",
+    "out", "device", "precision", "compile", "kernel", "decay",
 )  # fmt: skip
 
 

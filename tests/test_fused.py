@@ -173,27 +173,24 @@ def test_where_the_kernel_cannot_serve() -> None:
         TrainConfig(kernel="fused", objective="nll")
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    fused._library.cache_clear()
-    try:
-        flow = ENF(ENFConfig(hidden=16, layers=1))
-        assert flow.use_kernel("auto") == "plain"
-        with pytest.raises(ValueError, match="no-such-compiler failed"):
-            flow.use_kernel("fused")
-    finally:
-        fused._library.cache_clear()
-
-
-def test_without_a_folder_for_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variable", "name", "message"),
+    [
+        ("CXX", "no-such-compiler", "no-such-compiler failed"),
+        ("XDG_CACHE_HOME", "file", r"no folder to keep the kernel in|no C\+\+ compiler"),
+    ],
+)
+def test_without_a_compiler_or_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, name: str, message: str
+) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, str(tmp_path / name))
     fused._library.cache_clear()
     try:
         flow = ENF(ENFConfig(hidden=16, layers=1))
         assert flow.use_kernel("auto") == "plain"
-        with pytest.raises(ValueError, match="no folder to keep the kernel in|no C\\+\\+ compiler"):
+        with pytest.raises(ValueError, match=message):
             flow.use_kernel("fused")
     finally:
         fused._library.cache_clear()
