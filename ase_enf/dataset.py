@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from ase_enf.molecules import Batch, check_atoms
 
-# Separation of one-hot types (and spread of charges) inside the flow, against positions of unit variance: smaller
-# than one lets the positions be decided first on the way from noise to data.
-FEATURE_SPREAD = 0.3
-
 
 class MoleculeSet:
     """Molecules as flat arrays, from which padded batches are gathered.
@@ -90,8 +86,8 @@ class MoleculeSet:
         dimensions = int(((self.sizes - 1) * self.positions.shape[-1]).sum())
         return math.sqrt(float(self.positions.double().square().sum()) / dimensions)
 
-    def feature_standardisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns shift and scale of (types, charge): about zero mean, spread by ``FEATURE_SPREAD``."""
-        spread = float(self.charges.double().std()) or 1.0
+    def feature_standardisation(self, spread: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns shift and scale of (types, charge): zero mean, one-hot types ``spread`` apart, charges as wide."""
+        width = float(self.charges.double().std()) or 1.0
         shift = [*self.types.double().mean(dim=0).tolist(), float(self.charges.double().mean()) + 0.5]
-        return tuple(shift), (FEATURE_SPREAD,) * self.types.shape[-1] + (FEATURE_SPREAD / spread,)
+        return tuple(shift), (spread,) * self.types.shape[-1] + (spread / width,)

@@ -38,6 +38,7 @@ from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
 from ase_enf.molecules import Batch, one_or_many, species_of
 from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
+from ase_enf.optimizers import OPTIMIZERS, build_optimizers, resolve_optimizer
 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE, LOG_FILE = (
     "state.pt", "model.safetensors", "last.safetensors", "config.json", "log.csv",
@@ -77,12 +78,14 @@ class TrainConfig:
     Args:
         features: "joint", "given" or "none"; see ``ENFConfig``.
         dimension: 3, or 2 for structures in the xy plane.
-        network: "egnn" or "gnn".
+        network: "egnn", "gnn" or, with ``features="none"``, "simple" or "kernel"; see ``ENFConfig``.
         hidden: Width of the network.
         layers: Layers.
         attention: Soft edges.
         radial: Radial functions of each distance beside its square, in an EGNN; 0 for the paper's.
         dequantizer: "fixed", or "learned" (with ``objective="nll"`` only).
+        feature_spread: Separation of one-hot types (and spread of charges) inside the flow, where positions have unit
+            variance; below one the positions are decided first on the way from noise to data.
         objective: "flow_matching" or "nll".
         time_power: Flow matching draws t = u^time_power.
         decay: Part of the steps at the end over which the learning rate falls to zero, by half a cosine; 1 for all.
@@ -92,9 +95,12 @@ class TrainConfig:
         epochs: Passes over the training set; ignored when ``steps`` is given.
         steps: Optimizer steps.
         batch_size: Molecules a step and process.
-        learning_rate: Peak of warm-up and cosine.
+        optimizer: "adamw", "muon" (Muon for the hidden matrices, AdamW for the rest: a tenth of the steps), or "auto":
+            muon for flow matching, AdamW with amsgrad, as in the paper, for "nll".
+        learning_rate: Peak of AdamW's rate.
+        matrix_rate: Peak of Muon's rate, in the scale of AdamW's.
         warmup: Steps of linear warm-up.
-        weight_decay: AdamW's.
+        weight_decay: Decoupled weight decay.
         ema: Decay of the weights' exponential moving average, which is what is validated and shipped.
         augment: Random rotations, for networks that are not equivariant.
         seed: Of initialisation, order, times and noise.
@@ -124,6 +130,7 @@ class TrainConfig:
     attention: bool = True
     radial: int = 16
     dequantizer: str = "fixed"
+    feature_spread: float = 0.3
     objective: str = "flow_matching"
     time_power: float = 1.3
     decay: float = 1.0
@@ -133,7 +140,9 @@ class TrainConfig:
     epochs: int = 100
     steps: int | None = None
     batch_size: int = 64
+    optimizer: str = "auto"
     learning_rate: float = 1e-3
+    matrix_rate: float = 1e-2
     warmup: int = 500
     weight_decay: float = 1e-12
     ema: float = 0.999
@@ -152,7 +161,12 @@ class TrainConfig:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("objective", OBJECTIVES), ("precision", PRECISIONS), ("kernel", KERNELS)):
+        for name, known in (
+            ("objective", OBJECTIVES),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+            ("kernel", KERNELS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
@@ -165,7 +179,7 @@ class TrainConfig:
             raise ValueError(f"time_limit={self.time_limit}: must be a positive number of hours")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay}: must be in (0, 1]")
-        for name in ("learning_rate", "tolerance", "time_power"):
+        for name in ("learning_rate", "matrix_rate", "tolerance", "time_power", "feature_spread"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.ema < 1:
@@ -176,6 +190,7 @@ class TrainConfig:
             raise ValueError(
                 "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'"
             )
+        resolve_optimizer(self.optimizer, self.objective)
         if self.compile and self.objective == "nll":
             raise ValueError("compile=True fails under the second derivatives of objective='nll'; use compile=False")
         if self.kernel == "fused" and (self.objective == "nll" or self.compile or self.precision != "float32"):
@@ -308,12 +323,14 @@ class _Trainer:
         self.objective = self._objective()
         self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = build_optimizers(
+            self.model.dynamics.network,
             self.parameters,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
+            resolve_optimizer(config.optimizer, config.objective),
+            config.learning_rate,
+            config.matrix_rate,
+            config.weight_decay,
             amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
-            foreach=True,
         )
         self.clip = Clipper()
         self.step, self.skipped, self.consecutive_skips = 0, 0, 0
@@ -388,9 +405,8 @@ class _Trainer:
         if config.augment:
             rotations = random_rotations(len(index), batch.positions.shape[-1], generator, batch.positions.dtype)
             batch = batch._replace(positions=batch.positions @ rotations.mT)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(self.step, self.total_steps, config.warmup, config.decay)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_rate(schedule(self.step, self.total_steps, config.warmup, config.decay))
+        self.optimizer.zero_grad()
         try:
             with self._autocast():
                 loss, value = self.stepper(batch.to(self.device), generator)
@@ -604,7 +620,9 @@ class _Trainer:
 
     def _model_config(self, species: tuple[str, ...]) -> ENFConfig:
         config = self.config
-        shift, scale = self.data.feature_standardisation() if config.features == "joint" else ((), ())
+        shift, scale = (
+            self.data.feature_standardisation(config.feature_spread) if config.features == "joint" else ((), ())
+        )
         return ENFConfig(
             features=config.features,
             species=species,

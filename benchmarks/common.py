@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
+from ase import Atoms
+from ase.io import read
+from tqdm import tqdm
 
 import ase_enf
 from ase_enf.en_flows import convert_en_flows
 from ase_enf.files import atomic_write
+from ase_enf.flow import Solver
+from ase_enf.io import write_structures
 from ase_enf.model import ENF
+
+PIECE = 256
 
 
 def load_flow(model: str) -> ENF:
@@ -39,3 +49,44 @@ def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
     with atomic_write(path) as handle:
         handle.write(json.dumps(mine).encode())
     return folder
+
+
+def draw_in_pieces(flow: ENF, n: int, seed: int, work: Path, solver: Solver | None = None) -> list[Atoms]:
+    """Returns the first n molecules of a seed, drawing the pieces that are not in the folder yet."""
+    drawn: list[Atoms] = []
+    for start in tqdm(range(0, n, PIECE), desc="samples", unit="piece", dynamic_ncols=True):
+        path = work / f"samples_{start:06d}.extxyz"
+        if not path.exists():  # whole pieces, whatever n
+            piece = list(ase_enf.igenerate(flow, PIECE, seed=seed, solver=solver, start=start, batch_size=PIECE))
+            write_structures(path, piece)
+        drawn += read(path, index=":")
+    return drawn[:n]
+
+
+def score_in_pieces(
+    flow: ENF, atoms: Sequence[Atoms], rows: list[int], seed: int, work: Path, how: dict
+) -> pd.DataFrame:
+    """Returns the scores of ``atoms[rows]``, measuring the pieces that are not in the folder yet.
+
+    Args:
+        flow: The model.
+        atoms: All structures.
+        rows: Which of them, in an order whose first pieces are a fair sample of all.
+        seed: Seed; every molecule has noise of its own: with the same for all, the error of the mean would be that of
+            one draw.
+        work: The folder.
+        how: Arguments of ``score``.
+    """
+    pieces = [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+    found = []
+    for k, piece in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True)):
+        path = work / f"scores_{how['trace']}_{k:03d}_{len(piece)}.csv"
+        if not path.exists():
+            table = ase_enf.score(
+                flow, [atoms[row] for row in piece], seed=[seed * len(atoms) + row for row in piece], **how
+            )
+            table.insert(0, "molecule", piece)
+            with atomic_write(path) as handle:
+                handle.write(table.to_csv(index=False).encode())
+        found.append(pd.read_csv(path))
+    return pd.concat(found, ignore_index=True)

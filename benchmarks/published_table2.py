@@ -17,23 +17,18 @@ import numpy as np
 import pandas as pd
 import torch
 from ase import Atoms
-from ase.io import read
-from tqdm import tqdm
 
-import ase_enf
 from ase_enf import metrics, plot
 from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
-from ase_enf.files import atomic_write
 from ase_enf.flow import Solver
-from ase_enf.io import write_structures
 from ase_enf.model import ENF
-from benchmarks.common import load_flow, open_work
+from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 
 SOLVER = Solver("rk4", steps=32)
-PIECE = 256
 SCORE = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
+EXACT = {"trace": "exact", "draws": 1, "tolerance": math.inf}  # the same quadrature: what differs is the trace
 
 
 def main() -> None:
@@ -55,50 +50,14 @@ def main() -> None:
     flow.use_kernel("auto")  # the numbers of torch to rounding
     open_work(options.work, flow, seed=options.seed, solver=SOLVER, piece=PIECE, score=SCORE)
     if options.only != "scores":
-        atoms = samples(flow, options.n, options.seed, options.work)
+        atoms = draw_in_pieces(flow, options.n, options.seed, options.work, SOLVER)
     if options.only != "samples":
         test = qm9.load(options.data, split="test")
-        scores, exact = scores_of(flow, test, options)
+        order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()
+        scores = score_in_pieces(flow, test, order, options.seed, options.work, SCORE)
+        exact = score_in_pieces(flow, test, order[: options.exact], options.seed, options.work, EXACT)
     if options.only is None:
         write_table(flow, atoms, scores, exact, options.seed)
-
-
-def samples(flow: ENF, n: int, seed: int, work: Path) -> list[Atoms]:
-    """Returns the first n molecules of a seed, drawing the pieces that are not in the folder yet."""
-    drawn: list[Atoms] = []
-    for start in tqdm(range(0, n, PIECE), desc="samples", unit="piece", dynamic_ncols=True):
-        path = work / f"samples_{start:06d}.extxyz"
-        if not path.exists():  # whole pieces, whatever n
-            piece = list(ase_enf.igenerate(flow, PIECE, seed=seed, solver=SOLVER, start=start, batch_size=PIECE))
-            write_structures(path, piece)
-        drawn += read(path, index=":")
-    return drawn[:n]
-
-
-def scores_of(flow: ENF, test: list[Atoms], options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Returns the scores of the test split by one probe, and of some of it by the exact trace."""
-    # In random order, so that some pieces are an unbiased sample of all.
-    order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()
-    pieces = [order[start : start + PIECE] for start in range(0, len(order), PIECE)]
-    found = [
-        _score_piece(flow, test, rows, options.work / f"scores_{k:03d}_{len(rows)}.csv", options.seed, SCORE)
-        for k, rows in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True))
-    ]
-    chosen = order[: options.exact]
-    how = {"trace": "exact", "draws": 1, "tolerance": math.inf}  # the same quadrature: what differs is the trace
-    exact = _score_piece(flow, test, chosen, options.work / f"exact_{len(chosen)}.csv", options.seed, how)
-    return pd.concat(found, ignore_index=True), exact
-
-
-def _score_piece(flow: ENF, test: list[Atoms], rows: list[int], path: Path, seed: int, how: dict) -> pd.DataFrame:
-    if not path.exists():
-        # Noise of its own for each molecule: with the same for all, the error of the mean would be that of one draw.
-        seeds = [seed * len(test) + k for k in rows]
-        table = ase_enf.score(flow, [test[k] for k in rows], seed=seeds, **how)
-        table.insert(0, "molecule", rows)
-        with atomic_write(path) as handle:
-            handle.write(table.to_csv(index=False).encode())
-    return pd.read_csv(path)
 
 
 def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.DataFrame, seed: int) -> None:

@@ -180,7 +180,9 @@ def test_one_element_alone_can_be_learned():
 def test_initial_weights_bring_their_model(tmp_path):
     first = train(tiny(steps=2, features="given"), TRAIN, VALID)
     first.save(tmp_path / "first.safetensors")
-    config = tiny(steps=1, learning_rate=1e-12, ema=0.0, initial=str(tmp_path / "first.safetensors"), hidden=99)
+    config = tiny(
+        steps=1, learning_rate=1e-12, matrix_rate=1e-12, ema=0.0, initial=str(tmp_path / "first.safetensors"), hidden=99
+    )
     again = train(config, TRAIN, VALID)
     assert again.config == first.config
     for a, b in zip(again.parameters(), first.parameters(), strict=True):

@@ -1,0 +1,75 @@
+"""Optimizers: which parameters Muon takes, what a step of it is, and one schedule for all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ase_enf.model import ENF, ENFConfig
+from ase_enf.optimizers import build_optimizers, hidden_matrices, resolve_optimizer
+
+muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
+def model(network: str = "egnn") -> ENF:
+    torch.manual_seed(0)
+    return ENF(ENFConfig(network=network, hidden=8, layers=2))
+
+
+@pytest.mark.parametrize("network", ["egnn", "gnn"])
+def test_hidden_matrices_are_neither_vectors_nor_the_outer_maps(network):
+    flow = model(network).dynamics.network
+    names = {id(parameter): name for name, parameter in flow.named_parameters()}
+    chosen = {names[id(matrix)] for matrix in hidden_matrices(flow)}
+    assert not any(name.startswith(("embed", "out")) or name.endswith("bias") for name in chosen)
+    assert {name.split(".")[-2] for name in chosen} >= {"edge_in", "edge_out", "node_in", "node_out"}
+    assert not any("gate" in name or "position_out" in name for name in chosen)  # one row only
+
+
+@muon
+def test_every_parameter_has_exactly_one_optimizer():
+    flow = model()
+    parameters = list(flow.parameters())
+    optimizers = build_optimizers(flow.dynamics.network, parameters, "muon", 1e-3, 4e-3)
+    taken = [id(p) for member in optimizers.members for group in member.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(map(id, parameters))
+
+
+@muon
+def test_a_step_of_muon_moves_all_directions_alike():
+    """The singular values of a step are one up to the Newton-Schulz iteration's own spread, whatever the gradient's."""
+    flow = model()
+    matrix = flow.dynamics.network.layers[0].messages.edge_out.weight
+    before = matrix.detach().clone()
+    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", 1e-3, 4e-3)
+    left, _, right = torch.linalg.svd(torch.randn(8, 8))
+    for parameter in flow.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    matrix.grad = left @ torch.diag(torch.linspace(0.2, 1.0, 8)) @ right
+    optimizers.step()
+    step = (before - matrix.detach()) / (4e-3 * 0.2 * 8**0.5)
+    values = torch.linalg.svdvals(step)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.trace(left.T @ step @ right.T) / 8 > 0.6  # along U Vᵀ, downhill
+
+
+@muon
+def test_one_schedule_for_all_rates():
+    flow = model()
+    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", 1e-3, 4e-3)
+    optimizers.set_rate(0.5)
+    optimizers.set_rate(0.25)
+    rates = [group["lr"] for member in optimizers.members for group in member.param_groups]
+    assert rates == pytest.approx([0.25e-3, 1e-3])
+
+
+def test_auto_is_the_papers_optimizer_for_maximum_likelihood():
+    assert resolve_optimizer("auto", "nll") == "adamw"
+    assert resolve_optimizer("auto", "flow_matching") == ("muon" if hasattr(torch.optim, "Muon") else "adamw")
+
+
+def test_muon_without_torchs_is_refused(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match="torch 2.9"):
+        resolve_optimizer("muon", "flow_matching")
+    assert resolve_optimizer("auto", "flow_matching") == "adamw"
