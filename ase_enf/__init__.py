@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from ase_enf.model import ENF as ENF
     from ase_enf.model import ENFConfig as ENFConfig
     from ase_enf.model import load as load
+    from ase_enf.reweight import reweight as reweight
     from ase_enf.score import annotate as annotate
     from ase_enf.score import score as score
     from ase_enf.train import TrainConfig as TrainConfig
     from ase_enf.train import train as train
 
-# Public name → module that defines it. `generate`, `score` and `train` are functions, though modules have those names.
+# Public name → module that defines it. `generate`, `reweight`, `score` and `train` are functions, though modules have
+# those names.
 _PUBLIC = {
     "ENF": "model",
     "ENFCalculator": "calculator",
@@ -35,6 +37,7 @@ _PUBLIC = {
     "generate": "generate",
     "igenerate": "generate",
     "load": "model",
+    "reweight": "reweight",
     "score": "score",
     "train": "train",
 }
@@ -47,7 +50,7 @@ class _Package(ModuleType):
     """This package, in which a function keeps its name when the module that defines it is imported.
 
     The import system binds every imported submodule as an attribute of its package, which would put the modules
-    ``generate``, ``score`` and ``train`` over the functions of these names.
+    ``generate``, ``reweight``, ``score`` and ``train`` over the functions of these names.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -12,8 +12,12 @@ from ase_enf.nn import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
+from ase_enf.nn.koehler import KernelDynamics, SimpleDynamics
 
 KERNELS = ("auto", "fused", "plain")
+# The last two move positions only.
+NETWORKS = ("egnn", "gnn", "simple", "kernel")
+POSITION_NETWORKS = {"simple": SimpleDynamics, "kernel": KernelDynamics}
 
 
 class Dynamics(nn.Module):
@@ -51,20 +55,23 @@ class Dynamics(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
 
-        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN does not notice
-        when all atoms move together.
+        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN or a radial field
+        does not notice when all atoms move together.
         """
         if not self.has_closed_form:
             return None
-        nodes = self._nodes(t, x, h, context)
-        h_out, x_out, trace = egnn_trace(self.network, nodes, x, pair_mask(mask).to(x.dtype), mask)
-        trace = trace - x.shape[-1] * mask.sum(dim=-1)  # of x^L − x
+        nodes, pairs = self._nodes(t, x, h, context), pair_mask(mask).to(x.dtype)
+        if isinstance(self.network, EGNN):
+            h_out, x_out, trace = egnn_trace(self.network, nodes, x, pairs, mask)
+            trace = trace - x.shape[-1] * mask.sum(dim=-1)  # of x^L − x
+        else:
+            h_out, x_out, trace = self.network.with_trace(nodes, x, pairs)
         return center(x_out - x, mask), h_out * mask.unsqueeze(-1), trace
 
     @property
     def has_closed_form(self) -> bool:
         """Whether the structure of the network gives its trace."""
-        return type(self.network) is EGNN  # a subclass may compute something else
+        return type(self.network) in (EGNN, *POSITION_NETWORKS.values())  # a subclass may compute something else
 
     def use_kernel(self, kernel: str) -> str:
         """Chooses "fused", "plain" or "auto" and returns which of the first two it is; see ``ENF.use_kernel``.
@@ -130,10 +137,14 @@ def build_network(
     """Builds a network by name; ``in_features`` counts the time, ``radial`` is for an EGNN only.
 
     Raises:
-        ValueError: If ``kind`` is unknown.
+        ValueError: If ``kind`` is unknown, or moves positions only and there are features.
     """
     if kind == "egnn":
         return EGNN(in_features, out_features, hidden, layers, gate=attention, radial=radial)
     if kind == "gnn":
         return GNN(in_features, out_features, dimension, hidden, layers, gate=attention)
-    raise ValueError(f"network {kind!r} is unknown; choose 'egnn' or 'gnn'")
+    if kind not in POSITION_NETWORKS:
+        raise ValueError(f"network {kind!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if (in_features, out_features) != (1, 0):
+        raise ValueError(f"network {kind!r} moves positions only and knows no features; use features='none'")
+    return POSITION_NETWORKS[kind](hidden, layers)

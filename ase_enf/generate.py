@@ -31,7 +31,7 @@ class GenerationError(RuntimeError):
     """A molecule could not be integrated to finite positions."""
 
 
-class _Draft(NamedTuple):
+class Draft(NamedTuple):
     """A latent molecule on its way."""
 
     index: int
@@ -120,12 +120,12 @@ def igenerate(
     Returns:
         An iterator; arguments are checked before it is returned.
     """
-    _check_counts(n, seed, batch_size, start)
-    sampler = _Sampler(flow, seed, n_atoms, formula, resolve_solver(solver, steps, DEFAULT_SOLVER), batch_size, device)
+    check_counts(n, seed, batch_size, start)
+    sampler = Sampler(flow, seed, n_atoms, formula, resolve_solver(solver, steps, DEFAULT_SOLVER), batch_size, device)
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress)
 
 
-class _Sampler:
+class Sampler:
     """One request, checked, with everything that its molecules share."""
 
     def __init__(
@@ -181,7 +181,7 @@ class _Sampler:
             waiting = again
         return [done[index] for index in indices]
 
-    def _draft(self, index: int, attempt: int) -> _Draft:
+    def _draft(self, index: int, attempt: int) -> Draft:
         if attempt == MAX_ATTEMPTS:
             raise GenerationError(
                 f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
@@ -196,18 +196,18 @@ class _Sampler:
             numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
         size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng)
         noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
-        return _Draft(index, attempt, numbers, *base.sample_latent(noise, size, config.dimension, config.flow_features))
+        return Draft(index, attempt, numbers, *base.sample_latent(noise, size, config.dimension, config.flow_features))
 
-    def _same_size(self, drafts: list[_Draft]) -> Iterator[list[_Draft]]:
+    def _same_size(self, drafts: list[Draft]) -> Iterator[list[Draft]]:
         for size in sorted({len(draft.x) for draft in drafts}):
             members = [draft for draft in drafts if len(draft.x) == size]
             for k in range(0, len(members), self.batch_size):
                 yield members[k : k + self.batch_size]
 
-    def _integrate(self, drafts: list[_Draft]) -> list[Atoms | None]:
+    def _integrate(self, drafts: list[Draft]) -> list[Atoms | None]:
         """Returns a molecule for each draft, None where the integration failed."""
         try:
-            batch = self._sample(drafts)
+            batch = self.sample(drafts)
         except SolverError:
             if len(drafts) == 1:
                 return [None]
@@ -222,16 +222,21 @@ class _Sampler:
             for atoms, draft, ok, wrong in zip(molecules, drafts, finite, mismatches, strict=True)
         ]
 
-    def _sample(self, drafts: list[_Draft]) -> Batch:
+    def sample(self, drafts: list[Draft]) -> Batch:
+        """Takes drafts of one size to data; molecules that are not finite are drawn again."""
+        return self.flow.sample(*self.latents(drafts), self.solver)
+
+    def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and context (B, M, K) of drafts of one size."""
         flow = self.flow
         z_x, z_h = (
             torch.from_numpy(np.stack(parts)).to(device=flow.device, dtype=flow.dtype)
             for parts in ([draft.x for draft in drafts], [draft.h for draft in drafts])
         )
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
-        return flow.sample(z_x, z_h, mask, self._context(drafts), self.solver)
+        return z_x, z_h, mask, self._context(drafts)
 
-    def _context(self, drafts: list[_Draft]) -> Tensor | None:
+    def _context(self, drafts: list[Draft]) -> Tensor | None:
         if self.compositions is None:
             return None
         order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
@@ -246,7 +251,7 @@ class _Sampler:
             int((charge[: len(atoms)] != atoms.numbers).sum()) for charge, atoms in zip(charges, molecules, strict=True)
         ]
 
-    def _annotated(self, atoms: Atoms, draft: _Draft, mismatches: int | None) -> Atoms:
+    def _annotated(self, atoms: Atoms, draft: Draft, mismatches: int | None) -> Atoms:
         atoms.info.update(
             enf_model=self.flow.name,
             enf_seed=self.seed,
@@ -259,7 +264,8 @@ class _Sampler:
         return atoms
 
 
-def _check_counts(n: int, seed: int, batch_size: int, start: int) -> None:
+def check_counts(n: int, seed: int, batch_size: int, start: int = 0) -> None:
+    """Raises ``ValueError`` for a request of nothing, a negative seed or an empty batch."""
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("batch_size", batch_size, 1), ("start", start, 0)):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
-from ase_enf.dynamics import BoundDynamics, Dynamics, build_network
+from ase_enf.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
 from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
@@ -44,10 +44,11 @@ class ENFConfig:
         sizes: Counts of molecule sizes in the training set, the prior p_M.
         compositions: Counts of formulas (Hill) in the training set, from which "given" draws; else empty.
         dimension: Dimension n of space, 2 or 3.
-        network: "egnn" or "gnn" (the non-equivariant baseline).
-        hidden: Width F of the network.
-        layers: Number L of layers.
-        attention: Soft edges (eq. 4).
+        network: "egnn" or a baseline: "gnn" (not equivariant), or, with "none" only, "simple" or "kernel" (Köhler et
+            al. 2020; ``nn.koehler``).
+        hidden: Width F of the network; of "kernel" the number of its functions of the distance.
+        layers: Number L of layers; of "kernel" the number of its functions of the time.
+        attention: Soft edges (eq. 4), in "egnn" and "gnn".
         radial: Number of radial functions of each distance beside its square (not in the paper); 0 for none.
         dequantizer: "fixed" or "learned" q(h̃|h), for "joint".
         position_scale: Length in Å that is one unit inside the flow.
@@ -87,6 +88,10 @@ class ENFConfig:
             raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
         if self.dequantizer not in DEQUANTIZERS:
             raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
+        if self.network in POSITION_NETWORKS and self.features != "none":
+            raise ValueError(
+                f"network {self.network!r} moves positions only, but features={self.features!r}; use features='none'"
+            )
         if self.features != "none" and not self.species:
             raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
         unknown = [symbol for symbol in self.species if symbol not in atomic_numbers]

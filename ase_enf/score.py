@@ -88,8 +88,8 @@ def score(
         flow: A flow, as of ``ase_enf.load``.
         atoms: One structure or many; never modified.
         trace: "exact" (invariant to rotation), "hutchinson" (an unbiased estimate of ladj; as the bound is not linear
-            in it, its noise can lift a bound), or "auto": exact up to 512 dimensions M (n + F) for the EGNN, whose
-            trace has a closed form, and up to 96 for other networks.
+            in it, its noise can lift a bound), or "auto": exact up to 512 dimensions M (n + F) where the trace has a
+            closed form (all networks but "gnn"), and up to 96 elsewhere.
         probes: Rademacher probes of "hutchinson".
         draws: K, for "joint".
         seed: Of the noise, the same for all rows or one for each. Rows with one seed share their noise, which is what

@@ -115,5 +115,5 @@ def test_every_parameter_gets_a_gradient(dynamics, state, kind):
 
 
 def test_unknown_network_is_named():
-    with pytest.raises(ValueError, match=r"network 'transformer' is unknown; choose 'egnn' or 'gnn'"):
+    with pytest.raises(ValueError, match=r"network 'transformer' is unknown; choose one of egnn, gnn, simple, kernel"):
         build_network("transformer", 1, 0, 3, 8, 1, True)

@@ -252,7 +252,7 @@ def test_configuration_survives_json():
 
 @pytest.mark.parametrize("network", ["transformer", ""])
 def test_unknown_network_is_refused(network):
-    with pytest.raises(ValueError, match="choose 'egnn' or 'gnn'"):
+    with pytest.raises(ValueError, match="choose one of egnn, gnn, simple, kernel"):
         ENF(ENFConfig(network=network))
 
 
