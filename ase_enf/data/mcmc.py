@@ -1,0 +1,343 @@
+"""Hamiltonian Monte Carlo of particle systems in replica exchange with a harmonic system, and their free energies.
+
+A *ladder* is K + 1 replicas at 0 = λ_0 < ... < λ_K = 1, replica k with the density ``exp(−U_k)`` on the zero-mean
+subspace,
+
+    U_k = (1 − λ_k) U_ref + λ_k U,    U_ref = ½ k Σ_i |x_i − x̄|²,    λ = u^power.
+
+A sweep draws replica 0 anew from its Gaussian, moves every other replica by one HMC trajectory (Duane et al. 1987) and
+tries to exchange neighbours (Swendsen and Wang 1986). Why these: HMC goes far at an acceptance of 0.8 where MALA, which
+is HMC of one step, diffuses; but the barriers of DW4 (4.4 kT for each pair) and the condensation of LJ13 are left to
+the exchange, which brings the target configurations that were independent Gaussian draws at λ_0. Every such *renewal*
+is an independent start; their number says how well the whole mixed. And λ_0 is analytic, so a ladder gives ln Z too.
+
+Ladders share nothing but the step sizes, which are tuned in the burn-in and fixed from then on: the spread of the means
+of ladders is the standard error of everything here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+from tqdm import tqdm
+
+from ase_enf.data import DataError
+from ase_enf.data.fetch import hide
+from ase_enf.data.particles import Array, System, resolve
+
+LADDERS, BURN_IN, LEAPFROG = 64, 500, 8
+_TARGET_ACCEPTANCE = 0.8
+
+
+class Diagnostics(NamedTuple):
+    """How well a run mixed; the standard errors are those of the means of independent ladders."""
+
+    energy: float  # <U>, kT
+    energy_stderr: float
+    equipartition: float  # <x·∇U>, which is (M − 1) n
+    equipartition_stderr: float
+    r_hat: float  # of U among half ladders; 1 when they agree
+    effective_size: float  # of U: its variance / energy_stderr²
+    renewals: float  # independent configurations that reached λ = 1, in each ladder
+    acceptance: tuple[float, ...]  # (K,), of the trajectories, λ_1 to λ_K
+    exchange: tuple[float, ...]  # (K,), between neighbours
+    sweeps: int
+    ladders: int
+
+
+class _Ladders:
+    """The state of C ladders; arrays end in (K + 1, C)."""
+
+    def __init__(
+        self, system: System, path: Array, ladders: int, rng: np.random.Generator, start: Array | None
+    ) -> None:
+        self.system, self.path, self.rng = system, path[:, None], rng
+        self.replicas = (len(path), ladders)
+        self.shape = (system.n_atoms, system.dimension, *self.replicas)
+        self.x = self._dispersed() if start is None else np.broadcast_to(start[:, :, None, None], self.shape).copy()
+        self.x -= self.x.mean(axis=0)
+        self.work, self.gradient = self._evaluate(self.x)
+        self.born = np.full(self.replicas, -1)  # the sweep in which the configuration was drawn from the reference
+        self.step_size = np.full((len(path) - 1, 1), 0.1 / math.sqrt(system.reference))
+        self.sweeps = 0
+
+    def _normal(self, *shape: int) -> Array:
+        z = self.rng.standard_normal((self.system.n_atoms, self.system.dimension, *shape))
+        return z - z.mean(axis=0)
+
+    def _dispersed(self) -> Array:
+        """The least energy of 16 draws of twice the reference's width: independent, hot, without overlaps."""
+        best, least = np.zeros(self.shape), np.full(self.replicas, np.inf)
+        for _ in range(16):
+            x = self._normal(*self.replicas) * 2.0 / math.sqrt(self.system.reference)
+            energy = self.system.gradient(x.reshape(*self.shape[:2], -1))[0].reshape(self.replicas)
+            better = energy < least
+            best, least = np.where(better, x, best), np.where(better, energy, least)
+        return best
+
+    def _evaluate(self, x: Array) -> tuple[Array, Array]:
+        """Returns U − U_ref and ∇U."""
+        energy, gradient = self.system.gradient(x.reshape(*x.shape[:2], -1))
+        return energy.reshape(x.shape[2:]) - self._reference(x), gradient.reshape(x.shape)
+
+    def _reference(self, x: Array) -> Array:
+        return 0.5 * self.system.reference * np.einsum("mnkc,mnkc->kc", x, x)
+
+    def target(self) -> tuple[Array, Array]:
+        """Returns U and x·∇U at λ = 1, shape (C,)."""
+        x = self.x[:, :, -1:]
+        return (self.work[-1:] + self._reference(x))[0], np.einsum("mnkc,mnkc->c", x, self.gradient[:, :, -1:])
+
+    def sweep(self, adapt: bool) -> tuple[Array, Array]:
+        """Draws λ_0, moves the others, exchanges neighbours; ``adapt`` tunes the steps.
+
+        Returns:
+            The rates of acceptance and of exchange, shapes (K,).
+        """
+        self.sweeps += 1
+        fresh = self._normal(1, self.replicas[1]) / math.sqrt(self.system.reference)
+        self.x[:, :, :1] = fresh
+        self.work[:1], self.gradient[:, :, :1] = self._evaluate(fresh)
+        self.born[0] = self.sweeps
+        with np.errstate(over="ignore", invalid="ignore"):  # a trajectory may run into a wall: it is refused
+            accepted = self._trajectory()
+            exchanged = np.zeros(len(self.path) - 1)
+            for parity in (0, 1):
+                exchanged[parity::2] = self._swap(parity)
+        if adapt:
+            self.step_size *= np.exp(0.2 * (accepted - _TARGET_ACCEPTANCE))[:, None]
+        return accepted, exchanged
+
+    def _trajectory(self) -> Array:
+        path = self.path[1:]
+        x, work, gradient = self.x[:, :, 1:], self.work[1:], self.gradient[:, :, 1:]
+        step = self.step_size * self.rng.uniform(0.7, 1.3)  # random lengths, against periodic trajectories
+
+        def slope(x: Array, gradient: Array) -> Array:
+            return (1 - path) * self.system.reference * x + path * gradient
+
+        momentum = self._normal(*work.shape)
+        before = self._reference(x) + path * work + 0.5 * np.einsum("mnkc,mnkc->kc", momentum, momentum)
+        new, new_gradient = x, gradient
+        momentum -= 0.5 * step * slope(new, new_gradient)
+        for i in range(LEAPFROG):
+            new = new + step * momentum
+            new_work, new_gradient = self._evaluate(new)
+            momentum -= (0.5 if i == LEAPFROG - 1 else 1.0) * step * slope(new, new_gradient)
+        after = self._reference(new) + path * new_work + 0.5 * np.einsum("mnkc,mnkc->kc", momentum, momentum)
+        accepted = np.log(self.rng.random(work.shape)) < before - after  # False for nan
+        new -= new.mean(axis=0)  # rounding
+        for old, proposed in ((x, new), (work, new_work), (gradient, new_gradient)):
+            np.copyto(old, proposed, where=accepted)
+        return accepted.mean(axis=1)
+
+    def _swap(self, parity: int) -> Array:
+        stop = parity + 2 * ((self.replicas[0] - parity) // 2)
+        low, high = slice(parity, stop, 2), slice(parity + 1, stop, 2)
+        log_ratio = (self.path[high] - self.path[low]) * (self.work[high] - self.work[low])
+        swap = np.log(self.rng.random(log_ratio.shape)) < log_ratio
+        for array in (self.x, self.gradient, self.work, self.born):
+            a, b = array[..., low, :], array[..., high, :]
+            array[..., low, :], array[..., high, :] = np.where(swap, b, a), np.where(swap, a, b)
+        return swap.mean(axis=1)
+
+
+class Run(NamedTuple):
+    """What `run` returns, of S sweeps of C ladders."""
+
+    positions: Array  # (S // thin, C, M, n), of the target
+    energy: Array  # (S, C), U of the target
+    virial: Array  # (S, C), x·∇U of the target
+    born: NDArray[np.int64]  # (S, C), the sweep in which the target's configuration left the reference
+    work: Array  # (S, K + 1, C), U − U_ref; empty unless asked for
+    acceptance: Array  # (K,)
+    exchange: Array  # (K,)
+
+    def diagnostics(self) -> Diagnostics:
+        """Returns how well it mixed."""
+        sweeps, ladders = self.energy.shape
+        means, virials, half = self.energy.mean(axis=0), self.virial.mean(axis=0), sweeps // 2
+        halves = np.concatenate([self.energy[:half], self.energy[-half:]], axis=1)  # (S / 2, 2 C)
+        within, between = halves.var(axis=0, ddof=1).mean(), halves.mean(axis=0).var(ddof=1)
+        return Diagnostics(
+            energy=float(means.mean()),
+            energy_stderr=_stderr(means),
+            equipartition=float(virials.mean()),
+            equipartition_stderr=_stderr(virials),
+            r_hat=math.sqrt((half - 1) / half + between / within),
+            effective_size=float(self.energy.var() / _stderr(means) ** 2),
+            renewals=float(np.mean([len(np.unique(born)) - 1 for born in self.born.T])),
+            acceptance=tuple(self.acceptance.tolist()),
+            exchange=tuple(self.exchange.tolist()),
+            sweeps=sweeps,
+            ladders=ladders,
+        )
+
+
+def path(system: System) -> tuple[Array, Array]:
+    """Returns λ of the rungs: 0, the Gauss-Legendre nodes in u, and 1.
+
+    Returns:
+        λ, shape (K + 1,), and the weights of ∫ dλ at the nodes, shape (K − 1,).
+
+    Example:
+        >>> from ase_enf.data.particles import resolve
+        >>> rungs, weights = path(resolve("dw4"))  # ∫ λ dλ
+        >>> round(float(weights @ rungs[1:-1]), 6)
+        0.5
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(system.rungs - 1)
+    u = np.concatenate([[0.0], 0.5 * (nodes + 1), [1.0]])
+    return u**system.power, 0.5 * weights * system.power * u[1:-1] ** (system.power - 1)
+
+
+def run(
+    system: System | str,
+    seed: int | tuple[int, ...] = 0,
+    *,
+    sweeps: int,
+    ladders: int = LADDERS,
+    burn_in: int = BURN_IN,
+    thin: int = 10,
+    start: Array | None = None,
+    work: bool = False,
+    progress: bool | None = None,
+) -> Run:
+    """Runs independent ladders (see the module).
+
+    Args:
+        system: A system or its name.
+        seed: Of everything; the same gives the same bits with the same numpy on the same kind of machine.
+        sweeps: Of each ladder, after the burn-in.
+        ladders: How many, C.
+        burn_in: Sweeps that are left out, in which the step sizes are tuned.
+        thin: Sweeps between two stored configurations.
+        start: One configuration, shape (M, n), that all replicas start from; independent and hot ones by default.
+        work: Whether to store U − U_ref of all replicas.
+        progress: Whether to show a progress bar; by default on a terminal.
+
+    Returns:
+        Configurations and series of the target.
+
+    Raises:
+        DataError: The system or a number is none.
+
+    Example:
+        >>> run("dw4", sweeps=20, ladders=3, burn_in=5).positions.shape
+        (2, 3, 4, 2)
+    """
+    system = resolve(system)
+    if ladders < 2 or sweeps < 4 or thin < 1 or burn_in < 0:
+        raise DataError(f"ladders={ladders}, sweeps={sweeps}, thin={thin}, burn_in={burn_in}: at least 2, 4, 1 and 0")
+    rng = np.random.default_rng(seed)
+    state = _Ladders(system, path(system)[0], ladders, rng, None if start is None else system.checked(start[None])[0])
+    positions = np.empty((sweeps // thin, ladders, system.n_atoms, system.dimension))
+    series = np.empty((2, sweeps, ladders))
+    born, works = np.empty((sweeps, ladders), dtype=np.int64), np.empty((sweeps if work else 0, *state.replicas))
+    rates = np.zeros((2, state.replicas[0] - 1))
+    for i in tqdm(range(-burn_in, sweeps), desc=system.name, unit="sweep", disable=hide(progress)):
+        latest = state.sweep(adapt=i < 0)
+        if i < 0:
+            continue
+        rates += latest
+        series[:, i], born[i] = state.target(), state.born[-1]
+        if work:
+            works[i] = state.work
+        if (i + 1) % thin == 0:
+            positions[i // thin] = state.x[:, :, -1].transpose(2, 0, 1)
+    return Run(positions, *series, born, works, *(rates / sweeps))
+
+
+def _stderr(means: Array) -> float:
+    return float(means.std(ddof=1) / math.sqrt(len(means)))
+
+
+class FreeEnergy(NamedTuple):
+    """What `free_energy` returns: nats, on the zero-mean subspace; kT = 1."""
+
+    log_z: float  # ln ∫ exp(−U), by BAR
+    log_z_stderr: float
+    entropy: float  # −∫ p ln p = <U> + ln Z
+    entropy_stderr: float
+    log_z_ti: float  # the same by thermodynamic integration
+    log_z_ti_stderr: float
+    diagnostics: Diagnostics
+
+
+def free_energy(
+    system: System | str,
+    seed: int | tuple[int, ...] = 0,
+    *,
+    ladders: int = LADDERS,
+    sweeps: int = 2000,
+    burn_in: int = BURN_IN,
+    groups: int = 8,
+    progress: bool | None = None,
+) -> FreeEnergy:
+    """Partition function and differential entropy of a system from the harmonic reference, in two ways.
+
+    ln Z_0 = ½ (M − 1) n ln 2π/k is analytic. Between neighbours the acceptance ratio of Bennett (J. Comput. Phys. 22,
+    245 (1976)) needs no quadrature; ln Z = ln Z_0 − ∫ <U − U_ref>_λ dλ by Gauss-Legendre in u does, and uses the same
+    configurations: their difference tells the error of the quadrature and of rungs with too little overlap.
+
+    Args:
+        system: A system or its name.
+        seed: Of everything.
+        ladders: Number of independent chains.
+        sweeps: Of each.
+        burn_in: Sweeps before these.
+        groups: Into how many the ladders are divided for the standard errors of BAR.
+        progress: Whether to show a progress bar; by default on a terminal.
+
+    Returns:
+        Values with standard errors.
+
+    Raises:
+        DataError: The system is none, or there are fewer than two ladders in a group or groups.
+
+    Example:
+        >>> from ase_enf.data.particles import quadrature
+        >>> result = free_energy("dw4", ladders=16, sweeps=200, burn_in=100)
+        >>> abs(result.entropy - quadrature("dw4").entropy) < 0.1
+        True
+    """
+    system = resolve(system)
+    if groups < 2 or ladders < groups:
+        raise DataError(f"ladders={ladders}, groups={groups}: at least 2 groups of a ladder each")
+    rungs, weights = path(system)
+    settings = {"sweeps": sweeps, "ladders": ladders, "burn_in": burn_in, "thin": sweeps, "progress": progress}
+    record = run(system, seed, work=True, **settings)
+    start = 0.5 * system.degrees_of_freedom * math.log(2 * math.pi / system.reference)
+    log_z = start - _bar(record.work, rungs)
+    parts = np.array_split(np.arange(ladders), groups)
+    log_zs = np.array([start - _bar(record.work[:, :, part], rungs) for part in parts])
+    entropies = log_zs + [record.energy[:, part].mean() for part in parts]
+    integrals = start - weights @ record.work[:, 1:-1].mean(axis=0)  # (C,)
+    return FreeEnergy(
+        log_z=log_z,
+        log_z_stderr=_stderr(log_zs),
+        entropy=log_z + float(record.energy.mean()),
+        entropy_stderr=_stderr(entropies),
+        log_z_ti=float(integrals.mean()),
+        log_z_ti_stderr=_stderr(integrals),
+        diagnostics=record.diagnostics(),
+    )
+
+
+def _bar(work: Array, rungs: Array) -> float:
+    """Σ_k ΔF_k, each the root of Σ f(δ w_k − ΔF) = Σ f(ΔF − δ w_{k+1}), f(x) = 1 / (1 + eˣ), δ = λ_{k+1} − λ_k."""
+    total = 0.0
+    for k, step in enumerate(np.diff(rungs)):
+        forward, backward = step * work[:, k].ravel(), step * work[:, k + 1].ravel()
+
+        def balance(shift: float, a: Array = forward, b: Array = backward) -> float:
+            return float(expit(shift - a).sum() - expit(b - shift).sum())
+
+        low, high = min(forward.min(), np.median(backward)) - 50, max(backward.max(), np.median(forward)) + 50
+        total += brentq(balance, low, high, xtol=1e-10)
+    return total
