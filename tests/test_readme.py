@@ -24,6 +24,7 @@ SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
 SMALLER = [
     ("-n 100 ", "-n 3 "),
     ("-n 10 ", "-n 2 "),
+    ("-n 20 ", "-n 2 "),
     ("generate(flow, 10,", "generate(flow, 2,"),
     ("ase-enf score qm9", "ase-enf score qm9 --steps 4 --draws 2 --probes 2"),
     ('score(flow, read("molecules.extxyz", index=":"))', 'score(flow, read("molecules.extxyz", index=":1"), steps=4)'),
