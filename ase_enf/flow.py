@@ -7,7 +7,7 @@ This module is the only caller of torchdiffeq.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -245,6 +245,19 @@ class ContinuousFlow:
         """Returns the states at ``times`` (monotonic, the first being that of x and h)."""
         self.nfe = 0
         return self._solve(x, h, times.double())
+
+    def coarse_end(self, x: Tensor, h: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+        """Returns where half as many fixed steps end, for an estimate of the path's error.
+
+        Args:
+            x: Positions at t = 0, shape (B, M, n).
+            h: Features there, shape (B, M, F).
+            intervals: Of the quadrature whose nodes the finer path stopped at.
+        """
+        coarse = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=max(self.solver.steps // 2, 1)))
+        end = coarse.trajectory(x, h, self.nodes(intervals)[0][::2])[-1]
+        self.nfe = coarse.nfe
+        return end
 
     def forward_regularised(
         self, x: Tensor, h: Tensor, probes: tuple[Tensor, Tensor], parameters: Sequence[Tensor], adjoint: bool = False

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 OPTIMIZERS = ("auto", "muon", "adamw")
-# Maps from and to the outside: their rows or columns are single features, which Muon must not set to one scale.
-OUTER = ("embed", "out")
+# First and last maps ("weight" is all that kernel dynamics has): their rows or columns are single features.
+OUTER = ("embed", "out", "weight")
 
 
 class Optimizers:
@@ -44,8 +44,9 @@ class Optimizers:
         """Returns the states of all members in order."""
         return [member.state_dict() for member in self.members]
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Takes over what :meth:`state_dict` returned."""
+    def load_state_dict(self, states: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned, or the state of one optimizer, as older runs have it."""
+        states = [states] if isinstance(states, dict) else states
         for member, state in zip(self.members, states, strict=True):
             member.load_state_dict(state)
 
@@ -70,6 +71,7 @@ def build_optimizers(
     name: str,
     rate: float,
     matrix_rate: float,
+    matrix_decay: float = 0.0,
     weight_decay: float = 0.0,
     amsgrad: bool = False,
 ) -> Optimizers:
@@ -85,15 +87,16 @@ def build_optimizers(
         name: "muon" or "adamw".
         rate: Peak learning rate of AdamW.
         matrix_rate: Peak learning rate of Muon.
-        weight_decay: Decoupled, of both.
+        matrix_decay: Decoupled weight decay of Muon, which bounds the matrices where nothing else does.
+        weight_decay: That of AdamW.
         amsgrad: Whether AdamW keeps the maximum of its second moments.
 
     Example:
         >>> from ase_enf.nn.egnn import EGNN
         >>> network = EGNN(2, 3, hidden=8, layers=1)
-        >>> optimizers = build_optimizers(network, list(network.parameters()), "muon", 1e-3, 4e-3)
+        >>> optimizers = build_optimizers(network, list(network.parameters()), "adamw", 1e-3, 1e-2)
         >>> [type(member).__name__ for member in optimizers.members]
-        ['AdamW', 'Muon']
+        ['AdamW']
     """
     matrices = hidden_matrices(network) if name == "muon" else []
     chosen = {id(matrix) for matrix in matrices}
@@ -103,7 +106,7 @@ def build_optimizers(
         members.append(torch.optim.AdamW(others, rate, weight_decay=weight_decay, amsgrad=amsgrad, foreach=True))
     if matrices:
         scale = "match_rms_adamw"
-        members.append(torch.optim.Muon(matrices, matrix_rate, weight_decay=weight_decay, adjust_lr_fn=scale))
+        members.append(torch.optim.Muon(matrices, matrix_rate, weight_decay=matrix_decay, adjust_lr_fn=scale))
     return Optimizers(members)
 
 

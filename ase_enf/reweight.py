@@ -115,7 +115,8 @@ class Reweighted:
     @property
     def integration_error(self) -> float:
         """Weighted mean of ``log_prob_error``, nats: what quadrature and fixed steps may do to log w."""
-        return float(self.weights @ self.log_prob_error)
+        counted = self.weights > 0  # a sample without weight may have lost its way
+        return float(self.weights[counted] @ self.log_prob_error[counted])
 
     @property
     def clipped(self) -> int:
@@ -253,7 +254,7 @@ def reweight(
             atoms.numbers = numbers
     densities = [sampler.densities[atoms.info["enf_index"], atoms.info["enf_attempts"] - 1] for atoms in samples]
     log_prob, error = np.array(densities).T
-    energies = _energies(calculator, samples, flow.config.dimension, show)
+    energies, reason = _energies(calculator, samples, flow.config.dimension, show)
     finite = np.isfinite(energies)
     log_weights = np.where(finite, -np.where(finite, energies, 0.0) / (kB * temperature) - log_prob, -math.inf)
     for atoms, energy, density, weight in zip(samples, energies, log_prob, log_weights, strict=True):
@@ -264,7 +265,10 @@ def reweight(
     failed = int((~finite).sum())
     result = Reweighted(samples, log_weights, energies, log_prob, error, float(temperature), clip, failed, redrawn)
     if failed:
-        warnings.warn(f"{failed} of {n} structures have no finite energy and count with weight zero", stacklevel=2)
+        warnings.warn(
+            f"{failed} of {n} structures have no finite energy and count with weight zero ({reason})",
+            stacklevel=2,
+        )
     if not result.integration_error <= ROUGH:
         warnings.warn(
             f"the integration error of the weights is {result.integration_error:.2g} nats; "
@@ -303,7 +307,7 @@ class _DensitySampler(Sampler):
             log_prob = log_base - data.ladj.double() - subspace_dim(mask, z_x.shape[-1]).double() * scale
             error = data.error.double()
             if not self.solver.adaptive:  # which keeps its own tolerance
-                back, _ = flow.trajectory(data.x, data.h, flow.nodes(self.intervals)[0][::2])[-1]
+                back, _ = flow.coarse_end(data.x, data.h, self.intervals)
                 lost = (base.position_log_prob(back.double(), mask) - log_base).abs()
                 error = error + lost / (PATH_REDUCTION[self.solver.method] - 1.0)
             batch = self.flow.decode(data.x, data.h, mask, context)
@@ -313,11 +317,11 @@ class _DensitySampler(Sampler):
         return batch._replace(positions=torch.where(known, batch.positions, math.nan))
 
 
-def _energies(calculator: Any, samples: list[Atoms], dimension: int, progress: bool) -> np.ndarray:
-    """Returns U in eV, shape (n,), NaN where the calculator failed."""
+def _energies(calculator: Any, samples: list[Atoms], dimension: int, progress: bool) -> tuple[np.ndarray, str]:
+    """Returns U in eV, shape (n,), NaN where the calculator failed, and why the first one did."""
     many = getattr(calculator, "energies", None)
     values = np.full(len(samples), math.nan)
-    reason, failures = "its energies are not finite", 0
+    reason, failures = "", 0  # of the first failure
     with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
         for k in range(0, len(samples), ENERGY_BATCH if callable(many) else 1):
             if callable(many):
@@ -328,13 +332,14 @@ def _energies(calculator: Any, samples: list[Atoms], dimension: int, progress: b
             try:
                 values[k] = _energy(calculator, samples[k])
             except Exception as error:  # each calculator has errors of its own
-                reason, failures = f"{type(error).__name__}: {error}".splitlines()[0], failures + 1
+                reason, failures = reason or f"{type(error).__name__}: {error}".splitlines()[0], failures + 1
             bar.update(1)
             if failures == k + 1 == HOPELESS:
                 break
+    reason = reason or "its energies are not finite"
     if not np.isfinite(values).any():
         raise ReweightingError(f"{type(calculator).__name__} gave no finite energy ({reason}); check symbols and units")
-    return values
+    return values, reason
 
 
 def _energy(calculator: Any, atoms: Atoms) -> float:

@@ -73,7 +73,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained, by which objective, how long; the defaults are those of the shipped model, but for ``radial``.
+    """What is trained, by which objective, how long; the defaults are those of the shipped models.
 
     Args:
         features: "joint", "given" or "none"; see ``ENFConfig``.
@@ -95,12 +95,13 @@ class TrainConfig:
         epochs: Passes over the training set; ignored when ``steps`` is given.
         steps: Optimizer steps.
         batch_size: Molecules a step and process.
-        optimizer: "adamw", "muon" (Muon for the hidden matrices, AdamW for the rest: a tenth of the steps), or "auto":
-            muon for flow matching, AdamW with amsgrad, as in the paper, for "nll".
+        optimizer: "adamw", "muon" (Muon for the hidden matrices, AdamW for the rest), or "auto": muon, where torch has
+            it, for flow matching; AdamW with amsgrad, as in the paper, for "nll".
         learning_rate: Peak of AdamW's rate.
         matrix_rate: Peak of Muon's rate, in the scale of AdamW's.
+        matrix_decay: Muon's decoupled weight decay.
         warmup: Steps of linear warm-up.
-        weight_decay: Decoupled weight decay.
+        weight_decay: AdamW's.
         ema: Decay of the weights' exponential moving average, which is what is validated and shipped.
         augment: Random rotations, for networks that are not equivariant.
         seed: Of initialisation, order, times and noise.
@@ -143,6 +144,7 @@ class TrainConfig:
     optimizer: str = "auto"
     learning_rate: float = 1e-3
     matrix_rate: float = 1e-2
+    matrix_decay: float = 0.1
     warmup: int = 500
     weight_decay: float = 1e-12
     ema: float = 0.999
@@ -172,7 +174,7 @@ class TrainConfig:
         for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "weight_decay", "regularisation", "seed", "validate_every", "radial"):
+        for name in ("warmup", "weight_decay", "matrix_decay", "regularisation", "seed", "validate_every", "radial"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.time_limit is not None and not self.time_limit > 0:
@@ -297,6 +299,8 @@ class _Trainer:
         source: str | None,
     ) -> None:
         self.source = source
+        # What "auto" chose is part of the run: it is saved, and another torch must not choose anew.
+        config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, config.objective))
         self.config = config
         self.ranks = ranks
         self.out = Path(config.out) if config.out else None
@@ -326,9 +330,10 @@ class _Trainer:
         self.optimizer = build_optimizers(
             self.model.dynamics.network,
             self.parameters,
-            resolve_optimizer(config.optimizer, config.objective),
+            config.optimizer,
             config.learning_rate,
             config.matrix_rate,
+            config.matrix_decay,
             config.weight_decay,
             amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
         )
@@ -594,6 +599,7 @@ class _Trainer:
                 "resume it with as many"
             )
         before, now = json.loads(state["config"]), dataclasses.asdict(self.config)
+        before.setdefault("optimizer", "adamw")  # runs of before there was a choice
         changed = [name for name in before if name not in RESUME_MAY_CHANGE and before[name] != now.get(name)]
         if changed:
             raise ValueError(

@@ -77,6 +77,8 @@ def score_in_pieces(
         work: The folder.
         how: Arguments of ``score``.
     """
+    if not rows:
+        raise SystemExit("no molecules to score; ask for at least one")
     pieces = [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
     found = []
     for k, piece in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True)):

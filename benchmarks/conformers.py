@@ -316,7 +316,9 @@ def _kept(folder: Path, name: str, atoms: Atoms, seed: int, make: Callable[[Atom
     path = folder / f"{name}_{index:06d}.extxyz"
     if not path.exists():
         text = io.StringIO()
-        write(text, make(atoms, seed + index), format="extxyz")
+        # Nothing shares a stream of random numbers: neither kinds of structures nor neighbouring seeds.
+        stream = np.random.SeedSequence((seed, index, *name.encode())).generate_state(1)
+        write(text, make(atoms, int(stream[0])), format="extxyz")
         with atomic_write(path) as handle:
             handle.write(text.getvalue().encode())
     result = read(path, index=":")

@@ -82,7 +82,7 @@ def main() -> None:
 
 def trained(name: str, options: argparse.Namespace) -> ENF:
     """Trains one method, or goes on, or reads what is finished."""
-    folder = options.work / name / "run"
+    folder = _folder(name, options)
     config = TrainConfig(steps=options.steps, seed=options.seed, ema=0.998, warmup=200, out=str(folder))
     train_atoms = qm9.load(options.data, split="train")
     valid_atoms = qm9.load(options.data, split="valid")
@@ -90,10 +90,15 @@ def trained(name: str, options: argparse.Namespace) -> ENF:
     return train(config, train_atoms, valid_atoms, resume=(folder / STATE_FILE).exists(), source="QM9, train split")
 
 
+def _folder(name: str, options: argparse.Namespace) -> Path:
+    """Returns where a method's run and pieces are: another budget is another run."""
+    return options.work / f"{name}_{options.steps}_seed{options.seed}"
+
+
 def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace) -> Row:
     """Draws and scores, in pieces."""
     flow.use_kernel("auto")
-    work = open_work(options.work / name / "pieces", flow, seed=options.seed, solver=SOLVER)
+    work = open_work(_folder(name, options) / "pieces", flow, seed=options.seed, solver=SOLVER)
     start = time.perf_counter()
     ase_enf.generate(flow, 128, seed=options.seed, solver=SOLVER, batch_size=128)
     speed = 128 / (time.perf_counter() - start)
@@ -106,7 +111,7 @@ def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace
 
 def write_table(rows: list[Row], options: argparse.Namespace) -> None:
     """Writes ours beside the paper's, and the gallery of Figure 5 of the shipped model."""
-    table = [(f"{name}, paper", *figures[:-1], figures[-1], "") for name, *figures in PAPER]
+    table = [(f"{name}, paper", *figures, "") for name, *figures in PAPER]
     budgets = []
     for row in rows:
         label = f"E-NF, `{options.model}` as shipped" if row.name == "shipped" else f"{row.name}, {options.steps} steps"

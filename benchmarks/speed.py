@@ -110,7 +110,7 @@ def _training(
     model = ENF(ENFConfig(layers=layers, hidden=hidden, radial=radial)).to(device).train()
     model.use_kernel(kernel)
     name = resolve_optimizer("auto", "flow_matching")
-    optimizer = build_optimizers(model.dynamics.network, list(model.parameters()), name, 1e-4, 1e-4)
+    optimizer = build_optimizers(model.dynamics.network, list(model.parameters()), name, rate=1e-4, matrix_rate=1e-4)
     positions = torch.randn(64, N_ATOMS, 3, generator=torch.Generator().manual_seed(0)).numpy() * 1.5
     batch = to_batch([Atoms("C" * N_ATOMS, positions=p) for p in positions], model.species).to(device)
     objective = FlowMatching()

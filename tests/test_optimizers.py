@@ -26,11 +26,15 @@ def test_hidden_matrices_are_neither_vectors_nor_the_outer_maps(network):
     assert not any("gate" in name or "position_out" in name for name in chosen)  # one row only
 
 
+def test_kernel_dynamics_is_one_outer_map():
+    assert hidden_matrices(ENF(ENFConfig(features="none", network="kernel", hidden=8)).dynamics.network) == []
+
+
 @muon
 def test_every_parameter_has_exactly_one_optimizer():
     flow = model()
     parameters = list(flow.parameters())
-    optimizers = build_optimizers(flow.dynamics.network, parameters, "muon", 1e-3, 4e-3)
+    optimizers = build_optimizers(flow.dynamics.network, parameters, "muon", rate=1e-3, matrix_rate=4e-3)
     taken = [id(p) for member in optimizers.members for group in member.param_groups for p in group["params"]]
     assert sorted(taken) == sorted(map(id, parameters))
 
@@ -41,7 +45,7 @@ def test_a_step_of_muon_moves_all_directions_alike():
     flow = model()
     matrix = flow.dynamics.network.layers[0].messages.edge_out.weight
     before = matrix.detach().clone()
-    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", 1e-3, 4e-3)
+    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", rate=1e-3, matrix_rate=4e-3)
     left, _, right = torch.linalg.svd(torch.randn(8, 8))
     for parameter in flow.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -56,7 +60,7 @@ def test_a_step_of_muon_moves_all_directions_alike():
 @muon
 def test_one_schedule_for_all_rates():
     flow = model()
-    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", 1e-3, 4e-3)
+    optimizers = build_optimizers(flow.dynamics.network, list(flow.parameters()), "muon", rate=1e-3, matrix_rate=4e-3)
     optimizers.set_rate(0.5)
     optimizers.set_rate(0.25)
     rates = [group["lr"] for member in optimizers.members for group in member.param_groups]

@@ -1,0 +1,133 @@
+"""Table 1's cells are run once, go on where they stopped, and are joined as the table says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ase_enf.data import particles, samples
+from benchmarks import particles as table1
+from benchmarks import tables
+from benchmarks.particles import FLOW_MATCHING, MISSING, NLL, ROWS, SIZES, Cell
+
+CELL = Cell("dw4", "E-NF", FLOW_MATCHING, 100, 0)
+SCALE = 5 / table1.STEPS["dw4", FLOW_MATCHING][100]
+
+
+def result(cell: Cell, nll: float, seconds: float = 1.0) -> dict:
+    figures = {"nll": nll, "nll_stderr": 0.1, "gap": nll - 7.0, "gap_stderr": 0.01, "lost": 0, "integration_rms": 1e-3}
+    more = {"train_s": seconds, "ess": 0.5 if cell.largest else None, "curve": [[seconds / 2, nll], [seconds, nll]]}
+    return vars(cell) | figures | more
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.setattr(table1, "BATCH", dict.fromkeys(table1.BATCH, 8))
+    monkeypatch.setattr(table1, "METHODS", table1.METHODS | {"E-NF": {"radial": 2, "hidden": 8, "layers": 1}})
+    monkeypatch.setattr(table1, "VALIDATIONS", 1)
+    monkeypatch.setattr(table1.ENF, "use_kernel", lambda self, kernel: "plain")  # compiling takes longer than all else
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    sets = samples.dataset("dw4", {"train": 100, "valid": 8, "test": 6}, ladders=8, burn_in=40)
+    samples.save(tmp_path / "dw4.npz", sets)
+    return tmp_path
+
+
+def test_a_cell_is_run_once_and_goes_on_where_it_stopped(work, monkeypatch):
+    train, resumed = table1.train, []
+
+    def stopped(config, *arguments, **options):
+        resumed.append(options["resume"])
+        flow = train(config, *arguments, **options)
+        if len(resumed) == 1:
+            raise KeyboardInterrupt
+        return flow
+
+    monkeypatch.setattr(table1, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        table1.run_cell(CELL, work, SCALE)
+    path = work / f"{CELL.name}.json"
+    assert not path.exists()
+    table1.run_cell(CELL, work, SCALE)
+    found = json.loads(path.read_text())
+    table1.run_cell(CELL, work, SCALE)
+    assert resumed == [False, True]
+    assert found["gap"] == pytest.approx(found["nll"] - cross_entropy(work), abs=1e-6)
+    assert found["lost"] == 0 and found["ess"] is None and len(found["curve"]) == 1
+    table1.write_tables(work, 3, SCALE)
+    frame = pd.read_csv(work / "results" / "table1_dw4.csv", comment="#")
+    assert frame["100"].tolist() == [MISSING] * (len(ROWS) - 2) + [f"{found['nll']:.3f} (runs: 1)", MISSING]
+    assert (work / "results" / "table1.png").stat().st_size > 1000
+    assert not (work / "results" / "table1_lj13.md").exists()
+
+
+def cross_entropy(work) -> float:
+    """The mean of -log p over the test samples."""
+    return samples.load(work / "dw4.npz")["test"].energies.mean() + particles.quadrature().log_z
+
+
+def test_what_was_killed_before_its_first_save_starts_again(work):
+    folder = work / "runs" / CELL.name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"half a run")
+    table1.run_cell(CELL, work, SCALE)
+    assert (work / f"{CELL.name}.json").exists()
+
+
+def test_a_failing_cell_does_not_end_the_others(tmp_path):
+    name, error = table1._attempt((CELL, tmp_path, SCALE))
+    assert name == CELL.name and "DataNotFoundError" in error
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    table1.open_folder(tmp_path, 1.0, 1000)
+    table1.open_folder(tmp_path, 1.0, 1000)
+    with pytest.raises(SystemExit, match="another folder"):
+        table1.open_folder(tmp_path, 0.1, 1000)
+
+
+def test_cells_and_choice():
+    cells = table1.every_cell(3)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * 4 * len(ROWS) * 3
+    assert {cell.seed for cell in cells[: len(cells) // 3]} == {0}
+    chosen = [cell for cell in cells if table1.chosen(cell, ["dw4", "E-NF", "100", "1000"])]
+    assert {(c.system, c.method, c.size) for c in chosen} == {("dw4", "E-NF", 100), ("dw4", "E-NF", 1000)}
+    assert {c.objective for c in chosen} == {FLOW_MATCHING, NLL} and len(chosen) == 12
+    assert all(table1.chosen(cell, []) for cell in cells)
+
+
+@pytest.mark.parametrize("system", SIZES)
+def test_every_row_has_a_budget_and_valid_settings(system, tmp_path):
+    for cell in table1.every_cell(1):
+        if cell.system == system:
+            config = cell.config(1.0, tmp_path)
+            assert config.steps == table1.STEPS[system, cell.objective][cell.size]
+            assert math.ceil(config.steps / config.validate_every) <= table1.VALIDATIONS
+    assert all(len(values) == len(SIZES[system]) for values in table1.PAPER[system].values())
+
+
+def test_combination_over_seeds():
+    cells = [Cell("lj13", "GNF", FLOW_MATCHING, 10, seed) for seed in range(3)]
+    frame = pd.DataFrame([result(cell, nll) for cell, nll in zip(cells, (40.0, 41.0, 43.0), strict=True)])
+    frame.loc[2, "gap"] = np.nan  # a flow without a finite figure does not count
+    row = table1.over_seeds("lj13", frame, "nll").loc["GNF", FLOW_MATCHING, 10]
+    assert row.tolist() == pytest.approx([124 / 3, np.std([40, 41, 43], ddof=1) / 3**0.5, 3])
+    assert table1.figure_of(row, 3, 2) == "41.33 ± 0.88" and table1.figure_of(row, 4, 2).endswith("(runs: 3)")
+    assert table1.over_seeds("lj13", frame, "gap")["count"].loc["GNF", FLOW_MATCHING, 10] == 2
+    assert table1.figure_of(table1.over_seeds("lj13", frame, "nll").loc["GNF", FLOW_MATCHING, 100], 3) == MISSING
+
+
+def test_verdicts_are_plain():
+    slow, fast = Cell("dw4", "E-NF", NLL, 100_000, 0), Cell("dw4", "E-NF", FLOW_MATCHING, 100_000, 0)
+    words = table1.verdicts("dw4", pd.DataFrame([result(slow, 7.5, 300.0), result(fast, 7.2, 60.0)]))
+    assert words == [
+        "best of 2 rows with 100000 samples: E-NF by flow matching",
+        "E-NF by flow matching, 100000 samples: 0.200 nats above the entropy; the goal of 0.05 is missed",
+        "E-NF, 100000 samples: flow matching validates as well as maximum likelihood at its best in 1 of 1 runs, "
+        "after 30 s instead of 150 s",
+    ]
+    lost = pd.DataFrame([result(slow, 7.1), result(fast, 7.2)])
+    assert table1.verdicts("dw4", lost)[-1].endswith("in 0 of 1 runs")
