@@ -94,7 +94,8 @@ def run(flow: ENF, options: argparse.Namespace, work: Path) -> None:
     test = qm9.load(options.data, split="test")
     order = np.random.default_rng(options.seed).permutation(len(test))
     chosen = [test[k] for k in order[: options.n]]
-    made_with = hashlib.sha256(repr(MADE_WITH).encode()).hexdigest()[:8]
+    made_by = [importlib.metadata.version(name) for name in ("tblite", "rdkit", "ase")]
+    made_with = hashlib.sha256(repr((MADE_WITH, made_by)).encode()).hexdigest()[:8]
     geometries = work / f"geometries_{made_with}_seed{options.seed}"
     pairs = _make(geometries, "geometries", chosen, options.seed, contrasts)
     distorted = _make(geometries, "distorted", chosen[: options.ranked], options.seed, distortions)
