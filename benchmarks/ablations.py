@@ -24,6 +24,7 @@ from ase_enf import metrics
 from ase_enf.data import qm9
 from ase_enf.files import atomic_write
 from ase_enf.train import TrainConfig, train
+from benchmarks.common import percent
 from benchmarks.tables import write_results
 
 VALIDATED = 128
@@ -100,17 +101,13 @@ def measure(name: str, train_atoms: list, valid_atoms: list, options: argparse.N
     flow.use_kernel("auto")
     how = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
     nll = -ase_enf.score(flow, valid_atoms[:VALIDATED], seed=range(VALIDATED), **how).log_likelihood
-    report = metrics.evaluate(ase_enf.generate(flow, options.n, seed=options.seed)).set_index("metric")
-
-    def percent(metric: str) -> str:
-        return f"{100 * report.value[metric]:.1f} ± {100 * report.stderr[metric]:.1f}"
-
+    report = metrics.evaluate(ase_enf.generate(flow, options.n, seed=options.seed))
     return {
         "variant": name,
         "steps": config.steps,
         "NLL, nats": f"{nll.mean():.1f} ± {nll.sem():.1f}",
-        "atoms stable, %": percent("atom_stability"),
-        "molecules stable, %": percent("molecule_stability"),
+        "atoms stable, %": percent(report, "atom_stability", 1),
+        "molecules stable, %": percent(report, "molecule_stability", 1),
         "training, s": f"{seconds:.0f}",
     }
 

@@ -51,6 +51,12 @@ def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
     return folder
 
 
+def percent(report: pd.DataFrame, metric: str, digits: int = 2) -> str:
+    """Returns a metric of ``metrics.evaluate`` and its standard error in per cent, as ``85.0 ± 0.3``."""
+    value, stderr = report.set_index("metric").loc[metric, ["value", "stderr"]]
+    return f"{100 * value:.{digits}f} ± {100 * stderr:.{digits}f}"
+
+
 def draw_in_pieces(flow: ENF, n: int, seed: int, work: Path, solver: Solver | None = None) -> list[Atoms]:
     """Returns the first n molecules of a seed, drawing the pieces that are not in the folder yet."""
     drawn: list[Atoms] = []

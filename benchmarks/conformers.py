@@ -582,39 +582,29 @@ def _figure(value: float, error: float) -> str:
 
 def geometry_verdict(table: pd.DataFrame) -> str:
     """Says against what the flow's score does not help: chance, the wrong one, or a cheaper score does as well."""
-    findings: dict[str, list[str]] = {}
-    for kind, part in table.groupby("against", sort=False):
-        rows = part.set_index("score")
-        if rows.molecules[FLOW]:
-            _judge(findings, kind, rows, 0.5, "paired AUC", "it prefers the other geometry")
-    return _listed(findings)
+    return _verdict(table, "against", 0.5, "paired AUC", "it prefers the other geometry")
 
 
 def energy_verdict(table: pd.DataFrame) -> str:
     """Says where -log p ranks no better than chance, or a cheaper score as well."""
+    return _verdict(table, "structures", 0.0, "Spearman", "it ranks the wrong way round")
+
+
+def _verdict(table: pd.DataFrame, column: str, chance: float, figure: str, wrong: str) -> str:
     findings: dict[str, list[str]] = {}
-    for kind, part in table.groupby("structures", sort=False):
+    for kind, part in table.groupby(column, sort=False):
         rows = part.set_index("score")
-        if rows.molecules[FLOW]:
-            _judge(findings, kind, rows, 0.0, "Spearman", "it ranks the wrong way round")
-    return _listed(findings)
-
-
-def _judge(
-    findings: dict[str, list[str]], kind: str, rows: pd.DataFrame, chance: float, figure: str, wrong: str
-) -> None:
-    """Adds what there is to say of one kind of structure."""
-    flow = rows.loc[FLOW]
-    if not abs(flow.value - chance) > 2 * flow.error:
-        findings.setdefault("it cannot be told from chance (2 standard errors)", []).append(f"{kind} ({flow[figure]})")
-    elif flow.value < chance:
-        findings.setdefault(wrong, []).append(f"{kind} ({flow[figure]})")
-    for name, other in rows.drop(FLOW).iterrows():
-        if other.value >= flow.value:
-            findings.setdefault(f"{name}: as good or better", []).append(f"{kind} ({other[figure]})")
-
-
-def _listed(findings: dict[str, list[str]]) -> str:
+        flow = rows.loc[FLOW]
+        if not flow.molecules:
+            continue
+        if not abs(flow.value - chance) > 2 * flow.error:
+            words = "it cannot be told from chance (2 standard errors)"
+            findings.setdefault(words, []).append(f"{kind} ({flow[figure]})")
+        elif flow.value < chance:
+            findings.setdefault(wrong, []).append(f"{kind} ({flow[figure]})")
+        for name, other in rows.drop(FLOW).iterrows():
+            if other.value >= flow.value:
+                findings.setdefault(f"{name}: as good or better", []).append(f"{kind} ({other[figure]})")
     lines = [f"* {words}: {', '.join(kinds)}" for words, kinds in findings.items()]
     return "Where the flow's score does not help:\n\n" + ("\n".join(lines) or "* nowhere among these structures")
 

@@ -23,7 +23,7 @@ from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
 from ase_enf.flow import Solver
 from ase_enf.model import ENF
-from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, score_in_pieces
+from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, percent, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 
 SOLVER = Solver("rk4", steps=32)
@@ -68,20 +68,21 @@ def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.D
     both = exact.merge(scores, on="molecule", suffixes=("_exact", "_probe"))
     gap = both.log_likelihood_probe - both.log_likelihood_exact
     verdict = stability(atoms)
-    report = metrics.evaluate(atoms, reference="qm9").set_index("metric")
+    report = metrics.evaluate(atoms, reference="qm9")
     stable = [item for item, good in zip(atoms, verdict.stable, strict=True) if good]
 
-    def percent(metric: str) -> tuple[str, str]:
-        value, stderr, denominator = (report[column][metric] for column in ("value", "stderr", "denominator"))
-        return f"{100 * value:.2f} ± {100 * stderr:.2f} %", str(denominator)
+    denominators = report.set_index("metric").denominator
+
+    def measure(metric: str) -> tuple[str, str]:
+        return f"{percent(report, metric)} %", str(denominators[metric])
 
     measured = [
-        ("atoms stable", "85 %", *percent("atom_stability")),
-        ("molecules stable", "4.9 %", *percent("molecule_stability")),
-        ("sanitised by RDKit, of the stable", "100 %", *percent("validity_stable")),
-        ("unique, of the stable", "71.8 %", *percent("uniqueness_stable")),
-        ("novel, of the stable", "84.4 %", *percent("novelty_stable")),
-        ("valid (largest fragment)", "40.2 % (EDM)", *percent("validity_largest_fragment")),
+        ("atoms stable", "85 %", *measure("atom_stability")),
+        ("molecules stable", "4.9 %", *measure("molecule_stability")),
+        ("sanitised by RDKit, of the stable", "100 %", *measure("validity_stable")),
+        ("unique, of the stable", "71.8 %", *measure("uniqueness_stable")),
+        ("novel, of the stable", "84.4 %", *measure("novelty_stable")),
+        ("valid (largest fragment)", "40.2 % (EDM)", *measure("validity_largest_fragment")),
     ]
     rows = [
         ("NLL of the test split, nats", "−59.7", f"{nll:.2f} ± {error:.2f}", str(len(finite))),

@@ -27,7 +27,7 @@ from ase_enf.data import qm9
 from ase_enf.flow import Solver
 from ase_enf.model import ENF
 from ase_enf.train import STATE_FILE, TrainConfig, train
-from benchmarks.common import draw_in_pieces, open_work, score_in_pieces
+from benchmarks.common import draw_in_pieces, open_work, percent, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 
 SOLVER = Solver("midpoint", steps=32)
@@ -133,20 +133,16 @@ def write_table(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def _figures(row: Row) -> tuple[str, ...]:
-    report = metrics.evaluate(row.atoms, reference="qm9").set_index("metric")
-
-    def percent(metric: str) -> str:
-        return f"{100 * report.value[metric]:.2f} ± {100 * report.stderr[metric]:.2f}"
-
+    report = metrics.evaluate(row.atoms, reference="qm9")
     finite = row.scores[np.isfinite(row.scores.log_likelihood)].log_likelihood
     lost = f" ({len(row.scores) - len(finite)} not finite)" if len(finite) < len(row.scores) else ""
     return (
         f"{-finite.mean():.1f} ± {finite.sem():.1f}{lost}",
-        percent("atom_stability"),
-        percent("molecule_stability"),
-        percent("validity_largest_fragment"),
-        percent("uniqueness_largest_fragment"),
-        percent("novelty_largest_fragment"),
+        percent(report, "atom_stability"),
+        percent(report, "molecule_stability"),
+        percent(report, "validity_largest_fragment"),
+        percent(report, "uniqueness_largest_fragment"),
+        percent(report, "novelty_largest_fragment"),
     )
 
 

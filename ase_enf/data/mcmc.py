@@ -234,8 +234,13 @@ def run(
     system = resolve(system)
     if ladders < 2 or sweeps < 4 or thin < 1 or burn_in < 0:
         raise DataError(f"ladders={ladders}, sweeps={sweeps}, thin={thin}, burn_in={burn_in}: at least 2, 4, 1 and 0")
-    rng = np.random.default_rng(seed)
-    state = _Ladders(system, path(system)[0], ladders, rng, None if start is None else system.checked(start[None])[0])
+    try:
+        rng = np.random.default_rng(seed)
+    except ValueError:
+        raise DataError(f"seed={seed}: must not be negative") from None
+    state = _Ladders(
+        system, path(system)[0], ladders, rng, None if start is None else system.checked(np.asarray(start)[None])[0]
+    )
     positions = np.empty((sweeps // thin, ladders, system.n_atoms, system.dimension))
     series = np.empty((2, sweeps, ladders))
     born, works = np.empty((sweeps, ladders), dtype=np.int64), np.empty((sweeps if work else 0, *state.replicas))
@@ -298,7 +303,7 @@ def free_energy(
         Values with standard errors.
 
     Raises:
-        DataError: The system is none, or there are fewer than two ladders in a group or groups.
+        DataError: The system is none, or there are fewer than two groups, or fewer ladders than groups.
 
     Example:
         >>> from ase_enf.data.particles import quadrature

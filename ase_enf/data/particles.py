@@ -428,7 +428,7 @@ class LJ13(_ParticleCalculator):
             raise CalculatorSetupError(f"LJ13 has no parameter {min(set(settings) - {'factor'})!r}, only factor")
         try:
             lennard_jones(float(settings.get("factor", 1.0)))
-        except DataError as error:
+        except (DataError, TypeError, ValueError) as error:
             raise CalculatorSetupError(str(error)) from None
         return super().set(**settings)
 
