@@ -30,7 +30,7 @@ from ase_enf.train import STATE_FILE, TrainConfig, train
 from benchmarks.common import draw_in_pieces, open_work, percent, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 
-SOLVER = Solver("midpoint", steps=32)
+SOLVER = Solver("midpoint", steps=16, warp=1.5)
 METHODS = {
     "GNF-att": {"network": "gnn", "radial": 0},
     "GNF-att-aug": {"network": "gnn", "radial": 0, "augment": True},
