@@ -30,6 +30,9 @@ SMALLER = [
     ('score(flow, read("molecules.extxyz", index=":"))', 'score(flow, read("molecules.extxyz", index=":1"), steps=4)'),
     ("annotate(flow, atoms[0])", "annotate(flow, atoms[0], steps=4, draws=2, probes=2)"),
     ("--epochs 2 --hidden 16", "--steps 3 --hidden 16 --validation-size 4"),
+    ('{"train": 20000, "valid": 1000}', '{"train": 20, "valid": 8}, ladders=4, burn_in=20'),
+    ("steps=2000, batch_size=256", "steps=2, batch_size=8, validation_size=4"),
+    ("n=1000, temperature", "n=4, intervals=8, temperature"),
     ("steps=20, hidden=16", "steps=2, hidden=16, validation_size=4"),
 ]
 # Commands that make an environment; the environment of this test is there already.
