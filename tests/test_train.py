@@ -22,6 +22,7 @@ from ase.build import molecule
 from ase_enf.flow import SolverError
 from ase_enf.model import load, read_header
 from ase_enf.objectives import FlowMatching
+from ase_enf.optimizers import resolve_optimizer
 from ase_enf.train import Clipper, MoleculeSet, TrainConfig, TrainingError, schedule, train
 
 train_module = importlib.import_module("ase_enf.train")  # ase_enf.train is the function
@@ -313,6 +314,29 @@ def test_an_existing_run_is_not_overwritten(whole):
     with pytest.raises(ValueError, match="already holds a run; resume it, or choose another folder"):
         train(tiny(out=str(whole["flow_matching"])), TRAIN, VALID)
     assert (whole["flow_matching"] / "state.pt").read_bytes() == before
+
+
+def test_a_run_of_before_there_was_a_choice_of_optimizer_resumes_by_its_own(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(out=str(out), optimizer="adamw", steps=4), TRAIN, VALID)
+    state = torch.load(out / "state.pt", weights_only=True)
+    config = json.loads(state["config"])
+    del config["optimizer"], config["matrix_rate"], config["matrix_decay"]
+    (state["optimizer"],) = state["optimizer"]  # one, not a list
+    torch.save(state | {"config": json.dumps(config)}, out / "state.pt")
+    with pytest.raises(ValueError, match="optimizer='adamw', not 'muon'"):
+        train(tiny(out=str(out), optimizer="muon"), TRAIN, VALID, resume=True)
+    moments = [entry["exp_avg"].abs().sum() for entry in state["optimizer"]["state"].values()]
+    assert min(moments) > 0  # there is something to go on with
+    train(tiny(out=str(out), optimizer="adamw"), TRAIN, VALID, resume=True)
+    after = torch.load(out / "state.pt", weights_only=True)
+    assert {float(entry["step"]) for entry in after["optimizer"][0]["state"].values()} == {8.0}
+
+
+def test_what_auto_chose_is_on_record(whole):
+    chosen = {objective: load(run / "model.safetensors") for objective, run in whole.items()}
+    assert chosen["nll"].provenance["training"]["optimizer"] == "adamw"
+    assert chosen["flow_matching"].provenance["training"]["optimizer"] == resolve_optimizer("auto", "flow_matching")
 
 
 def test_resuming_needs_a_run_of_the_same_data(whole, tmp_path):
