@@ -116,8 +116,8 @@ class TrainConfig:
         precision: "float32", "tf32" or "bf16" (autocast of the network).
         compile: Compile the network by ``torch.compile`` (flow matching only; needs a C++ compiler).
         kernel: "fused", "plain" or "auto", see ``ENF.use_kernel``; flow matching of an EGNN in float32 on a CPU by one
-            thread takes about three quarters of the time with the fused one, which "auto" then uses (torchrun gives each process
-            one thread); several threads in one process are faster with the plain one.
+            thread takes about three quarters of the time with the fused one, which "auto" then uses (torchrun gives
+            each process one thread); several threads in one process are faster with the plain one.
 
     Raises:
         ValueError: For a value outside its range or an unknown name.
