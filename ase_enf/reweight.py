@@ -18,7 +18,7 @@ from ase.units import kB
 from tqdm import tqdm
 
 from ase_enf import base, divergence
-from ase_enf.flow import INTERVALS, PATH_REDUCTION, Solver, resolve_solver
+from ase_enf.flow import INTERVALS, Solver, resolve_solver
 from ase_enf.generate import Draft, Sampler, check_counts
 from ase_enf.geometry import subspace_dim
 from ase_enf.model import ENF
@@ -247,7 +247,7 @@ def reweight(
     _check_one_composition(flow, size, formula)
     show = sys.stderr.isatty() if progress is None else progress
     chosen = resolve_solver(solver, steps, default_solver(flow))
-    sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals)
+    sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
     samples = list(sampler.stream(range(n), show))
     if numbers is not None:
         for atoms in samples:
@@ -281,18 +281,8 @@ def reweight(
 class _DensitySampler(Sampler):
     """The sampler of ``generate``, which also keeps the log-density of what it draws and its estimated error."""
 
-    def __init__(
-        self,
-        flow: ENF,
-        seed: int,
-        n_atoms: int | None,
-        formula: str | None,
-        solver: Solver,
-        batch_size: int,
-        device: str | torch.device | None,
-        intervals: int,
-    ) -> None:
-        super().__init__(flow, seed, n_atoms, formula, solver, batch_size, device)
+    def __init__(self, *request: Any, intervals: int) -> None:
+        super().__init__(*request)
         self.intervals = intervals
         self.densities: dict[tuple[int, int], tuple[float, float]] = {}  # (index, attempt) → nats, nats
 
@@ -305,11 +295,7 @@ class _DensitySampler(Sampler):
             log_base = base.position_log_prob(z_x.double(), mask)
             scale = math.log(self.flow.config.position_scale)
             log_prob = log_base - data.ladj.double() - subspace_dim(mask, z_x.shape[-1]).double() * scale
-            error = data.error.double()
-            if not self.solver.adaptive:  # which keeps its own tolerance
-                back, _ = flow.coarse_end(data.x, data.h, self.intervals)
-                lost = (base.position_log_prob(back.double(), mask) - log_base).abs()
-                error = error + lost / (PATH_REDUCTION[self.solver.method] - 1.0)
+            error = data.error.double() + self.flow.path_error(flow, data.x, data.h, log_base, self.intervals)
             batch = self.flow.decode(data.x, data.h, mask, context)
         for draft, *density in zip(drafts, log_prob.tolist(), error.tolist(), strict=True):
             self.densities[draft.index, draft.attempt] = tuple(density)

@@ -33,8 +33,8 @@ from benchmarks.tables import RESULTS, write_results
 
 SOLVER = Solver("midpoint", steps=16, warp=1.5)
 METHODS = {
-    "GNF-att": {"network": "gnn", "radial": 0},
-    "GNF-att-aug": {"network": "gnn", "radial": 0, "augment": True},
+    "GNF-att": {"network": "gnn"},
+    "GNF-att-aug": {"network": "gnn", "augment": True},
     "E-NF": {},
 }
 PAPER = [

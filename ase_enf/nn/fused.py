@@ -1,4 +1,4 @@
-"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer in about two thirds of the time.
+"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer in less of the time.
 
 ``pairs.cpp`` is compiled at first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for this very
 processor, and kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache). The kernel knows first derivatives only;
