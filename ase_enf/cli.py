@@ -154,6 +154,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     _add_sampling(command, "molecules", batch_size=64)
+    command.add_argument(
+        "--churn", type=float, default=None, help="noise renewed on the way, in steps; 0 draws from the scored density"
+    )
 
 
 def _add_score(commands: Any) -> None:
@@ -269,6 +272,7 @@ def _generate(options: argparse.Namespace) -> None:
         "solver": options.solver,
         "steps": options.steps,
         "batch_size": options.batch_size,
+        "churn": options.churn,
     }
     stream = igenerate(flow, count, start=start, **request) if count else iter(())
     shown: list[Atoms] = []

@@ -6,8 +6,10 @@ This module is the only caller of torchdiffeq.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -51,9 +53,12 @@ class Solver:
         warp: Fixed steps lie at ``t = (k / steps)^warp``: above 1 they are denser near the data, where a flow is stiff.
             The quadrature of the trace is in u with t = u^warp, too, whatever the method (and in t below 1); whole
             numbers keep smooth integrands smooth.
+        churn: How much noise is renewed on the way from noise to data, in steps: before each step from t to t' it goes
+            back to t + churn (t − t'); 0 for the flow itself. See :meth:`ContinuousFlow.renewed_inverse`.
 
     Raises:
-        ValueError: For an unknown method, steps < 1, or tolerances that are not positive.
+        ValueError: For an unknown method, steps < 1, tolerances that are not positive, a churn that is negative or
+            asked of an adaptive method.
 
     Example:
         >>> Solver("midpoint", steps=4, warp=2.0).grid().tolist()
@@ -65,6 +70,7 @@ class Solver:
     rtol: float = 1e-5
     atol: float = 1e-5
     warp: float = 1.0
+    churn: float = 0.0
 
     def __post_init__(self) -> None:
         known = (*ADAPTIVE, *EVALUATIONS_PER_STEP)
@@ -74,6 +80,10 @@ class Solver:
             raise ValueError(f"solver steps={self.steps}: need at least 1")
         if min(self.rtol, self.atol, self.warp) <= 0:
             raise ValueError(f"solver rtol={self.rtol}, atol={self.atol}, warp={self.warp}: all must be positive")
+        if not 0 <= self.churn < math.inf:
+            raise ValueError(f"solver churn={self.churn}: must be a finite number of steps, at least 0")
+        if self.churn and self.adaptive:
+            raise ValueError(f"solver churn={self.churn}: {self.method} has no fixed steps; use midpoint, rk4 or euler")
 
     @property
     def adaptive(self) -> bool:
@@ -83,7 +93,8 @@ class Solver:
     def __str__(self) -> str:
         if self.adaptive:
             return f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
-        return f"{self.method}, {self.steps} steps, warp {self.warp:g}"
+        renewed = f", churn {self.churn:g}" if self.churn else ""
+        return f"{self.method}, {self.steps} steps, warp {self.warp:g}{renewed}"
 
     def grid(self) -> Tensor:
         """Returns the fixed times, shape (steps + 1,), float64."""
@@ -91,7 +102,7 @@ class Solver:
 
 
 def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
-    """Turns a name, a number of steps or nothing into a ``Solver``.
+    """Turns a name, a number of steps or nothing into a ``Solver``; a name asks for the flow itself, without churn.
 
     Raises:
         ValueError: For an unknown method, or steps for an adaptive one.
@@ -110,6 +121,7 @@ def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solv
         rtol=default.rtol,
         atol=default.atol,
         warp=default.warp,
+        churn=default.churn if solver is None else 0.0,
     )
     if steps is not None and chosen.adaptive:
         raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
@@ -176,6 +188,37 @@ class ContinuousFlow:
     def inverse(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: Any) -> Transformed:
         """Takes latent to data space (g of the paper); see :meth:`transport`."""
         return self.transport(x, h, 1.0, 0.0, trace, **quadrature)
+
+    def renewed_inverse(self, x: Tensor, h: Tensor, noise: Callable[[], tuple[Tensor, Tensor]]) -> Transformed:
+        """Takes latent to data space, renewing part of the noise before every step (Karras et al. 2022, algorithm 2).
+
+        x_t̂ = r x_t + √(t̂² − r² t²) ε,  r = (1 − t̂) / (1 − t),  t̂ = min(t + churn (t − t'), 1)
+
+        then one step of the solver from t̂ to t'. On the path x_t = (1 − t) x + t z of flow matching, and there only,
+        this leaves the distribution at every t what it is; what a trained velocity has done wrong before is partly
+        forgotten. Small steps give the reverse diffusion with g² = 2 churn t / (1 − t). There is no likelihood.
+
+        Args:
+            x: Latent positions, centred, shape (B, M, n).
+            h: Latent features, shape (B, M, F).
+            noise: Draws ε: fresh latent positions and features of the same shapes.
+
+        Returns:
+            The data; ``ladj`` and its kin are NaN.
+        """
+        self.nfe = 0
+        single = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=1, churn=0.0))
+        times = self.solver.grid().flip(0).tolist()
+        for t, end in pairwise(times):
+            start = min(t + self.solver.churn * (t - end), 1.0)
+            if start > t:
+                keep = (1.0 - start) / (1.0 - t)
+                spread = math.sqrt(start**2 - (keep * t) ** 2)
+                x, h = (keep * old + spread * fresh for old, fresh in zip((x, h), noise(), strict=True))
+            x, h = single.trajectory(x, h, torch.tensor([start, end], dtype=torch.float64))[-1]
+            self.nfe += single.nfe
+        unknown = torch.full_like(x[:, 0, 0], math.nan)
+        return Transformed(x, h, unknown, unknown, unknown[None], unknown[None, None][:0], self.nfe)
 
     def transport(
         self,
@@ -306,6 +349,8 @@ class ContinuousFlow:
 
     def _solve(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` as (x, h) pairs."""
+        if self.solver.churn:
+            raise ValueError(f"solver churn={self.solver.churn:g}: renewed noise has no likelihood; use churn=0")
         n = x.shape[-1]
 
         def derivative(t: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,6 @@ from ase_enf.flow import Solver, SolverError, resolve_solver
 from ase_enf.model import ENF, resolve_device
 from ase_enf.molecules import COINCIDENT, Batch, closest_pair, formula_numbers, to_atoms
 
-DEFAULT_SOLVER = Solver("midpoint", steps=32)
 MAX_ATTEMPTS = 10
 # Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
 WINDOW_BATCHES = 8
@@ -52,8 +52,13 @@ def generate(
     batch_size: int = 64,
     device: str | torch.device | None = None,
     progress: bool | None = None,
+    churn: float | None = None,
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
+
+    By default, molecules of a flow trained by flow matching are drawn with part of the noise renewed on the way, which
+    makes many more of them stable; their distribution is near, but not exactly, the density that ``score`` gives.
+    ``churn=0`` draws from exactly that density, to the error of the solver.
 
     Molecule i depends on ``(seed, i)`` alone: not on n, the batch size or its batch mates (to rounding, with a
     fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
@@ -65,11 +70,12 @@ def generate(
         seed: Non-negative.
         n_atoms: Fixed size M; drawn from p_M when None.
         formula: Composition such as "C7H10O2", for ``features="given"``; drawn from the training set's when None.
-        solver: A ``Solver`` or the name of a method; midpoint with 32 steps by default.
+        solver: A ``Solver`` or the name of a method; see ``ENF.sampling_solver``. A name alone means no churn.
         steps: Number of fixed steps, when ``solver`` is a name or None.
         batch_size: Molecules integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
+        churn: How much noise to renew, in steps, instead of what ``solver`` says; see ``Solver``.
 
     Returns:
         Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
@@ -77,7 +83,8 @@ def generate(
         charge is not that of their type).
 
     Raises:
-        ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model.
+        ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model, or churn
+            where the flow was not trained by flow matching.
         GenerationError: If a molecule fails ten times.
 
     Example:
@@ -86,7 +93,7 @@ def generate(
         >>> generate(flow, 1, formula="H2O")[0].get_chemical_formula()
         'H2O'
     """
-    return list(igenerate(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, progress))
+    return list(igenerate(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, progress, churn=churn))
 
 
 def igenerate(
@@ -101,6 +108,7 @@ def igenerate(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     start: int = 0,
+    churn: float | None = None,
 ) -> Iterator[Atoms]:
     """Draws molecules one by one, in order and in constant memory; see :func:`generate`.
 
@@ -116,12 +124,17 @@ def igenerate(
         device: Where to compute.
         progress: Show a bar.
         start: Index of the first molecule: several processes can share one sequence.
+        churn: How much noise to renew.
 
     Returns:
         An iterator; arguments are checked before it is returned.
     """
     check_counts(n, seed, batch_size, start)
-    sampler = Sampler(flow, seed, n_atoms, formula, resolve_solver(solver, steps, DEFAULT_SOLVER), batch_size, device)
+    chosen = resolve_solver(solver, steps, flow.sampling_solver)
+    if churn is not None:
+        chosen = replace(chosen, churn=churn)
+    flow.check_churn(chosen)
+    sampler = Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device)
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress)
 
 
@@ -224,17 +237,30 @@ class Sampler:
 
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        return self.flow.sample(*self.latents(drafts), self.solver)
+        return self.flow.sample(*self.latents(drafts), self.solver, self._noise(drafts))
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and context (B, M, K) of drafts of one size."""
         flow = self.flow
-        z_x, z_h = (
-            torch.from_numpy(np.stack(parts)).to(device=flow.device, dtype=flow.dtype)
-            for parts in ([draft.x for draft in drafts], [draft.h for draft in drafts])
-        )
+        z_x, z_h = self._tensors([(draft.x, draft.h) for draft in drafts])
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
         return z_x, z_h, mask, self._context(drafts)
+
+    def _noise(self, drafts: list[Draft]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
+        config = self.flow.config
+        generators = [
+            np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(draft.index, draft.attempt, 1)))
+            for draft in drafts
+        ]
+        size = len(drafts[0].x)
+        return lambda: self._tensors(
+            [base.sample_latent(rng, size, config.dimension, config.flow_features) for rng in generators]
+        )
+
+    def _tensors(self, latents: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+        x, h = (torch.from_numpy(np.stack(parts)) for parts in zip(*latents, strict=True))
+        return x.to(self.flow.device, self.flow.dtype), h.to(self.flow.device, self.flow.dtype)
 
     def _context(self, drafts: list[Draft]) -> Tensor | None:
         if self.compositions is None:

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,14 @@ from ase_enf.molecules import Batch
 FEATURES = ("joint", "none", "given")
 FORMAT_VERSION = 1
 METADATA_KEY = "ase_enf"
+# Likelihoods take a fixed grid, so that one does not depend on its batch mates; the nodes of the quadrature are its
+# steps. Flow matching puts what changes fast near the data: 49 nodes in u, t = u², err by a third of what 49 in t do;
+# after maximum likelihood nodes in t are the better ones (benchmarks/likelihood.py, quadrature).
+LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
+MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
+# Renewed noise mends much of what a trained velocity does wrong (benchmarks/samplers.py).
+SAMPLING_SOLVER = Solver("midpoint", steps=32)
+RENEWING_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75, churn=8.0)
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -201,6 +209,34 @@ class ENF(nn.Module):
         return self.config.features
 
     @property
+    def matched(self) -> bool:
+        """Whether flow matching trained it, so that its path from data to noise is (1 − t) x + t z in distribution."""
+        return self.provenance.get("objective") == "flow_matching"
+
+    @property
+    def likelihood_solver(self) -> Solver:
+        """How likelihoods are integrated: rk4 on the nodes of the quadrature, after flow matching denser near the data.
+
+        Example:
+            >>> str(ENF(ENFConfig(hidden=8, layers=1), {"objective": "flow_matching"}).likelihood_solver)
+            'rk4, 4 steps, warp 2'
+        """
+        return MATCHED_LIKELIHOOD_SOLVER if self.matched else LIKELIHOOD_SOLVER
+
+    @property
+    def sampling_solver(self) -> Solver:
+        """How samples are integrated: with renewed noise where flow matching has trained a flow of molecules.
+
+        Flows of positions alone are for exact densities (``reweight``), and those trained by likelihood have no known
+        path; both take the flow itself.
+
+        Example:
+            >>> str(ENF(ENFConfig(features="none", hidden=8, layers=1)).sampling_solver)
+            'midpoint, 32 steps, warp 1'
+        """
+        return RENEWING_SAMPLING_SOLVER if self.matched and self.features != "none" else SAMPLING_SOLVER
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -336,7 +372,13 @@ class ENF(nn.Module):
         return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.traces, z.nfe)
 
     def sample(
-        self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None
+        self,
+        z_x: Tensor,
+        z_h: Tensor,
+        mask: Tensor,
+        context: Tensor | None = None,
+        solver: Solver | None = None,
+        noise: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
 
@@ -346,13 +388,27 @@ class ENF(nn.Module):
             mask: True for real atoms, shape (B, M).
             context: One-hot types for "given", shape (B, M, K).
             solver: How to integrate.
+            noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
 
         Raises:
             SolverError: If the solver fails.
+            ValueError: For a solver with churn where the flow was not trained by flow matching, or without noise.
         """
+        flow = self.flow(mask, context, solver)
+        self.check_churn(flow.solver)
+        if flow.solver.churn and noise is None:
+            raise ValueError(f"solver churn={flow.solver.churn:g}: needs noise, a function that draws latent molecules")
         with torch.no_grad():
-            out = self.flow(mask, context, solver).inverse(z_x, z_h)
+            out = flow.renewed_inverse(z_x, z_h, noise) if flow.solver.churn else flow.inverse(z_x, z_h)
             return self.decode(out.x, out.h, mask, context)
+
+    def check_churn(self, solver: Solver) -> None:
+        """Raises ``ValueError`` for a solver that renews noise where the flow has no path on which that can be done."""
+        if solver.churn and not self.matched:
+            raise ValueError(
+                f"solver churn={solver.churn:g}: noise can be renewed on the path of flow matching only, and the flow "
+                f"{self.name!r} was not trained by it; use churn=0"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, configuration and provenance to a ``.safetensors`` file, atomically.

@@ -24,7 +24,6 @@ from ase_enf.geometry import subspace_dim
 from ase_enf.model import ENF
 from ase_enf.molecules import Batch
 from ase_enf.quadrature import check_intervals
-from ase_enf.score import default_solver
 
 # Configurations given at once to a calculator that takes many.
 ENERGY_BATCH = 1024
@@ -246,7 +245,7 @@ def reweight(
     size = n_atoms if numbers is None else len(numbers)
     _check_one_composition(flow, size, formula)
     show = sys.stderr.isatty() if progress is None else progress
-    chosen = resolve_solver(solver, steps, default_solver(flow))
+    chosen = resolve_solver(solver, steps, flow.likelihood_solver)
     sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
     samples = list(sampler.stream(range(n), show))
     if numbers is not None:

@@ -25,11 +25,6 @@ from ase_enf.molecules import COINCIDENT, canonical_order, check_atoms, one_or_m
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
-# A fixed grid, so that a row does not depend on its batch mates; the nodes of the quadrature are its steps.
-DEFAULT_SOLVER = Solver("rk4", steps=4)
-# Flow matching puts what changes fast near the data: 49 nodes in u, t = u², err by a third of what 49 in t do; after
-# maximum likelihood nodes in t are the better ones (benchmarks/likelihood.py, quadrature).
-MATCHED_SOLVER = Solver("rk4", steps=4, warp=2.0)
 # "auto" takes the exact trace up to this many dimensions M (n + F): by the closed form, where its blocks (M · width)²
 # fit (0.5 GB in float32), or by reverse passes.
 CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
@@ -95,7 +90,7 @@ def score(
         seed: Of the noise, the same for all rows or one for each. Rows with one seed share their noise, which is what
             conformers want; the mean over a set of molecules wants a seed of its own for each
             (``seed=range(len(atoms))``), or its error is that of one draw and not that of many.
-        solver: A ``Solver`` or the name of a method; see :func:`default_solver`. Fixed steps are taken between the
+        solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
             nodes of the quadrature and the solver's own grid, 48 intervals and more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
         tolerance: Nodes and steps are doubled, at most twice, where the estimated integration error exceeds this many
@@ -130,7 +125,7 @@ def score(
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
     scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
-    scorer.solver = resolve_solver(solver, steps, default_solver(flow))
+    scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
     _warn(many, estimates, tolerance)
     rows = []
@@ -150,17 +145,6 @@ def score(
             )
         )
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def default_solver(flow: ENF) -> Solver:
-    """Returns how scores are integrated: rk4 on the nodes of the quadrature, after flow matching denser near the data.
-
-    Example:
-        >>> from ase_enf.model import ENFConfig
-        >>> str(default_solver(ENF(ENFConfig(hidden=8, layers=1), {"objective": "flow_matching"})))
-        'rk4, 4 steps, warp 2'
-    """
-    return MATCHED_SOLVER if flow.provenance.get("objective") == "flow_matching" else DEFAULT_SOLVER
 
 
 def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float) -> None:
@@ -228,7 +212,7 @@ class _Scorer:
         self.draws = draws
         self.tolerance = tolerance
         self.batch_size = batch_size
-        self.solver = default_solver(flow)
+        self.solver = flow.likelihood_solver
 
     def trace_of(self, n_atoms: int) -> str:
         """Returns the trace that "auto" means for a structure of this size."""

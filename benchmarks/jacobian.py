@@ -19,7 +19,6 @@ from ase_enf import base, divergence
 from ase_enf.flow import INTERVALS, Solver
 from ase_enf.model import ENF
 from ase_enf.molecules import Batch, to_batch
-from ase_enf.score import default_solver
 from benchmarks.tables import write_results
 
 REFERENCE = Solver("rk4", steps=150, warp=3.0)
@@ -38,12 +37,12 @@ def main() -> None:
         batch = to_batch([molecule(name)], flow.species, dtype=torch.float64)
         noise = torch.zeros(*batch.mask.shape, flow.config.flow_features, dtype=torch.float64)
         expected = by_determinant(flow, batch, noise)
-        default = float(flow.log_prob(batch, noise, divergence.exact, default_solver(flow)).log_prob)
+        default = float(flow.log_prob(batch, noise, divergence.exact, flow.likelihood_solver).log_prob)
         tight = float(flow.log_prob(batch, noise, divergence.exact, TIGHT, intervals=192).log_prob)
         rows.append((name, f"{expected:.6f}", f"{default - expected:.1e}", f"{tight - expected:.1e}"))
     columns = ["molecule", "log p by determinant, nats", "default settings, difference", "tight settings, difference"]
     notes = (
-        f"Path of the determinant: {REFERENCE}. Default: {default_solver(flow)}, {INTERVALS} intervals. "
+        f"Path of the determinant: {REFERENCE}. Default: {flow.likelihood_solver}, {INTERVALS} intervals. "
         f"Tight: {TIGHT}, 192 intervals."
     )
     write_results(pd.DataFrame(rows, columns=columns), f"jacobian_{flow.name}", "Likelihood against determinant", notes)

@@ -34,7 +34,7 @@ from ase_enf.flow import Solver, Transformed
 from ase_enf.model import ENF, Encoded
 from ase_enf.molecules import canonical_order, to_batch
 from ase_enf.quadrature import clenshaw_curtis, integrate
-from ase_enf.score import _Row, _Scorer, default_solver
+from ase_enf.score import _Row, _Scorer
 from benchmarks.common import load_flow
 from benchmarks.tables import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS
@@ -395,7 +395,7 @@ def estimators(flow: ENF, molecules: list[Atoms], draws: int = 40) -> None:
         item.rattle(0.05, seed=0)
     data = _encode(flow, molecules + neighbours)
     with torch.no_grad():
-        path = flow.flow(data.mask, data.context, default_solver(flow)).trajectory(data.x, data.h, nodes)
+        path = flow.flow(data.mask, data.context, flow.likelihood_solver).trajectory(data.x, data.h, nodes)
     velocity = flow.velocity(data.mask, data.context)
     jacobians = torch.stack([_jacobian(velocity, t.float(), x, h) for t, (x, h) in zip(nodes, path, strict=True)])
     truth = torch.tensordot(weights.float(), jacobians.diagonal(dim1=-2, dim2=-1).sum(-1), dims=1)  # (B,)

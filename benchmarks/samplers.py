@@ -1,7 +1,8 @@
 """Stability against the number of evaluations, for every solver: ``python -m benchmarks.samplers MODEL -n 2000``.
 
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
-the same latent molecules; the last two do so once more by the compiled kernel, where it can be had.
+the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow that flow
+matching has trained is measured with renewed noise (``Solver.churn``) as well, by the compiled kernel.
 ``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule after the other. With
 ``--work FOLDER`` finished solvers are kept and not run again.
 """
@@ -21,7 +22,6 @@ import ase_enf
 from ase_enf import metrics
 from ase_enf.files import atomic_write
 from ase_enf.flow import Solver
-from ase_enf.generate import DEFAULT_SOLVER
 from ase_enf.model import ENF
 from benchmarks.common import load_flow, open_work
 from benchmarks.tables import RESULTS, write_results
@@ -34,6 +34,13 @@ SOLVERS = (
     Solver("midpoint", steps=16, warp=1.5),
 )
 FASTEST = SOLVERS[-2:]
+RENEWING = (
+    *(Solver("midpoint", steps=steps, warp=1.75) for steps in (16, 32, 64)),
+    *(Solver("midpoint", steps=64, warp=1.75, churn=churn) for churn in (1, 2, 4, 8, 16)),
+    *(Solver("midpoint", steps=steps, warp=1.75, churn=8) for steps in (16, 32, 128)),
+    Solver("euler", steps=128, warp=1.75, churn=8),
+    Solver("midpoint", steps=64, warp=1.0, churn=8),
+)
 PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
 BATCH = 64
 
@@ -53,11 +60,14 @@ def main() -> None:
     flow = load_flow(options.model)
     if options.work:
         open_work(options.work, flow, seed=options.seed, threads=torch.get_num_threads())
-    plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
+    kernel = flow.use_kernel("auto")
+    if flow.matched:
+        plans = [(solver, options.n, BATCH, kernel) for solver in RENEWING]
+    else:
+        plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
+        plans += [(solver, options.n, BATCH, kernel) for solver in FASTEST if kernel == "fused"]
     if options.one_at_a_time:
         plans.insert(0, (PUBLISHED, options.one_at_a_time, 1, "plain"))
-    if flow.use_kernel("auto") == "fused":
-        plans += [(solver, options.n, BATCH, "fused") for solver in FASTEST]
     rows = [_measure(flow, *plan, options) for plan in tqdm(plans, unit="solver", dynamic_ncols=True)]
     table = pd.DataFrame(rows)
     _write(flow, table, options)
@@ -68,7 +78,9 @@ def _measure(
 ) -> dict[str, float | str]:
     """Returns stability, evaluations a molecule and molecules/s of one solver."""
     flow.use_kernel(kernel)
-    grid = "" if solver.warp == 1 else f", warp {solver.warp:g}"
+    grid = ("" if solver.warp == 1 else f", warp {solver.warp:g}") + (
+        f", churn {solver.churn:g}" if solver.churn else ""
+    )
     name = f"{solver.method}, {solver.rtol:g}" if solver.adaptive else f"{solver.method}, {solver.steps} steps{grid}"
     name += ", compiled kernel" if kernel == "fused" else ""
     key = name.replace(" steps", "").replace(", ", "_").replace(" ", "_")
@@ -120,14 +132,14 @@ def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
             "molecules/s": [f"{value:.2f}" for value in table.rate],
         }
     )
-    notes = f"`{flow.name}`, seed {options.seed}, the same latent molecules for all. `generate` uses {DEFAULT_SOLVER}."
+    notes = f"`{flow.name}`, seed {options.seed}, the same latent molecules. `generate` uses {flow.sampling_solver}."
     single, batched = table[table.batch == 1], table[table.batch > 1]
     if len(single):
         rate = single.rate.iloc[0]
         printed["times one at a time"] = [f"{value / rate:.1f}" for value in table.rate]
         notes += f" The first row is how the published script samples, in this code: {rate:.2f} molecules/s."
     write_results(printed, f"samplers_{flow.name}", f"Samplers of {flow.name}", notes)
-    _plot(batched[~batched.solver.str.endswith("kernel")], flow.name)
+    _plot(batched if flow.matched else batched[~batched.solver.str.endswith("kernel")], flow.name)
 
 
 def _plot(table: pd.DataFrame, name: str) -> None:

@@ -16,8 +16,8 @@ from ase.io import read, write
 
 from ase_enf import base
 from ase_enf.flow import Solver, SolverError, resolve_solver
-from ase_enf.generate import DEFAULT_SOLVER, MAX_ATTEMPTS, GenerationError, generate, igenerate
-from ase_enf.model import ENF
+from ase_enf.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
+from ase_enf.model import ENF, RENEWING_SAMPLING_SOLVER, SAMPLING_SOLVER
 
 FAST = Solver("midpoint", steps=4, warp=1.5)
 COMPOSITIONS = {"H2O": 3, "CH4": 1, "CHO": 2}
@@ -157,6 +157,10 @@ BAD = [
     ("joint", {"solver": "dopri5", "steps": 8}, "dopri5 chooses its own steps"),
     ("joint", {"solver": FAST, "steps": 8}, "leave one of them out"),
     ("joint", {"device": "cpuu"}, "'cpuu'"),
+    ("joint", {"churn": 1.0}, "was not trained by it; use churn=0"),
+    ("joint", {"solver": Solver("midpoint", churn=1.0)}, "was not trained by it; use churn=0"),
+    ("joint", {"churn": -1.0}, "churn=-1.0"),
+    ("joint", {"solver": "dopri5", "churn": 1.0}, "dopri5 has no fixed steps"),
 ]
 
 
@@ -186,11 +190,70 @@ def test_missing_device(joint):
 
 
 def test_resolve_solver():
-    assert resolve_solver(None, None, DEFAULT_SOLVER) is not FAST
-    assert resolve_solver(None, None, DEFAULT_SOLVER) == DEFAULT_SOLVER
-    assert resolve_solver("rk4", 7, DEFAULT_SOLVER) == Solver("rk4", steps=7, warp=DEFAULT_SOLVER.warp)
-    assert resolve_solver(FAST, None, DEFAULT_SOLVER) is FAST
-    assert resolve_solver("dopri5", None, DEFAULT_SOLVER).adaptive
+    assert resolve_solver(None, None, SAMPLING_SOLVER) is not FAST
+    assert resolve_solver(None, None, SAMPLING_SOLVER) == SAMPLING_SOLVER
+    assert resolve_solver("rk4", 7, SAMPLING_SOLVER) == Solver("rk4", steps=7, warp=SAMPLING_SOLVER.warp)
+    assert resolve_solver(FAST, None, SAMPLING_SOLVER) is FAST
+    assert resolve_solver("dopri5", None, SAMPLING_SOLVER).adaptive
+
+
+def matched(flow):
+    flow.provenance["objective"] = "flow_matching"
+    return flow
+
+
+@pytest.mark.parametrize("churn", [0.5, 4.0])
+def test_renewed_noise_is_each_molecules_own(flow, churn):
+    flow = matched(flow.double())
+    fields = {"formula": "C2H6O"} if flow.features == "given" else {}
+    reference = generate(flow, 5, seed=3, solver=FAST, churn=churn, **fields)
+    assert reference[0].info["enf_solver"] == f"midpoint, 4 steps, warp 1.5, churn {churn:g}"
+    for batch_size in (1, 2):
+        assert_same(generate(flow, 5, seed=3, solver=FAST, churn=churn, batch_size=batch_size, **fields), reference)
+    for other in (generate(flow, 5, seed=s, solver=FAST, churn=c, **fields) for s, c in ((3, 0), (3, 1.0), (4, churn))):
+        pairs = [(a, b) for a, b in zip(other, reference, strict=True) if len(a) == len(b)]
+        assert pairs and all(np.abs(a.positions - b.positions).max() > 1e-6 for a, b in pairs)
+
+
+def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
+    flow = matched(make_flow("none", layers=1, hidden=4, sizes={3: 1}).double())
+    seen = []
+
+    def keep(self, z_x, z_h, mask, context, solver, noise):
+        seen.extend((z_x, noise()[0], noise()[0]))
+        return self.decode(z_x, z_h, mask, context)
+
+    monkeypatch.setattr(ENF, "sample", keep)
+    generate(flow, 600, solver=Solver("euler", steps=1, churn=1.0), batch_size=600)
+    z = torch.stack(seen, dim=1).flatten(1).numpy()  # (600, 27): the start and two renewals
+    projector = np.kron(np.eye(3), np.kron(np.eye(3) - 1 / 3, np.eye(3)))
+    assert np.abs(np.cov(z.T) - projector).max() < 0.25  # 4 standard errors; nothing is drawn twice
+    assert np.abs(z.reshape(-1, 3, 3, 3).sum(axis=2)).max() < 1e-12
+
+
+def test_noise_is_renewed_by_default_for_molecules_of_flow_matching(make_flow):
+    for features, objective, expected in (
+        ("joint", "flow_matching", RENEWING_SAMPLING_SOLVER),
+        ("given", "flow_matching", RENEWING_SAMPLING_SOLVER),
+        ("none", "flow_matching", SAMPLING_SOLVER),
+        ("joint", "nll", SAMPLING_SOLVER),
+    ):
+        flow = make_flow(features, layers=1)
+        flow.provenance["objective"] = objective
+        assert flow.sampling_solver == expected
+    flow = matched(make_flow("joint", layers=1, hidden=4))
+    drawn = {
+        words: generate(flow, 1, n_atoms=2, **request)[0].info["enf_solver"]
+        for words, request in {
+            "default": {},
+            "steps": {"steps": 8},
+            "name": {"solver": "midpoint", "steps": 8},
+            "none": {"churn": 0},
+        }.items()
+    }
+    assert drawn["default"] == str(RENEWING_SAMPLING_SOLVER)
+    assert drawn["steps"].startswith("midpoint, 8 steps") and "churn" in drawn["steps"]
+    assert "churn" not in drawn["name"] + drawn["none"]
 
 
 def test_igenerate_is_lazy_and_in_order(joint, monkeypatch):
