@@ -15,9 +15,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from ase.units import kB
 
+from ase_enf.data import particles
 from ase_enf.flow import Solver, SolverError
 from ase_enf.generate import generate
-from ase_enf.model import ENF, ENFConfig
+from ase_enf.model import ENF, ENFConfig, load
 from ase_enf.molecules import to_batch
 from ase_enf.reweight import Reweighted, ReweightingError, reweight
 
@@ -181,6 +182,12 @@ def test_free_energy_by_a_curved_flow(curved):
     result = reweight(flow, calculator, 1000, KELVIN, batch_size=500, intervals=16)
     assert 0.05 < result.effective_sample_size / 1000 < 0.95 and result.free_energy_stderr < 0.1 * KT
     assert abs(result.free_energy - calculator.free_energy(4)) < 3 * result.free_energy_stderr
+
+
+def test_the_shipped_dw4_gives_its_free_energy():
+    result = reweight(load("dw4", "cpu"), particles.DW4(), n=64, temperature=1 / kB)
+    assert result.effective_sample_size > 0.8 * 64
+    assert abs(result.free_energy + particles.quadrature("dw4").log_z) < 5 * result.free_energy_stderr < 0.3
 
 
 def test_given_types_reach_the_calculator(curved):
