@@ -93,8 +93,8 @@ class ENFCalculator(Calculator):
         steps: Number of fixed steps, when ``solver`` is a name or None.
 
     Raises:
-        CalculatorSetupError: For an adaptive solver or a kT that is not positive; on calculation, for periodic cells,
-            unknown elements and other structures that the flow cannot take.
+        CalculatorSetupError: For an adaptive solver, one with churn or a kT that is not positive; on calculation, for
+            periodic cells, unknown elements and other structures that the flow cannot take.
 
     Example:
         >>> from ase.build import molecule
@@ -121,6 +121,10 @@ class ENFCalculator(Calculator):
         if self._solver.adaptive:
             raise CalculatorSetupError(
                 f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint"
+            )
+        if self._solver.churn:
+            raise CalculatorSetupError(
+                f"solver churn={self._solver.churn:g}: renewed noise has no likelihood and no energy; use churn=0"
             )
         if not kT > 0:
             raise CalculatorSetupError(f"kT={kT}: must be a positive energy in eV")

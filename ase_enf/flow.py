@@ -104,6 +104,8 @@ class Solver:
 def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
     """Turns a name, a number of steps or nothing into a ``Solver``; a name asks for the flow itself, without churn.
 
+    Fewer steps than the default's lower its churn in proportion: it counts steps, and those are longer then.
+
     Raises:
         ValueError: For an unknown method, or steps for an adaptive one.
 
@@ -121,7 +123,7 @@ def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solv
         rtol=default.rtol,
         atol=default.atol,
         warp=default.warp,
-        churn=default.churn if solver is None else 0.0,
+        churn=default.churn * min(1.0, (steps or default.steps) / default.steps) if solver is None else 0.0,
     )
     if steps is not None and chosen.adaptive:
         raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
@@ -194,9 +196,10 @@ class ContinuousFlow:
 
         x_t̂ = r x_t + √(t̂² − r² t²) ε,  r = (1 − t̂) / (1 − t),  t̂ = min(t + churn (t − t'), 1)
 
-        then one step of the solver from t̂ to t'. On the path x_t = (1 − t) x + t z of flow matching, and there only,
-        this leaves the distribution at every t what it is; what a trained velocity has done wrong before is partly
-        forgotten. Small steps give the reverse diffusion with g² = 2 churn t / (1 − t). There is no likelihood.
+        then one step of the solver from t̂ to t'; x and h enter at the last t whose t̂ is 1. On the path of flow
+        matching, x_t = (1 − t) x + t z, and there only, this leaves the distribution at every t what it is; what a
+        trained velocity has done wrong before is partly forgotten. Small steps give the reverse diffusion with
+        g² = 2 churn t / (1 − t). There is no likelihood.
 
         Args:
             x: Latent positions, centred, shape (B, M, n).
@@ -208,10 +211,13 @@ class ContinuousFlow:
         """
         self.nfe = 0
         single = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=1, churn=0.0))
-        times = self.solver.grid().flip(0).tolist()
-        for t, end in pairwise(times):
-            start = min(t + self.solver.churn * (t - end), 1.0)
-            if start > t:
+        steps = [
+            (t, min(t + self.solver.churn * (t - end), 1.0), end)
+            for t, end in pairwise(self.solver.grid().flip(0).tolist())
+        ]
+        last = max(k for k, (_, start, _) in enumerate(steps) if start == 1.0)  # nothing of the steps before would stay
+        for k, (t, start, end) in enumerate(steps[last:]):
+            if k and start > t:
                 keep = (1.0 - start) / (1.0 - t)
                 spread = math.sqrt(start**2 - (keep * t) ** 2)
                 x, h = (keep * old + spread * fresh for old, fresh in zip((x, h), noise(), strict=True))
@@ -320,6 +326,7 @@ class ContinuousFlow:
         Raises:
             SolverError: If the solver fails.
         """
+        self._refuse_churn()
         self.nfe = 0
         n = x.shape[-1]
 
@@ -349,8 +356,7 @@ class ContinuousFlow:
 
     def _solve(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` as (x, h) pairs."""
-        if self.solver.churn:
-            raise ValueError(f"solver churn={self.solver.churn:g}: renewed noise has no likelihood; use churn=0")
+        self._refuse_churn()
         n = x.shape[-1]
 
         def derivative(t: Tensor, y: Tensor) -> Tensor:
@@ -364,6 +370,13 @@ class ContinuousFlow:
             )
         )
         return [(state[..., :n], state[..., n:]) for state in y]
+
+    def _refuse_churn(self) -> None:
+        if self.solver.churn:
+            raise ValueError(
+                f"solver churn={self.solver.churn:g}: renewed noise has neither path nor likelihood; use churn=0 "
+                "(or renewed_inverse, to sample)"
+            )
 
     def _tolerances(self, times: Tensor, x: Tensor, h: Tensor | None = None) -> dict[str, object]:
         if not self.solver.adaptive:

@@ -316,6 +316,7 @@ class ENF(nn.Module):
         solver: Solver | None = None,
         intervals: int = INTERVALS,
         known: Tensor | None = None,
+        estimate_path_error: bool = True,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
@@ -328,6 +329,7 @@ class ENF(nn.Module):
             solver: How the state is integrated, dopri5 at 1e-5 by default.
             intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
             known: ``traces`` of half as many intervals, which are not evaluated again.
+            estimate_path_error: Whether to solve the path twice for that part of ``error``.
 
         Raises:
             SolverError: If the solver fails.
@@ -337,6 +339,8 @@ class ENF(nn.Module):
             flow = self.flow(encoded.mask, encoded.context, solver)
             z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals, known=known)
             terms = self._terms(encoded, z)
+            if not estimate_path_error:
+                return terms
             path_error = self.path_error(flow, encoded.x, encoded.h, terms.log_base, intervals)
             more = 0 if flow.solver.adaptive else flow.nfe
             return terms._replace(error=terms.error + path_error, nfe=terms.nfe + more)
@@ -381,6 +385,8 @@ class ENF(nn.Module):
         noise: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
+
+        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``.
 
         Args:
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.

@@ -200,9 +200,9 @@ def reweight(
     log w = −U(x) / kT − log p(x),  log p(x) = log p_Z(z) + ∫_0^1 Tr J dt + log |det of the scaling|,  x = g(z)
 
     The density comes from the path that makes the sample, with the exact trace by quadrature. Sample i depends on
-    ``(seed, i)`` alone and is that of ``generate`` with this seed and solver, up to the integration error: the path
-    also stops at the nodes of the quadrature. That error is estimated for each sample (of the quadrature; with fixed
-    steps, of the path too, by the way back with half the steps) and stated.
+    ``(seed, i)`` alone and is that of ``generate`` with this seed and solver and without churn, up to the integration
+    error: the path also stops at the nodes of the quadrature. That error is estimated for each sample (of the
+    quadrature; with fixed steps, of the path too, by the way back with half the steps) and stated.
 
     Args:
         flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as good as

@@ -1,8 +1,10 @@
 """Stability against the number of evaluations, for every solver: ``python -m benchmarks.samplers MODEL -n 2000``.
 
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
-the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow that flow
-matching has trained is measured with renewed noise (``Solver.churn``) as well, by the compiled kernel.
+the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow whose
+molecules are drawn with renewed noise by default (``Solver.churn``) is measured with and without, by the compiled
+kernel where it can be had; there the solvers share the streams of noise.
+
 ``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule after the other. With
 ``--work FOLDER`` finished solvers are kept and not run again.
 """
@@ -37,7 +39,8 @@ FASTEST = SOLVERS[-2:]
 RENEWING = (
     *(Solver("midpoint", steps=steps, warp=1.75) for steps in (16, 32, 64)),
     *(Solver("midpoint", steps=64, warp=1.75, churn=churn) for churn in (1, 2, 4, 8, 16)),
-    *(Solver("midpoint", steps=steps, warp=1.75, churn=8) for steps in (16, 32, 128)),
+    *(Solver("midpoint", steps=steps, warp=1.75, churn=steps / 8) for steps in (16, 32)),
+    Solver("midpoint", steps=128, warp=1.75, churn=8),
     Solver("euler", steps=128, warp=1.75, churn=8),
     Solver("midpoint", steps=64, warp=1.0, churn=8),
 )
@@ -61,7 +64,7 @@ def main() -> None:
     if options.work:
         open_work(options.work, flow, seed=options.seed, threads=torch.get_num_threads())
     kernel = flow.use_kernel("auto")
-    if flow.matched:
+    if flow.sampling_solver.churn:
         plans = [(solver, options.n, BATCH, kernel) for solver in RENEWING]
     else:
         plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
@@ -132,14 +135,14 @@ def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
             "molecules/s": [f"{value:.2f}" for value in table.rate],
         }
     )
-    notes = f"`{flow.name}`, seed {options.seed}, the same latent molecules. `generate` uses {flow.sampling_solver}."
+    notes = f"`{flow.name}`, seed {options.seed}, the same seeds of all noise. `generate` uses {flow.sampling_solver}."
     single, batched = table[table.batch == 1], table[table.batch > 1]
     if len(single):
         rate = single.rate.iloc[0]
         printed["times one at a time"] = [f"{value / rate:.1f}" for value in table.rate]
         notes += f" The first row is how the published script samples, in this code: {rate:.2f} molecules/s."
     write_results(printed, f"samplers_{flow.name}", f"Samplers of {flow.name}", notes)
-    _plot(batched if flow.matched else batched[~batched.solver.str.endswith("kernel")], flow.name)
+    _plot(batched if flow.sampling_solver.churn else batched[~batched.solver.str.endswith("kernel")], flow.name)
 
 
 def _plot(table: pd.DataFrame, name: str) -> None:

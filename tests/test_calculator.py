@@ -159,6 +159,7 @@ def test_parameters_are_json_scalars(make_flow):
     [
         ({"solver": "dopri5"}, "'dopri5' is adaptive"),
         ({"solver": Solver()}, "'dopri5' is adaptive"),
+        ({"solver": Solver("midpoint", churn=2.0)}, "churn=2: renewed noise has no likelihood"),
         ({"kT": 0.0}, "kT=0"),
         ({"kT": -1.0}, "kT=-1"),
         ({"kT": math.nan}, "kT=nan"),

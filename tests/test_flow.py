@@ -423,8 +423,28 @@ def test_renewed_noise_forgets_what_the_velocity_did_wrong():
 def test_renewed_noise_has_no_likelihood(real_flow):
     flow, x, h = real_flow(Solver("midpoint", steps=2, churn=1.0))
     for go in (flow.forward, flow.inverse, lambda *state: flow.trajectory(*state, torch.tensor([0.0, 1.0]))):
-        with pytest.raises(ValueError, match="churn=1: renewed noise has no likelihood; use churn=0"):
+        with pytest.raises(ValueError, match="churn=1: renewed noise has neither path nor likelihood; use churn=0"):
             go(x, h)
     zeros = torch.zeros_like(x), torch.zeros_like(h)
     assert flow.renewed_inverse(x, h, lambda: zeros).ladj.isnan().all()
-    assert flow.nfe == 2 * EVALUATIONS_PER_STEP["midpoint"]
+    assert flow.nfe == EVALUATIONS_PER_STEP["midpoint"]  # the second of two steps already starts at t = 1
+
+
+def test_what_goes_in_comes_out_changed_by_it_and_by_all_noise(real_flow):
+    flow, x, h = real_flow(Solver("midpoint", steps=8, churn=2.0))
+    generator = torch.Generator().manual_seed(1)
+    fresh = [tuple(0.5 * torch.randn(p.shape, generator=generator).to(p) for p in (x, h)) for _ in range(7)]
+    fresh = [(center(e, flow.mask), other * flow.mask.unsqueeze(-1)) for e, other in fresh]
+
+    def end(x, h, fresh):
+        draws = iter(fresh)
+        return flow.renewed_inverse(x, h, lambda: next(draws)).x
+
+    reference = end(x, h, fresh)
+    used = len(fresh) - 2  # the first three of eight steps start at t = 1, the last of them from x and h
+    for k in range(len(fresh)):
+        changed = [(2 * e, other) if i == k else (e, other) for i, (e, other) in enumerate(fresh)]
+        assert (
+            (end(x, h, changed) - reference).abs().max() > 1e-6 if k < used else (end(x, h, changed) == reference).all()
+        )
+    assert (end(2 * x, h, fresh) - reference).abs().max() > 1e-6

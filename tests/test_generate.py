@@ -195,6 +195,9 @@ def test_resolve_solver():
     assert resolve_solver("rk4", 7, SAMPLING_SOLVER) == Solver("rk4", steps=7, warp=SAMPLING_SOLVER.warp)
     assert resolve_solver(FAST, None, SAMPLING_SOLVER) is FAST
     assert resolve_solver("dopri5", None, SAMPLING_SOLVER).adaptive
+    for steps, churn in ((8, 1.0), (16, 2.0), (64, 8.0), (256, 8.0)):  # steps too long would renew nearly everything
+        assert resolve_solver(None, steps, RENEWING_SAMPLING_SOLVER).churn == churn
+    assert resolve_solver("midpoint", None, RENEWING_SAMPLING_SOLVER).churn == 0
 
 
 def matched(flow):
@@ -216,11 +219,13 @@ def test_renewed_noise_is_each_molecules_own(flow, churn):
 
 
 def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
-    flow = matched(make_flow("none", layers=1, hidden=4, sizes={3: 1}).double())
-    seen = []
+    flow = matched(make_flow("joint", layers=1, hidden=4, sizes={3: 1}).double())
+    seen, features = [], []
 
     def keep(self, z_x, z_h, mask, context, solver, noise):
-        seen.extend((z_x, noise()[0], noise()[0]))
+        draws = [(z_x, z_h), noise(), noise()]
+        seen.extend(x for x, _ in draws)
+        features.extend(h for _, h in draws)
         return self.decode(z_x, z_h, mask, context)
 
     monkeypatch.setattr(ENF, "sample", keep)
@@ -229,6 +234,8 @@ def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
     projector = np.kron(np.eye(3), np.kron(np.eye(3) - 1 / 3, np.eye(3)))
     assert np.abs(np.cov(z.T) - projector).max() < 0.25  # 4 standard errors; nothing is drawn twice
     assert np.abs(z.reshape(-1, 3, 3, 3).sum(axis=2)).max() < 1e-12
+    h = torch.stack(features, dim=1).flatten(1).numpy()
+    assert np.abs(np.cov(h.T) - np.eye(h.shape[1])).max() < 0.25
 
 
 def test_noise_is_renewed_by_default_for_molecules_of_flow_matching(make_flow):

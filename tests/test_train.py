@@ -19,8 +19,8 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_enf.flow import SolverError
-from ase_enf.model import load, read_header
+from ase_enf.flow import Solver, SolverError
+from ase_enf.model import ENF, load, read_header
 from ase_enf.objectives import FlowMatching
 from ase_enf.optimizers import resolve_optimizer
 from ase_enf.train import Clipper, MoleculeSet, TrainConfig, TrainingError, schedule, train
@@ -346,6 +346,38 @@ def test_resuming_needs_a_run_of_the_same_data(whole, tmp_path):
         train(tiny(), TRAIN, VALID, resume=True)
     with pytest.raises(ValueError, match="another model or other data"):
         train(tiny(out=str(whole["flow_matching"])), TRAIN[:6], VALID, resume=True)
+
+
+def test_the_best_by_another_rule_gives_way_at_the_next_validation(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(out=str(out), steps=4), TRAIN, VALID)
+    state = state_of(out)
+    del state["nll_rule"]  # as runs of before have it, and a value that no honest rule reaches
+    torch.save(state | {"best": -1e6}, out / "state.pt")
+    flow = train(tiny(out=str(out)), TRAIN, VALID, resume=True)
+    assert -1e3 < state_of(out)["best"] == flow.provenance["validation_nll"]
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "nll"])
+def test_the_validation_nll_is_accurate(objective, monkeypatch):
+    """Against a tight path and four times the nodes, with the same noise and the same probe."""
+    plain, errors = train_module._validation_nll, []
+
+    def both(model, batch, generator):
+        assert model.matched == (objective == "flow_matching")
+        state = generator.get_state()
+        value = plain(model, batch, generator)
+        with monkeypatch.context() as patch:
+            patch.setattr(ENF, "likelihood_solver", Solver("dopri5", rtol=1e-7, atol=1e-7))
+            log_prob = ENF.log_prob
+            patch.setattr(ENF, "log_prob", lambda self, *a, **k: log_prob(self, *a, **k, intervals=192))
+            generator.set_state(state)
+            errors.append((plain(model, batch, generator) - value).abs().max())
+        return value
+
+    monkeypatch.setattr(train_module, "_validation_nll", both)
+    train(tiny(objective=objective, steps=30, learning_rate=1e-2, validate_every=30), TRAIN, VALID)
+    assert errors and max(errors) < 0.05
 
 
 def test_every_folder_with_weights_can_be_resumed(tmp_path, monkeypatch):
