@@ -143,6 +143,18 @@ def test_the_readme_says_why_it_leaves_something_out():
     assert len(re.findall("not run:", README.read_text())) == sum(block.left_out is not None for block in found)
 
 
+@pytest.mark.skipif(not README.is_file(), reason="an installed package has no README.md")
+def test_what_the_readme_points_to_is_there():
+    text = README.read_text()
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+    assert len(targets) > 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    models = {path.stem for path in (ROOT / "ase_enf" / "pretrained").glob("*.safetensors")}
+    assert all((ROOT / "ase_enf" / "pretrained" / f"{name}.md").is_file() for name in models)
+    named = re.findall(r"load\(\"([\w-]+)\"", text) + re.findall(r"`(qm9[\w-]*|dw4|lj13[\w-]*)`", text)
+    assert set(named) <= models
+
+
 FAKE = """
 # A title
 
