@@ -2,8 +2,9 @@
 
 python -m benchmarks.particle_models dw4 --work FOLDER
 
-Samples and the truth are found once, training goes on where it stopped, and ``results/model_NAME`` compares with the truth (entropy
-and ln Z by quadrature for DW4, by replica exchange for LJ13): the test NLL, and the reweighting of the flow's samples.
+Samples and the truth (entropy and ln Z by quadrature for DW4, by replica exchange for LJ13) are found once, training goes
+on where it stopped, and ``results/model_NAME`` compares with the truth: the test NLL, and the reweighting of the flow's
+samples.
 """
 
 from __future__ import annotations
