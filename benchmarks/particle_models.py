@@ -4,7 +4,7 @@ python -m benchmarks.particle_models dw4 --work FOLDER
 
 Samples and the truth (entropy and ln Z by quadrature for DW4, by replica exchange for LJ13) are found once, training
 goes on where it stopped, and ``results/model_NAME`` compares with the truth: the test NLL, and the reweighting of the
-samples.
+flow's samples.
 """
 
 from __future__ import annotations
