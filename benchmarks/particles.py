@@ -53,7 +53,7 @@ STEPS = {
 BATCH = {("dw4", FLOW_MATCHING): 256, ("dw4", NLL): 100, ("lj13", FLOW_MATCHING): 128, ("lj13", NLL): 50}
 # Of maximum likelihood, above the paper's because the runs are shorter; flow matching has the defaults.
 RATES = {"Simple dynamics": 3e-3, "Kernel dynamics": 1e-2, "E-NF": 3e-3}
-VALIDATIONS, VALID, REWEIGHTED = 20, 256, 1000  # in a run; samples that decide; samples of the effective sample size
+VALIDATIONS, VALID, REWEIGHTED = 10, 256, 1000  # in a run; samples that decide; samples of the effective sample size
 SWEEPS = 5000  # of the entropy of LJ13
 
 WIDTH = {"features": "none", "hidden": 32, "layers": 3}  # the paper's
