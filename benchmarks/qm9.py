@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and pieces")
     parser.add_argument("--steps", type=int, default=1500, help="training batches of 64 molecules (default: 1500)")
     parser.add_argument("-n", type=int, default=10_000, help="molecules to draw (default: 10000)")
+    parser.add_argument("--renewed", type=int, default=None, help="of them with renewed noise (default: as many)")
     parser.add_argument("--test", type=int, default=1024, help="test molecules to score, at random (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training, samples and scores (default: 0)")
     parser.add_argument("--model", default="qm9", help="the shipped model, or a path (default: qm9)")
@@ -116,16 +117,18 @@ def redrawn(row: Row, options: argparse.Namespace) -> Row:
     """Returns the row with molecules drawn by the default sampler of its flow."""
     solver = row.flow.sampling_solver
     work = open_work(_folder(row.name, options) / "renewed", row.flow, seed=options.seed, solver=solver)
-    atoms, speed = _drawn(row.flow, solver, work, options)
+    atoms, speed = _drawn(row.flow, solver, work, options, options.renewed)
     return replace(row, solver=solver, atoms=atoms, speed=speed)
 
 
-def _drawn(flow: ENF, solver: Solver, work: Path, options: argparse.Namespace) -> tuple[list[Atoms], float]:
+def _drawn(
+    flow: ENF, solver: Solver, work: Path, options: argparse.Namespace, n: int | None = None
+) -> tuple[list[Atoms], float]:
     """Returns molecules, and how many a second."""
     start = time.perf_counter()
     ase_enf.generate(flow, 128, seed=options.seed, solver=solver, batch_size=128)
     speed = 128 / (time.perf_counter() - start)
-    return draw_in_pieces(flow, options.n, options.seed, work, solver), speed
+    return draw_in_pieces(flow, n or options.n, options.seed, work, solver), speed
 
 
 def write_table(rows: list[Row], options: argparse.Namespace) -> None:
@@ -134,7 +137,7 @@ def write_table(rows: list[Row], options: argparse.Namespace) -> None:
     budgets = []
     for row in rows:
         label = f"E-NF, `{options.model}` as shipped" if row.name == "shipped" else f"{row.name}, {options.steps} steps"
-        renewed = f"; noise renewed ({row.solver})" if row.solver.churn else ""
+        renewed = f"; noise renewed ({row.solver}), {len(row.atoms)} samples" if row.solver.churn else ""
         table.append((label + renewed, *_figures(row), f"{row.speed:.0f}"))
         if not renewed:
             budgets.append(_budget(label, row.flow))
