@@ -158,8 +158,8 @@ def _add_generate(commands: Any) -> None:
         "--churn",
         type=float,
         default=None,
-        help="noise renewed on the way, in steps; 0 is the flow itself; for "
-        "flows trained by flow matching, those of molecules renew 8 of 64 steps when left out",
+        help="noise renewed on the way, in steps; 0 is the flow itself, and all that is possible for a flow that "
+        "flow matching did not train; when left out, 8 (with 64 steps) for molecules",
     )
 
 

@@ -217,7 +217,7 @@ class ContinuousFlow:
         ]
         last = max(k for k, (_, start, _) in enumerate(steps) if start == 1.0)  # nothing of the steps before would stay
         for k, (t, start, end) in enumerate(steps[last:]):
-            if k and start > t:
+            if k:
                 keep = (1.0 - start) / (1.0 - t)
                 spread = math.sqrt(start**2 - (keep * t) ** 2)
                 x, h = (keep * old + spread * fresh for old, fresh in zip((x, h), noise(), strict=True))

@@ -237,7 +237,8 @@ class Sampler:
 
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        return self.flow.sample(*self.latents(drafts), self.solver, self._noise(drafts))
+        noise = self._noise(drafts) if self.solver.churn else None
+        return self.flow.sample(*self.latents(drafts), self.solver, noise)
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and context (B, M, K) of drafts of one size."""

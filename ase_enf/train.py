@@ -107,8 +107,8 @@ class TrainConfig:
         ema: Decay of the weights' exponential moving average, which is what is validated and shipped.
         augment: Random rotations, for networks that are not equivariant.
         seed: Of initialisation, order, times and noise.
-        validate_every: Steps between validations, one epoch when 0; a validation takes about as long as training on
-            ten times as many molecules.
+        validate_every: Steps between validations, one epoch when 0; a validation takes about as long as training on a
+            hundred times as many molecules, so a small training set wants fewer of them.
         validation_size: Molecules of the validation set that are scored, always the same.
         checkpoint_every: Steps between saves of the training state.
         log_every: Steps between rows of the log.

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and pieces")
     parser.add_argument("--steps", type=int, default=1500, help="training batches of 64 molecules (default: 1500)")
     parser.add_argument("-n", type=int, default=10_000, help="molecules to draw (default: 10000)")
-    parser.add_argument("--renewed", type=int, default=None, help="of them with renewed noise (default: as many)")
+    parser.add_argument("--renewed", type=int, default=None, help="molecules with renewed noise (default: as -n)")
     parser.add_argument("--test", type=int, default=1024, help="test molecules to score, at random (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training, samples and scores (default: 0)")
     parser.add_argument("--model", default="qm9", help="the shipped model, or a path (default: qm9)")
