@@ -149,7 +149,7 @@ def _plot(table: pd.DataFrame, name: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = zip(figure.subplots(1, 2), ("atoms", "molecules"), strict=True)
     for axes, what in panels:
@@ -161,7 +161,7 @@ def _plot(table: pd.DataFrame, name: str) -> None:
         axes.set(xscale="log", xlabel="evaluations of the dynamics a molecule", ylabel=f"{what} stable, %")
         axes.set_xticks([16, 32, 64, 128, 256, 512], labels=["16", "32", "64", "128", "256", "512"])
         axes.set_xticks([], minor=True)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Samplers of {name}, {int(table.n.iloc[0])} molecules each")
     figure.savefig(RESULTS / f"samplers_{name}.png", dpi=110)
 
