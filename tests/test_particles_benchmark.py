@@ -83,10 +83,10 @@ def test_a_failing_cell_does_not_end_the_others(tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
-    table1.open_folder(tmp_path, 1.0, 1000)
-    table1.open_folder(tmp_path, 1.0, 1000)
+    table1.open_folder(tmp_path, 1.0, table1.TEST)
+    table1.open_folder(tmp_path, 1.0, table1.TEST)
     with pytest.raises(SystemExit, match="another folder"):
-        table1.open_folder(tmp_path, 0.1, 1000)
+        table1.open_folder(tmp_path, 0.1, table1.TEST)
 
 
 def test_cells_and_choice():

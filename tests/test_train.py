@@ -459,6 +459,13 @@ def test_a_failing_step_is_skipped_and_counted(tmp_path, monkeypatch, failure):
     assert int(state_of(tmp_path / "run")["ema"]["n_averaged"]) == 4
 
 
+@pytest.mark.parametrize("cost, validated", [(0, [3, 6, 8]), (1, [4, 8]), (110, [8])])
+def test_small_sets_are_validated_less_often_than_every_epoch(tmp_path, monkeypatch, cost, validated):
+    monkeypatch.setattr(train_module, "VALIDATION_COST", cost)  # 3 molecules, a fifth of the time of batches of 4
+    train(tiny(out=str(tmp_path / "run"), validate_every=0), TRAIN, VALID)
+    assert [int(row["step"]) for row in log_of(tmp_path / "run") if row["valid_nll"]] == validated
+
+
 def test_steps_that_keep_failing_end_the_run_with_a_remedy(monkeypatch):
     fail_on(monkeypatch, range(1000), _nan_loss)
     with pytest.raises(TrainingError, match=r"20 steps in a row .*lower learning_rate \(now 0\.001\)"):
