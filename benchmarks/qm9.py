@@ -1,11 +1,11 @@
-"""Table 2: E-NF, GNF-att and GNF-att-aug under one budget, and the shipped model.
+"""Table 2: E-NF, GNF-att and GNF-att-aug under one budget, and the shipped models.
 
 python -m benchmarks.qm9 --data QM9.npz --work FOLDER
 
 Trains the three methods for ``--steps`` batches of 64 molecules each, on the published train split, draws ``-n``
-molecules from each and from the shipped model (from that by its default sampler, which renews noise, too), and scores
-``--test`` molecules of the test split. Everything is kept in the folder: run it again and it goes on where it stopped.
-``--only METHOD ... --no-table`` shares the work among processes.
+molecules from each and from the shipped models (from those by their default sampler, which renews noise, too), and
+scores ``--test`` molecules of the test split. Everything is kept in the folder: run it again and it goes on where it
+stopped. ``--only ROW ... --no-table`` shares the work among processes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ METHODS = {
     "GNF-att-aug": {"network": "gnn", "augment": True},
     "E-NF": {},
 }
+MODELS = ["qm9"]
 PAPER = [
     ("GNF-att", "-28.2", "72", "0.3", "", "", ""),
     ("GNF-att-aug", "-29.3", "75", "0.5", "", "", ""),
@@ -67,21 +68,23 @@ def main() -> None:
     parser.add_argument("--renewed", type=int, default=None, help="molecules with renewed noise (default: as -n)")
     parser.add_argument("--test", type=int, default=1024, help="test molecules to score, at random (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training, samples and scores (default: 0)")
-    parser.add_argument("--model", default="qm9", help="the shipped model, or a path (default: qm9)")
-    everything = [*METHODS, "shipped"]
-    parser.add_argument("--only", nargs="*", choices=everything, default=everything, help="these rows (default: all)")
+    parser.add_argument("--models", nargs="*", default=MODELS, help=f"shipped names or paths (default: {MODELS})")
+    parser.add_argument("--only", nargs="*", help="some of the methods and models (default: all)")
     parser.add_argument("--no-table", action="store_true", help="do the work and write no table")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's choice")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    everything = [*METHODS, *options.models]
+    if unknown := set(options.only or ()) - set(everything):
+        parser.error(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(everything)}")
     test = qm9.load(options.data, split="test")
     rows = []
     for name in everything:
-        if name in options.only:
-            flow = ase_enf.load(options.model, "cpu") if name == "shipped" else trained(name, options)
+        if options.only is None or name in options.only:
+            flow = trained(name, options) if name in METHODS else ase_enf.load(name, "cpu")
             rows.append(measure(name, flow, test, options))
-            if name == "shipped" and flow.sampling_solver.churn:
+            if name not in METHODS and flow.sampling_solver.churn:
                 rows.append(redrawn(rows[-1], options))
     if not options.no_table:
         write_table(rows, options)
@@ -99,7 +102,7 @@ def trained(name: str, options: argparse.Namespace) -> ENF:
 
 def _folder(name: str, options: argparse.Namespace) -> Path:
     """Returns where a method's run and pieces are: another budget is another run."""
-    return options.work / f"{name}_{options.steps}_seed{options.seed}"
+    return options.work / f"{Path(name).stem}_{options.steps}_seed{options.seed}"
 
 
 def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace) -> Row:
@@ -136,7 +139,7 @@ def write_table(rows: list[Row], options: argparse.Namespace) -> None:
     table = [(f"{name}, paper", *figures, "") for name, *figures in PAPER]
     budgets = []
     for row in rows:
-        label = f"E-NF, `{options.model}` as shipped" if row.name == "shipped" else f"{row.name}, {options.steps} steps"
+        label = f"{row.name}, {options.steps} steps" if row.name in METHODS else f"E-NF, `{row.name}` as shipped"
         renewed = f"; noise renewed ({row.solver}), {len(row.atoms)} samples" if row.solver.churn else ""
         table.append((label + renewed, *_figures(row), f"{row.speed:.0f}"))
         if not renewed:
