@@ -33,7 +33,8 @@ def log_likelihood_gradient(
     """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
 
     The exact trace, the mean of q and a fixed-step solver make it a smooth function of the positions that is invariant
-    to rotation, translation and the order of atoms; its gradient is that of exactly this function.
+    to translation and the order of atoms, and with an equivariant network to rotation; its gradient is that of exactly
+    this function.
 
     Args:
         flow: A flow.
@@ -126,8 +127,6 @@ class ENFCalculator(Calculator):
             raise CalculatorSetupError(
                 f"solver churn={self._solver.churn:g}: renewed noise has no likelihood and no energy; use churn=0"
             )
-        if not kT > 0:
-            raise CalculatorSetupError(f"kT={kT}: must be a positive energy in eV")
         super().__init__(kT=float(kT), model=flow.name, solver=self._solver.method, steps=self._solver.steps)
 
     def set(self, **settings: Any) -> dict[str, Any]:
@@ -135,6 +134,9 @@ class ENFCalculator(Calculator):
         fixed = set(settings) - {"kT"} if hasattr(self, "parameters") and self.parameters else set()
         if fixed:
             raise CalculatorSetupError(f"{sorted(fixed)[0]} is fixed; make a new ENFCalculator for another")
+        kT = settings.get("kT", 1.0)  # noqa: N806
+        if not 0 < kT < float("inf"):
+            raise CalculatorSetupError(f"kT={kT}: must be a positive energy in eV")
         return super().set(**settings)
 
     def calculate(

@@ -51,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader of a pipe has enough; flushing at exit would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except _user_errors() as error:
-            remedy = "; lower --batch-size" if type(error).__name__ == "OutOfMemoryError" else ""
-            _say(f"error: {' '.join(str(error).split())}{remedy}")
+        except (*_user_errors(), MemoryError, RuntimeError) as error:
+            full = isinstance(error, MemoryError) or "memory" in str(error) and isinstance(error, RuntimeError)
+            if not (full or isinstance(error, _user_errors())):
+                raise
+            _say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
             return _USAGE
     return 0
 
@@ -61,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that tell a user what to do; anything else is a defect and keeps its traceback."""
     from ase.calculators.calculator import CalculatorError
-    from torch import OutOfMemoryError
 
     from ase_enf.flow import SolverError
     from ase_enf.generate import GenerationError
@@ -75,7 +76,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         SolverError,
         GenerationError,
         TrainingError,
-        OutOfMemoryError,
     )
 
 
@@ -204,10 +204,12 @@ def _add_train(commands: Any, complete: bool) -> None:
         return
     for name, kind, default, text in _train_fields():
         flag = f"--{name.replace('_', '-')}"
+        # What is absent was not typed: a run that is resumed must know.
+        about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
         if kind is bool:
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
         else:
-            command.add_argument(flag, type=kind, default=default, help=text)
+            command.add_argument(flag, type=kind, **about)
 
 
 def _train_fields() -> list[tuple[str, type, Any, str]]:
@@ -326,7 +328,7 @@ def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.I
 
 def _score(options: argparse.Namespace) -> None:
     from ase_enf.files import require_folder
-    from ase_enf.io import check_output, write_structures
+    from ase_enf.io import KEEP_INFO, check_output, keeps_info, write_structures
     from ase_enf.model import load
     from ase_enf.score import score, with_scores
 
@@ -335,6 +337,11 @@ def _score(options: argparse.Namespace) -> None:
         require_folder(options.output)
     elif options.output:
         check_output(options.output)
+        if not keeps_info(options.output):
+            raise ValueError(
+                f"{options.output}: that format keeps no scores; use {', '.join(TABLES)} for a table or "
+                f"{', '.join(KEEP_INFO)} for structures"
+            )
     atoms = _read(options.structures)
     flow = load(options.model, device=options.device, dtype=options.dtype)
     flow.use_kernel(options.kernel)
@@ -391,29 +398,42 @@ def _reference(name: str) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from ase_enf.train import BEST_FILE, CONFIG_FILE, RESUME_MAY_CHANGE, STATE_FILE, TrainConfig, train
+    from ase_enf.model import read_header
+    from ase_enf.train import (
+        BEST_FILE,
+        CONFIG_FILE,
+        LAST_FILE,
+        RESUME_MAY_CHANGE,
+        STATE_FILE,
+        TrainConfig,
+        train,
+    )  # fmt: skip
 
+    typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
     if options.resume:
         if options.data or options.valid:
             raise ValueError("--resume takes data and settings from its folder; leave --data and --valid out")
+        if "out" in typed:
+            raise ValueError("--resume names the folder of the run; leave --out out")
         if options.qm9_split or options.n_atoms:
             raise ValueError("--resume takes data and settings from its folder; leave --qm9-split and --n-atoms out")
         folder = Path(options.resume)
         saved = _read_json(folder / CONFIG_FILE)
         sources = _read_json(folder / DATA_FILE)
-        changed = {
-            name: getattr(options, name) for name, _, default, _ in _train_fields() if getattr(options, name) != default
-        }
-        fixed = [name for name in changed if name not in RESUME_MAY_CHANGE]
+        fixed = [name for name in typed if name not in RESUME_MAY_CHANGE and typed[name] != saved.get(name)]
         if fixed:
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed; leave it out")
-        config = TrainConfig(**{**saved, "time_limit": None, **changed, "out": str(folder)})
+        config = TrainConfig(**{**saved, "time_limit": None, **typed, "out": str(folder)})
     else:
         if not options.data or not (options.valid or options.qm9_split):
             raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
-        if not options.out:
+        if options.qm9_split and options.valid:
+            raise ValueError("--qm9-split takes both sets from --data; leave --valid out")
+        if "out" not in typed:
             raise ValueError("--out is missing; name the folder of the run")
-        config = TrainConfig(**{name: getattr(options, name) for name, *_ in _train_fields()})
+        if Path(typed["out"]).is_file():
+            raise ValueError(f"--out {typed['out']}: is a file; name the folder of the run")
+        config = TrainConfig(**typed)
         paths = {"train": options.data, "valid": options.valid or options.data}
         sources = {name: str(Path(path).resolve()) for name, path in paths.items()}
         sources |= {"split": options.qm9_split, "n_atoms": options.n_atoms}
@@ -428,8 +448,15 @@ def _train(options: argparse.Namespace) -> None:
             (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
     model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
     if main_process:
-        nll, step = model.provenance["validation_nll"], model.provenance["step"]
-        _say(f"validation NLL {nll:.3f} nats at step {step}; weights in {config.out}/model.safetensors")
+        best, last = model.provenance, read_header(Path(config.out) / LAST_FILE)["provenance"]
+        if last["step"] < last["total_steps"]:
+            done = f"step {last['step']} of {last['total_steps']}"
+            _say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {config.out}")
+        if best["validation_nll"] is None:
+            _say(f"no validation yet; weights of now in {config.out}/{LAST_FILE}")
+        else:
+            found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
+            _say(f"validation NLL {found}; weights in {config.out}/{BEST_FILE}")
 
 
 def _info(options: argparse.Namespace) -> None:

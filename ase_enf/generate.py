@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import atomic_numbers
-from ase.formula import Formula
+from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 from tqdm import tqdm
 
@@ -302,14 +301,15 @@ def _compositions(flow: ENF, n_atoms: int | None, formula: str | None) -> tuple[
     """Returns the formulas to draw from and their weights, None when the types are not given."""
     if flow.features != "given":
         if formula is not None:
+            does = "generates types itself" if flow.features == "joint" else "knows no types"
             raise ValueError(
-                f"formula={formula!r}: this model has features={flow.features!r} and generates types itself; "
+                f"formula={formula!r}: this model has features={flow.features!r} and {does}; "
                 "use a model with features='given'"
             )
         return None
     if formula is not None:
         numbers = formula_numbers(formula)
-        unknown = sorted(set(Formula(formula).count()) - set(flow.species))
+        unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
         if unknown:
             raise ValueError(
                 f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "

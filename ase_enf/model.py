@@ -539,8 +539,16 @@ def load(
         raise ValueError(
             f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"
         ) from None
-    model.name = path.stem
+    model.name = _model_name(path)
     return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
+
+
+def _model_name(path: Path) -> str:
+    """Returns what provenance calls a model: every run names its files alike, so that its folder tells them apart."""
+    if path.stem not in ("model", "last"):
+        return path.stem
+    folder = path.resolve().parent.name
+    return folder if path.stem == "model" else f"{folder}-last"
 
 
 def package_version() -> str:

@@ -90,19 +90,22 @@ def formula_numbers(formula: str) -> np.ndarray:
     """Parses a chemical formula such as ``"C7H10O2"`` to atomic numbers, heaviest count order as written.
 
     Raises:
-        ValueError: If ``formula`` is no formula or is empty.
+        ValueError: If ``formula`` is no formula, is empty or has a charge.
 
     Example:
         >>> formula_numbers("CH4").tolist()
         [6, 1, 1, 1, 1]
     """
+    stripped = formula.strip()
+    if set(stripped) & set("+-"):
+        raise ValueError(f"formula {formula!r}: flows know no charges; write the atoms alone, like C7H10O2")
     try:
-        counts = Formula(formula).count()
+        counts = Formula(stripped).count()
         numbers = [atomic_numbers[symbol] for symbol, count in counts.items() for _ in range(count)]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"formula {formula!r}: not a chemical formula ({error}); write it like C7H10O2") from None
-    if not numbers:
-        raise ValueError(f"formula {formula!r}: has no atoms; write it like C7H10O2")
+    except (ValueError, KeyError):
+        raise ValueError(f"formula {formula!r}: not a chemical formula; write it like C7H10O2") from None
+    if not numbers or not all(counts.values()):
+        raise ValueError(f"formula {formula!r}: has no atoms of an element, or none at all; write it like C7H10O2")
     return np.array(numbers)
 
 

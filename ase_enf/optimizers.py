@@ -45,10 +45,16 @@ class Optimizers:
         return [member.state_dict() for member in self.members]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned, or the state of one optimizer, as older runs have it."""
+        """Takes over what :meth:`state_dict` returned, or the state of one optimizer, as older runs have it.
+
+        Weight decays stay as they were built: a run may go on with another.
+        """
         states = [states] if isinstance(states, dict) else states
         for member, state in zip(self.members, states, strict=True):
+            decays = [group["weight_decay"] for group in member.param_groups]
             member.load_state_dict(state)
+            for group, decay in zip(member.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def resolve_optimizer(name: str, objective: str) -> str:

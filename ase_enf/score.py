@@ -21,7 +21,7 @@ from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
 from ase_enf.flow import INTERVALS, Solver, TraceMethod, resolve_solver
 from ase_enf.model import ENF, LogProb, resolve_device
-from ase_enf.molecules import COINCIDENT, canonical_order, check_atoms, one_or_many, to_batch
+from ase_enf.molecules import canonical_order, check_atoms, one_or_many, to_batch
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
@@ -31,6 +31,8 @@ CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
 AUTOGRAD_DIMENSIONS = 96
 # The quadrature starts with INTERVALS and doubles them up to this many times.
 DOUBLINGS = 2
+# Rows times M² that are scored together: a thread needs some hundred MB for them.
+PAIRS_TOGETHER = 2**15
 # Streams of the noise: of q, of the probes.
 _Q, _PROBES = 1, 2
 
@@ -164,10 +166,10 @@ def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float) -> N
 
 
 def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> list[Atoms]:
-    """Returns copies of the structures with their score in ``info``, which every ASE format but plain xyz keeps.
+    """Returns copies of the structures with their score in ``info``, which extended xyz and ``.traj`` keep.
 
     ``enf_log_likelihood``, ``enf_log_likelihood_stderr`` (nats; left out when unknown), ``enf_log_likelihood_kind``
-    ("exact" or "bound"), ``enf_log_likelihood_trace`` and ``enf_model``.
+    ("exact" or "bound"), ``enf_log_likelihood_trace`` and ``enf_log_likelihood_model``.
 
     Args:
         flow: A flow.
@@ -197,7 +199,7 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
             item.info["enf_log_likelihood_stderr"] = float(row.stderr)
         item.info["enf_log_likelihood_kind"] = str(row.kind)
         item.info["enf_log_likelihood_trace"] = str(row.trace)
-        item.info["enf_model"] = model
+        item.info["enf_log_likelihood_model"] = model  # enf_model, if there, says which one made the structure
         result.append(item)
     return result
 
@@ -226,7 +228,7 @@ class _Scorer:
     def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[_Estimate]:
         """Returns one estimate a structure, in order."""
         rows = [
-            _Row(index, item, canonical_order(item), seed)
+            _Row(index, item, self._rank(item), seed)
             for index, (item, seed) in enumerate(zip(atoms, seeds, strict=True))
         ]
         results: dict[int, _Estimate] = {}
@@ -237,10 +239,15 @@ class _Scorer:
                 bar.update(len(group))
         return [results[index] for index in range(len(rows))]
 
+    def _rank(self, atoms: Atoms) -> np.ndarray:
+        """Returns the order in which noise is attached; any where there is none."""
+        noisy = self.flow.features == "joint" or self.trace_of(len(atoms)) == "hutchinson"
+        return canonical_order(atoms) if noisy else np.arange(len(atoms))
+
     def _groups(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Yields batches of one size."""
-        together = max(1, self.batch_size // self.draws)
+        """Yields batches of one size, of fewer rows where those are large: memory is that of pairs."""
         for size in sorted({len(row.atoms) for row in rows}):
+            together = max(1, min(self.batch_size, PAIRS_TOGETHER // size**2) // self.draws)
             members = [row for row in rows if len(row.atoms) == size]
             for k in range(0, len(members), together):
                 yield members[k : k + together]
@@ -367,11 +374,7 @@ def _check(
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     for index, item in enumerate(atoms):
-        check_atoms(item, flow.species, index)
-        if (
-            flow.config.dimension == 2 and np.ptp(item.positions[:, 2]) > COINCIDENT
-        ):  # as to_batch, which sees one batch
-            raise ValueError(f"structure {index}: leaves the xy plane, but the model is two-dimensional; set z to 0")
+        check_atoms(item, flow.species, index, flow.config.dimension)
         if flow.features == "joint" and len(item) not in flow.size_prior:
             seen = list(flow.size_prior.counts)
             raise ValueError(

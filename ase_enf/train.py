@@ -7,6 +7,7 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -56,6 +57,7 @@ LOG_COLUMNS = (
     "examples_per_s",
     "elapsed_s",
 )
+BOARD_FOLDER = "tensorboard"
 PRECISIONS = ("float32", "tf32", "bf16")
 # A run that skips this many steps in a row does not recover by itself.
 MAX_CONSECUTIVE_SKIPS = 20
@@ -68,7 +70,7 @@ VALIDATION_SHARE = 0.2  # of the time of training
 # What may differ when a run is resumed; the rest decides which numbers come next.
 RESUME_MAY_CHANGE = (
     "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "initial",
-    "out", "device", "precision", "compile", "kernel", "decay",
+    "out", "device", "precision", "compile", "kernel", "decay", "matrix_decay",
 )  # fmt: skip
 
 
@@ -169,6 +171,9 @@ class TrainConfig:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("initial", "out"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.fspath(path))  # saved as JSON
         for name, known in (
             ("objective", OBJECTIVES),
             ("optimizer", OPTIMIZERS),
@@ -260,10 +265,11 @@ def train(
 ) -> ENF:
     """Trains a flow on ``Atoms`` of any elements and returns it at its best validation likelihood.
 
-    Species, size prior and scales come from ``train_atoms``. With ``config.out`` the folder receives
-    ``model.safetensors`` (best), ``last.safetensors``, ``state.pt``, ``log.csv`` and ``config.json``; a run killed at
-    any moment goes on from its last save with ``resume=True``, to the same numbers on a CPU. Started by ``torchrun``,
-    every process trains on its own share.
+    Species, size prior and scales come from ``train_atoms``; with ``config.initial`` species and scales are those of
+    that model. With ``config.out`` the folder receives ``model.safetensors`` (best), ``last.safetensors``,
+    ``state.pt``, ``log.csv``, ``config.json`` and, where TensorBoard is installed, its events; a run killed at any
+    moment goes on from its last save with ``resume=True``, to the same numbers on a CPU. Started by ``torchrun``, every
+    process trains on its own share.
 
     On Linux the process keeps freed memory instead of returning it to the system at every step (``mallopt``), which
     makes training on a CPU up to twice as fast.
@@ -320,11 +326,17 @@ class _Trainer:
         initial = load(config.initial, device="cpu") if config.initial else None
         species = initial.species if initial else () if config.features == "none" else species_of(train_atoms)
         dimension = initial.config.dimension if initial else config.dimension
-        self.data = MoleculeSet(train_atoms, species, dimension)
-        self.valid = MoleculeSet(valid_atoms, species, dimension)
+        self.data = _molecules("training set", train_atoms, species, dimension)
+        for index, item in enumerate(valid_atoms if species and not initial else ()):
+            if foreign := sorted(set(item.symbols) - set(species)):
+                raise ValueError(
+                    f"validation set: structure {index} ({item.get_chemical_formula()}): element(s) "
+                    f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
+                )
+        self.valid = _molecules("validation set", valid_atoms, species, dimension)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
             torch.manual_seed(config.seed)
-            model = initial or ENF(self._model_config(species))
+            model = self._refitted(initial) if initial else ENF(self._model_config(species))
         self.model = model.to(self.device).requires_grad_(True).train()
         self.model.provenance["objective"] = config.objective  # the best way to integrate it depends on that
         plain = config.objective == "nll" or config.compile or config.precision != "float32"
@@ -353,6 +365,7 @@ class _Trainer:
         self.best_provenance: dict[str, Any] = {}
         if state is not None:
             self._restore(state)
+        self.board = _board(self.out, self.step) if ranks.main else None
         self.stepper: nn.Module = _Step(self.model, self.objective)
         if config.compile:
             self.model.dynamics.network.compile()
@@ -491,6 +504,10 @@ class _Trainer:
         if self.out:
             with open(self.out / LOG_FILE, "a", newline="") as file:
                 csv.writer(file).writerow([f"{v:.8g}" if isinstance(v, float) else v for v in row])
+        if self.board is not None:
+            for name, value in zip(LOG_COLUMNS[1:], row[1:], strict=True):
+                if value != "":
+                    self.board.add_scalar(name, value, self.step)
 
     def _validate(self) -> tuple[float, float] | None:
         """Scores the fixed subset by the averaged weights; keeps them when they are the best so far."""
@@ -528,12 +545,13 @@ class _Trainer:
             "objective": self.config.objective,
             "training": dataclasses.asdict(self.config),
             "step": self.step,
+            "total_steps": self.total_steps,
             "epoch": round(self.step / self.steps_per_epoch, 3),
             "data": self.source,
             "molecules": len(self.data),
             "processes": self.ranks.world,
             "hours": round(self.elapsed / 3600, 3),
-            "validation_nll": self.best,
+            "validation_nll": self.best if math.isfinite(self.best) else None,
             "skipped_steps": self.skipped,
             "ase_enf": package_version(),
             "torch": torch.__version__,
@@ -542,6 +560,8 @@ class _Trainer:
     def _result(self) -> ENF:
         if self.ranks.world > 1:
             dist.barrier()
+        if self.board is not None:
+            self.board.close()
         model = self._averaged()
         if self.ranks.main and self.out:
             model.provenance = self._provenance()
@@ -593,16 +613,22 @@ class _Trainer:
                 return torch.load(path, map_location=self.device, weights_only=True)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
                 raise ValueError(f"{path}: is no whole training state ({brief(error)}); start the run again") from None
+        if self.out.is_file():
+            raise ValueError(f"{self.out}: is a file; out names the folder of the run")
         if path.exists() or (self.out / BEST_FILE).exists():
             raise ValueError(f"{self.out}: already holds a run; resume it, or choose another folder")
         if self.ranks.world > 1:
             dist.barrier()  # nobody writes before everybody has looked
         if self.ranks.main:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            self._save_config()
             with open(self.out / LOG_FILE, "w", newline="") as file:
                 csv.writer(file).writerow(LOG_COLUMNS)
         return None
+
+    def _save_config(self) -> None:
+        with atomic_write(self.out / CONFIG_FILE) as handle:
+            handle.write(f"{json.dumps(dataclasses.asdict(self.config), indent=2)}\n".encode())
 
     def _restore(self, state: dict[str, Any]) -> None:
         if json.loads(state["model_config"]) != json.loads(json.dumps(dataclasses.asdict(self.model.config))):
@@ -633,6 +659,7 @@ class _Trainer:
             self.best = math.inf
         if self.ranks.main:
             _truncate_log(self.out / LOG_FILE, self.step)
+            self._save_config()  # a longer run, interrupted, goes on as the longer run
 
     def _objective(self) -> Objective:
         if self.config.objective == "nll":
@@ -642,6 +669,19 @@ class _Trainer:
             raise ValueError("a learned q collapses under flow matching; train this model with objective='nll'")
         return FlowMatching(self.config.time_power)
 
+    def _counts(self, features: str) -> dict[str, dict[Any, int]]:
+        """Returns how many atoms, and which compositions, the training set has how often."""
+        return {
+            "sizes": dict(sorted(Counter(self.data.sizes.tolist()).items())),
+            "compositions": dict(sorted(self.data.compositions.items())) if features == "given" else {},
+        }
+
+    def _refitted(self, initial: ENF) -> ENF:
+        """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
+        model = ENF(dataclasses.replace(initial.config, **self._counts(initial.features)), initial.provenance)
+        model.load_state_dict(initial.state_dict())
+        return model
+
     def _model_config(self, species: tuple[str, ...]) -> ENFConfig:
         config = self.config
         shift, scale = (
@@ -650,8 +690,7 @@ class _Trainer:
         return ENFConfig(
             features=config.features,
             species=species,
-            sizes=dict(sorted(Counter(self.data.sizes.tolist()).items())),
-            compositions=dict(sorted(self.data.compositions.items())) if config.features == "given" else {},
+            **self._counts(config.features),
             dimension=config.dimension,
             network=config.network,
             hidden=config.hidden,
@@ -684,6 +723,23 @@ class _Trainer:
         shared = torch.tensor(float(late), device=self.device)
         dist.all_reduce(shared)
         return bool(shared > 0)
+
+
+def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], dimension: int) -> MoleculeSet:
+    """Returns a set of molecules; what is wrong with one of them says which set it is in."""
+    try:
+        return MoleculeSet(atoms, species, dimension)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _board(folder: Path | None, step: int) -> Any:
+    """Returns a TensorBoard writer, None where TensorBoard is not installed."""
+    if folder is None or importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / BOARD_FOLDER, purge_step=step)
 
 
 def schedule(step: int, total: int, warmup: int, decay: float = 1.0) -> float:

@@ -125,6 +125,9 @@ def test_a_recalculation_follows_the_atoms_and_kt(make_flow):
     assert after != before
     atoms.calc.set(kT=2.0)
     assert atoms.get_potential_energy() == pytest.approx(2 * after, rel=1e-12)
+    for bad in (-1.0, 0.0, math.inf, math.nan):
+        with pytest.raises(CalculatorSetupError, match="must be a positive energy"):
+            atoms.calc.set(kT=bad)
 
 
 def test_two_dimensions(make_flow):

@@ -204,6 +204,87 @@ def test_train_and_resume(here, tmp_path, capsys):
     assert "features       joint" in capsys.readouterr().out
 
 
+def test_what_is_typed_on_resuming_counts_and_stays(here, tmp_path, capsys):
+    out, never = tmp_path / "run", 1e-9  # hours
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", out, "--device", "cpu", *TINY]
+    assert run("train", *words, "--epochs", 2) == 0
+
+    def last_step() -> int:
+        with open(out / "log.csv") as log:
+            return int([row["step"] for row in csv.DictReader(log)][-1])
+
+    assert last_step() == 2  # both molecules in one batch
+    assert run("train", "--resume", out, "--epochs", 100, "--time-limit", never) == 0  # 100 is the default
+    assert last_step() == 3
+    assert f"step 3 of 100; go on with ase-enf train --resume {out}" in capsys.readouterr().err
+    assert run("train", "--resume", out, "--steps", 8, "--validate-every", 9, "--matrix-decay", 0.2) == 0
+    assert last_step() == 8 and run("train", "--resume", out) == 0 and last_step() == 8
+    assert load(out / "last.safetensors", device="cpu").provenance["training"]["matrix_decay"] == 0.2
+    assert run("train", "--resume", out, "--steps", 12, "--time-limit", never) == 0 and last_step() == 9
+    assert run("train", "--resume", out) == 0 and last_step() == 12  # an interrupted longer run goes on as such
+    capsys.readouterr()
+    assert run("train", "--resume", out, "--hidden", 64) == 2  # the default, but not of this run
+    assert "--hidden cannot change" in capsys.readouterr().err
+    assert run("train", "--resume", out, "--hidden", 8) == 0
+
+
+def test_a_run_stopped_before_its_first_validation_names_the_weights_that_are_there(here, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", out, "--device", "cpu", *TINY]
+    assert run("train", *words, "--steps", 400, "--validate-every", 99, "--time-limit", 1e-9) == 0
+    said = capsys.readouterr().err
+    assert "no validation yet" in said and "last.safetensors" in said and "inf" not in said
+    assert load(out / "last.safetensors", device="cpu").name == "run-last"
+    assert not (out / "model.safetensors").exists()
+    assert run("info", out / "last.safetensors", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["provenance"]["validation_nll"] is None
+
+
+def test_scores_go_only_where_they_are_kept(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(ENF, "log_prob")
+    for name in ("s.pdb", "s.cif", "s.vasp"):
+        assert run("score", "joint.safetensors", "good.extxyz", "-o", tmp_path / name) == 2
+        assert "keeps no scores; use .csv" in capsys.readouterr().err
+
+
+def test_all_records_of_an_sdf_are_read(here, tmp_path, capsys):
+    Chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import AllChem
+
+    with Chem.SDWriter(str(tmp_path / "three.sdf")) as writer:
+        for smiles in ("O", "CO", "CCO"):
+            mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+            AllChem.EmbedMolecule(mol, randomSeed=1)
+            writer.write(mol)
+    assert [str(a.symbols) for a in cli._read(str(tmp_path / "three.sdf"))] == ["OH2", "COH4", "C2OH6"]
+
+
+def test_an_empty_database_is_left_alone(here, tmp_path, capsys):
+    (tmp_path / "empty.db").touch()
+    assert run("evaluate", tmp_path / "empty.db") == 2
+    assert "is no ASE database" in capsys.readouterr().err and (tmp_path / "empty.db").stat().st_size == 0
+
+
+def test_a_database_keeps_the_keys_of_its_user(here, tmp_path):
+    path = tmp_path / "mine.db"
+    with connect(path) as database:
+        database.write(molecule("H2O"), name="water", pka=14.0, data={"spec": [1, 2, 3]})
+    assert run("score", "given.safetensors", path, "-o", path, *FAST) == 0
+    with connect(path) as database:
+        (row,) = database.select("pka>3")
+    assert row.name == "water" and row.data["info"]["spec"] == [1, 2, 3] and np.isfinite(row.log_likelihood)
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), RuntimeError("[enforce] can't allocate memory: 9 bytes")])
+def test_running_out_of_memory_has_a_remedy(here, tmp_path, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ENF, "sample", fail)
+    assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz") == 2
+    assert "lower --batch-size" in capsys.readouterr().err
+
+
 def test_validation_without_the_heaviest_element(here, tmp_path):
     words = ["--data", SAMPLE, "--qm9-split", "--n-atoms", 15, "--out", tmp_path / "run", "--device", "cpu", *TINY]
     assert run("train", *words, "--steps", 1) == 0  # fluorine in the training molecules only
@@ -288,6 +369,8 @@ BAD = {
     "n_atoms": ([*GENERATE, "--n-atoms", "4"], "n_atoms=4"),
     "formula of a joint model": ([*GENERATE, "--formula", "H2O"], "features='given'"),
     "formula": (["generate", "given.safetensors", "--formula", "H2("], "not a chemical formula"),
+    "formula with a charge": (["generate", "given.safetensors", "--formula", "H2O+"], "no charges"),
+    "formula without atoms": (["generate", "given.safetensors", "--formula", "C0H4"], "no atoms of an element"),
     "device": ([*GENERATE, "--device", "cpuu"], "device 'cpuu' is unknown"),
     "dtype": ([*GENERATE, "--dtype", "float16"], "choose float32 or float64"),
     "solver": ([*GENERATE, "--solver", "rk5"], "choose one of dopri5"),
@@ -320,6 +403,19 @@ BAD = {
         "objective 'gan' is unknown",
     ),
     "split of unnumbered": ([*TRAIN, "--data", "good.extxyz", "--qm9-split"], "good.extxyz"),
+    "train into a file": (
+        ["train", "--data", "good.extxyz", "--valid", "good.extxyz", "--out", "good.extxyz"],
+        "is a file; name the folder",
+    ),
+    "train on two splits": (
+        [*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--qm9-split"],
+        "leave --valid out",
+    ),
+    "validate on other elements": (
+        [*TRAIN, "--data", "methane.xyz", "--valid", "good.extxyz"],
+        "validation set: structure 0 (H2O): element(s) O are not in the training set",
+    ),
+    "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
     "resume with data": (["train", "--resume", "run", "--data", "good.extxyz"], "leave --data and --valid out"),
     "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),

@@ -38,6 +38,24 @@ def test_formats_that_keep_info(structures, tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
+ODD = {
+    "empty": "", "code": "007", "flag": "F", "none": None, "list": "[1, 2]", "equation": "x=1", "smiles": "C/C=C\\C",
+    "quotes": '"it\'s"', "json": '_JSON "x"', "lines": "a\nb", "nan": "nan", "words": "two words",
+}  # fmt: skip
+
+
+def test_extended_xyz_gives_back_texts_as_they_were(tmp_path):
+    atoms = molecule("H2O")
+    atoms.info |= ODD
+    write_structures(tmp_path / "m.extxyz", [atoms])
+    assert read(tmp_path / "m.extxyz").info == ODD and atoms.info == ODD
+
+
+def test_a_format_without_info_says_so(structures, tmp_path):
+    with pytest.warns(UserWarning, match=r"keeps no info .*use \.extxyz"):
+        write_structures(tmp_path / "m.pdb", structures)
+
+
 def test_databases_select_by_likelihood(structures, tmp_path):
     assert write_structures(tmp_path / "m.db", structures) == 3
     with connect(tmp_path / "m.db") as database:

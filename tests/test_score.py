@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import numpy as np
@@ -24,6 +25,7 @@ from ase_enf.io import write_structures
 from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Row, _Scorer, annotate, combine, score
 
 # No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
+score_module = importlib.import_module("ase_enf.score")  # ase_enf.score is the function
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
 
 
@@ -325,11 +327,35 @@ def test_annotate_returns_copies(flow):
             "enf_log_likelihood_stderr": row.stderr,
             "enf_log_likelihood_kind": KINDS[flow.features],
             "enf_log_likelihood_trace": "exact",
-            "enf_model": "unnamed",
+            "enf_log_likelihood_model": "unnamed",
         }
         item.positions += 1.0
         item.info.clear()
         assert original == untouched and original.info == untouched.info
+
+
+def test_who_made_a_structure_and_who_scored_it_are_two_things(make_flow):
+    atoms = molecule("H2O")
+    atoms.info["enf_model"] = "maker"
+    (scored,) = annotate(make_flow("given", layers=1), atoms, **FAST)
+    assert scored.info["enf_model"] == "maker" and scored.info["enf_log_likelihood_model"] == "unnamed"
+
+
+def test_large_structures_are_scored_by_fewer_rows_at_once(make_flow, monkeypatch):
+    atoms = [molecule("CH4"), molecule("CH4"), molecule("H2O"), molecule("H2O")]
+    flow, rows = make_flow("given", layers=1), []
+    plain = type(flow).log_prob
+    monkeypatch.setattr(
+        type(flow), "log_prob", lambda self, batch, *a: rows.append(len(batch.mask)) or plain(self, batch, *a)
+    )
+    monkeypatch.setattr(score_module, "PAIRS_TOGETHER", 25)
+    score(flow, atoms, **FAST)
+    assert rows == [2, 1, 1]
+
+
+def test_no_order_is_looked_for_where_there_is_no_noise(make_flow, monkeypatch):
+    monkeypatch.setattr(score_module, "canonical_order", None)  # slow for large symmetric clusters
+    score(make_flow("given", layers=1), molecule("H2O"), **FAST)
 
 
 def test_an_unknown_error_is_left_out(make_flow):
@@ -371,7 +397,7 @@ def test_bad_structures_are_one_line_that_names_them(make_flow, name):
 
 def test_a_structure_off_the_plane_is_named_by_its_place(make_flow):
     flat = Atoms("X3", [(0, 0, 0), (1, 0, 0), (0, 1, 0)])
-    with pytest.raises(ValueError, match="^structure 3: leaves the xy plane"):
+    with pytest.raises(ValueError, match=r"^structure 3 \(X3\): leaves the xy plane"):
         tilted = flat.copy()
         tilted.rotate(20, "x")
         score(make_flow("none", layers=1, dimension=2), [flat, flat, flat, tilted], batch_size=1)

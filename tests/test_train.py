@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,40 @@ def test_initial_weights_bring_their_model(tmp_path):
         train(config, [molecule("HF")], VALID)
 
 
+def test_fine_tuning_takes_sizes_and_compositions_from_the_new_data(tmp_path):
+    train(tiny(steps=2, features="given"), TRAIN, VALID).save(tmp_path / "first.safetensors")
+    water = [atoms for atoms in TRAIN if len(atoms) == 3 and "H" in atoms.symbols]
+    flow = train(tiny(steps=1, initial=tmp_path / "first.safetensors", out=tmp_path / "run"), water, water)
+    assert flow.config.compositions == {"H2O": len(water)} and dict(flow.config.sizes) == {3: len(water)}
+    assert flow.size_prior.counts == {3: len(water)} and flow.species == ("H", "C", "N", "O")
+    assert flow.config.position_scale == load(tmp_path / "first.safetensors").config.position_scale
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(train_module.importlib.util, "find_spec", lambda name: name)
+    train(tiny(steps=2, out=tmp_path / "run"), TRAIN, VALID)
+    assert written[0] == (tmp_path / "run" / "tensorboard", 0) and written[-1] == "closed"
+    rows = log_of(tmp_path / "run")
+    losses = [value for name, value, _ in written[1:-1] if name == "loss"]
+    assert losses == pytest.approx([float(row["loss"]) for row in rows], rel=1e-6)
+    assert [entry[2] for entry in written[1:-1] if entry[0] == "valid_nll"] == [2]
+
+
 def test_a_size_only_validation_has_does_not_stop_the_search_for_the_best(tmp_path):
     train(tiny(out=str(tmp_path / "run")), TRAIN, [*VALID, molecule("CH4")])
     assert all(math.isfinite(float(row["valid_nll"])) for row in log_of(tmp_path / "run") if row["valid_nll"])
@@ -238,7 +273,9 @@ def test_bad_structures_are_named(bad, words):
 def test_validation_is_checked_too():
     with pytest.raises(ValueError, match="validation set is empty"):
         train(tiny(), TRAIN, [])
-    with pytest.raises(ValueError, match=r"structure 0 \(HF\): element\(s\) F unknown"):
+    with pytest.raises(
+        ValueError, match=r"validation set: structure 0 \(HF\): element\(s\) F are not in the training set"
+    ):
         train(tiny(), TRAIN, [molecule("HF")])
 
 

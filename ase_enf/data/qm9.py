@@ -23,6 +23,7 @@ Without a path the environment variable ``ASE_ENF_QM9`` names the source, or els
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -57,6 +58,7 @@ CACHE_VERSION = 1
 AUTO_CACHE_MINIMUM = 2_000
 """Smaller sources are read faster than a user would look for their cache."""
 
+SQLITE = b"SQLite format 3\0"
 _INDEX_KEYS = ("qm9_index", "gdb_index")
 _REMEDY = f"give a path, set {ENVIRONMENT}, or fetch it with ase_enf.data.qm9.download(); a local file always works"
 
@@ -291,7 +293,7 @@ def _load_ase(
         if wanted is None or _index_of(atoms, found, source) in wanted:
             chosen.append(atoms)
     if not found:
-        raise DataNotFoundError(f"{source}: holds no structures; {_REMEDY}")
+        raise DataNotFoundError(f"{source}: holds no structures; give a file that does")
     return chosen
 
 
@@ -300,7 +302,10 @@ def _file_images(source: Path) -> Iterator[Atoms]:
     from ase.io import iread
 
     try:
-        yield from iread(source, index=":")
+        if source.suffix == ".sdf":  # of which ASE takes the first record, and says nothing of the others
+            yield from _sdf_images(source)
+        else:
+            yield from iread(source, index=":")
     except Exception as error:  # each of ASE's readers has its own errors for a damaged file
         raise DataError(
             f"{source}: ASE cannot read it to the end ({brief(error)}); give a whole file that ASE reads, a folder or "
@@ -308,15 +313,28 @@ def _file_images(source: Path) -> Iterator[Atoms]:
         ) from error
 
 
+def _sdf_images(source: Path) -> Iterator[Atoms]:
+    """Yields the records of an SDF file."""
+    from ase.io import read
+
+    records = re.split(r"^\$\$\$\$[^\n]*\n?", source.read_text(), flags=re.MULTILINE)
+    for record in records if records[-1].strip() else records[:-1]:
+        yield read(io.StringIO(record), format="sdf")
+
+
 def _database_images(source: Path) -> Iterator[Atoms]:
-    """Yields all structures of an ASE database, with the keys and the info that ``ase.io.read`` leaves behind."""
+    """Yields all structures of an ASE database, with the keys and the data that ``ase.io.read`` leaves behind."""
     from ase.db import connect
 
+    with source.open("rb") as handle:
+        if handle.read(len(SQLITE)) != SQLITE:  # connect would make a database of an empty file
+            raise DataError(f"{source}: is no ASE database; give one, or name the file by its format")
     try:
         with connect(source) as database:
             for row in database.select():
                 atoms = row.toatoms()
-                atoms.info |= {**row.data.get("info", {}), **row.key_value_pairs}
+                rest = {key: value for key, value in row.data.items() if key != "info"}
+                atoms.info |= {**row.data.get("info", {}), **rest, **row.key_value_pairs}
                 yield atoms
     except Exception as error:  # sqlite's errors, and ASE's for a table that is not its own
         raise DataError(f"{source}: cannot be read as an ASE database ({brief(error)}); write it again") from error
@@ -329,7 +347,7 @@ def _index_of(atoms: Atoms, position: int, source: Path) -> int:
             return int(atoms.info[key])
     raise DataError(
         f"{source}: structure {position} ({atoms.symbols}) has no info[{_INDEX_KEYS[0]!r}], which a split needs; "
-        "use split=None, or a form that has the index"
+        "leave the split out, or give a form that has the index"
     )
 
 
