@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ase_enf.base import LOG_2PI
 from ase_enf.geometry import pair_mask
 from ase_enf.nn.egnn import EGNN
 
+LOG_2PI = math.log(2.0 * math.pi)
 DEQUANTIZERS = ("fixed", "learned")
 
 

@@ -300,7 +300,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="mine.extxyz: ASE cannot read it to the end"):
         qm9.load(extended)
     (tmp_path / "mine.db").write_bytes(b"no database" * 100)
-    with pytest.raises(DataError, match="mine.db: cannot be read as an ASE database"):
+    with pytest.raises(DataError, match="mine.db: is no ASE database"):
         qm9.load(tmp_path / "mine.db")
     (tmp_path / "mine.weird").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="mine.weird: ASE cannot read it"):
