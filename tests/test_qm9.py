@@ -251,7 +251,7 @@ def test_a_split_needs_the_index(tmp_path: Path) -> None:
         qm9.load(tmp_path / "mine.extxyz", split="train")
     assert len(qm9.load(tmp_path / "mine.extxyz")) == 1
     qm9.save_npz([molecule("H2O")], tmp_path / "mine.npz")
-    with pytest.raises(DataError, match="neither split nor gdb_index.*leave the split out"):
+    with pytest.raises(DataError, match="neither split nor gdb_index.*leave it out"):
         qm9.load(tmp_path / "mine.npz", split="train")
 
 
@@ -301,6 +301,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         qm9.load(extended)
     (tmp_path / "mine.db").write_bytes(b"no database" * 100)
     with pytest.raises(DataError, match="mine.db: is no ASE database"):
+        qm9.load(tmp_path / "mine.db")
+    (tmp_path / "mine.db").write_bytes(qm9.SQLITE + b"no more" * 100)
+    with pytest.raises(DataError, match="mine.db: cannot be read as an ASE database"):
         qm9.load(tmp_path / "mine.db")
     (tmp_path / "mine.weird").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match="mine.weird: ASE cannot read it"):

@@ -267,7 +267,7 @@ def _in_split(
     if table.split is not None and excluded is None:
         return table.split == SPLITS.index(split)
     if table.gdb_index is None:
-        raise DataError(f"{source}: stores neither split nor gdb_index, so split={split!r} is unknown; leave the split out")
+        raise DataError(f"{source}: stores neither split nor gdb_index, so split={split!r} is unknown; leave it out")
     wanted = published_split(excluded)[split]
     rows = np.isin(table.gdb_index, wanted)
     if is_raw(source) and rows.sum() < len(wanted):
