@@ -51,13 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader of a pipe has enough; flushing at exit would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (*_user_errors(), MemoryError, RuntimeError) as error:
-            full = isinstance(error, MemoryError) or "memory" in str(error) and isinstance(error, RuntimeError)
+        except Exception as error:
+            full = _out_of_memory(error)
             if not (full or isinstance(error, _user_errors())):
                 raise
             _say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
             return _USAGE
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory was not enough; torch has a class of its own for that on a GPU, and only words on a CPU."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, MemoryError | OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -398,6 +407,7 @@ def _reference(name: str) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from ase_enf.files import make_folder
     from ase_enf.model import read_header
     from ase_enf.train import (
         BEST_FILE,
@@ -407,7 +417,7 @@ def _train(options: argparse.Namespace) -> None:
         STATE_FILE,
         TrainConfig,
         train,
-    )  # fmt: skip
+    )
 
     typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
     if options.resume:
@@ -431,8 +441,6 @@ def _train(options: argparse.Namespace) -> None:
             raise ValueError("--qm9-split takes both sets from --data; leave --valid out")
         if "out" not in typed:
             raise ValueError("--out is missing; name the folder of the run")
-        if Path(typed["out"]).is_file():
-            raise ValueError(f"--out {typed['out']}: is a file; name the folder of the run")
         config = TrainConfig(**typed)
         paths = {"train": options.data, "valid": options.valid or options.data}
         sources = {name: str(Path(path).resolve()) for name, path in paths.items()}
@@ -443,7 +451,7 @@ def _train(options: argparse.Namespace) -> None:
     described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not options.resume:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+        make_folder(config.out)
         if not any((Path(config.out) / name).exists() for name in (STATE_FILE, BEST_FILE)):  # else train refuses
             (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
     model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)

@@ -27,6 +27,24 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Returns ``path`` as a folder, made with those above it where it is not there.
+
+    Raises:
+        ValueError: If it is a file.
+
+    Example:
+        >>> make_folder("README.md")
+        Traceback (most recent call last):
+        ValueError: README.md: is a file; name the folder of the run
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path}: is a file; name the folder of the run")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).

@@ -63,8 +63,12 @@ def keeps_info(path: str | os.PathLike[str]) -> bool:
         >>> keeps_info("m.extxyz.gz"), keeps_info("m.pdb")
         (True, False)
     """
-    path = Path(path)
-    return (Path(path.stem) if path.suffix in (".gz", ".bz2", ".xz") else path).suffix in KEEP_INFO
+    return _ending(Path(path)) in KEEP_INFO
+
+
+def _ending(path: Path) -> str:
+    """Returns the ending that names the format, below that of a compression."""
+    return Path(path.stem).suffix if path.suffix in (".gz", ".bz2", ".xz") else path.suffix
 
 
 def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> int:
@@ -102,7 +106,7 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
             return _write_database(part, atoms)
         if path.suffix in _STREAMED:
             return _write_stream(part, atoms)
-        many = list(atoms)
+        many = [_storable(item) for item in atoms] if _ending(path) in _STREAMED else list(atoms)
         if not keeps_info(path) and any(item.info for item in many):
             warnings.warn(
                 f"{path}: this format keeps no info (seed, model, scores …); use {', '.join(KEEP_INFO)} to keep it",
@@ -127,15 +131,21 @@ def _write_stream(path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
     with open(path, "w") as handle:
         for item in atoms:
-            info = {key: _quoted(key, value) for key, value in item.info.items()}
-            if info != item.info:
-                plain, item = item, item.copy()
-                item.info, item.calc = info, plain.calc
-            write(handle, item, format="extxyz")
+            write(handle, _storable(item), format="extxyz")
             count += 1
         handle.flush()
         os.fsync(handle.fileno())
     return count
+
+
+def _storable(atoms: Atoms) -> Atoms:
+    """Returns what extended xyz reads back as these atoms: a copy where its texts would change."""
+    info = {key: _quoted(key, value) for key, value in atoms.info.items()}
+    if all(info[key] is value for key, value in atoms.info.items()):
+        return atoms
+    copy = atoms.copy()
+    copy.info, copy.calc = info, atoms.calc
+    return copy
 
 
 def _quoted(key: str, value: Any) -> Any:

@@ -44,11 +44,12 @@ ODD = {
 }  # fmt: skip
 
 
-def test_extended_xyz_gives_back_texts_as_they_were(tmp_path):
+@pytest.mark.parametrize("name", ["m.extxyz", "m.xyz", "m.extxyz.gz"])
+def test_extended_xyz_gives_back_texts_as_they_were(tmp_path, name):
     atoms = molecule("H2O")
     atoms.info |= ODD
-    write_structures(tmp_path / "m.extxyz", [atoms])
-    assert read(tmp_path / "m.extxyz").info == ODD and atoms.info == ODD
+    write_structures(tmp_path / name, [atoms])
+    assert read(tmp_path / name).info == ODD and atoms.info == ODD
 
 
 def test_a_format_without_info_says_so(structures, tmp_path):

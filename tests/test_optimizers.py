@@ -40,6 +40,20 @@ def test_every_parameter_has_exactly_one_optimizer():
 
 
 @muon
+def test_a_state_brings_everything_but_the_weight_decay():
+    flow = model()
+    build = [flow.dynamics.network, list(flow.parameters()), "muon", 1e-3, 4e-3]
+    first, again = build_optimizers(*build, matrix_decay=0.1), build_optimizers(*build, matrix_decay=0.2)
+    for parameter in flow.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    again.load_state_dict(first.state_dict())
+    for old, new in zip(first.members, again.members, strict=True):
+        assert [len(member.state) for member in (old, new)] == [len(old.param_groups[0]["params"])] * 2
+    assert again.members[-1].param_groups[0]["weight_decay"] == 0.2
+
+
+@muon
 def test_a_step_of_muon_moves_all_directions_alike():
     """The singular values of a step are one up to the Newton-Schulz iteration's own spread, whatever the gradient's."""
     flow = model()

@@ -24,8 +24,8 @@ from ase_enf.flow import Solver
 from ase_enf.io import write_structures
 from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Row, _Scorer, annotate, combine, score
 
-# No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
 score_module = importlib.import_module("ase_enf.score")  # ase_enf.score is the function
+# No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
 
 
