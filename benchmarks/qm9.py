@@ -37,7 +37,7 @@ METHODS = {
     "GNF-att-aug": {"network": "gnn", "augment": True},
     "E-NF": {},
 }
-MODELS = ["qm9"]
+MODELS = ["qm9", "qm9-large"]
 PAPER = [
     ("GNF-att", "-28.2", "72", "0.3", "", "", ""),
     ("GNF-att-aug", "-29.3", "75", "0.5", "", "", ""),

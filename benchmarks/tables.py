@@ -43,11 +43,17 @@ def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "") -
         title: Heading of the Markdown file.
         notes: What a reader must know, in Markdown.
     """
-    RESULTS.mkdir(exist_ok=True)
+    write_csv(table, name)
     header = f"`{command()}` · {versions()} · {machine()}"
-    (RESULTS / f"{name}.csv").write_text(f"# {header.replace('`', '')}\n" + table.to_csv(index=False))
     rule = "|" + "---|" * len(table.columns)
     rows = [f"| {' | '.join(map(str, row))} |" for row in [tuple(table.columns), *table.itertuples(index=False)]]
     text = "\n".join([f"# {title}", "", header, "", *([notes, ""] if notes else []), rows[0], rule, *rows[1:], ""])
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
+
+
+def write_csv(table: pd.DataFrame, name: str) -> None:
+    """Writes ``results/NAME.csv`` alone, after a line with the command and the versions."""
+    RESULTS.mkdir(exist_ok=True)
+    header = f"# {command()} · {versions()} · {machine()}\n"
+    (RESULTS / f"{name}.csv").write_text(header + table.to_csv(index=False))

@@ -57,9 +57,11 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(work, monkeypatch):
     assert resumed == [False, True]
     assert found["gap"] == pytest.approx(found["nll"] - cross_entropy(work), abs=1e-6)
     assert found["lost"] == 0 and found["ess"] is None and len(found["curve"]) == 1
+    table1.open_folder(work, SCALE, table1.TEST)
     table1.write_tables(work, 3, SCALE)
     frame = pd.read_csv(work / "results" / "table1_dw4.csv", comment="#")
-    assert frame["100"].tolist() == [MISSING] * (len(ROWS) - 2) + [f"{found['nll']:.3f} (runs: 1)", MISSING]
+    expected = found["nll"] - cross_entropy(work) + particles.quadrature().entropy
+    assert frame["100"].tolist() == [MISSING] * (len(ROWS) - 2) + [f"{expected:.3f} (runs: 1)", MISSING]
     assert (work / "results" / "table1.png").stat().st_size > 1000
     assert not (work / "results" / "table1_lj13.md").exists()
 
@@ -87,6 +89,43 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     table1.open_folder(tmp_path, 1.0, table1.TEST)
     with pytest.raises(SystemExit, match="another folder"):
         table1.open_folder(tmp_path, 0.1, table1.TEST)
+
+
+def test_finished_cells_travel_as_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    here, there = tmp_path / "here", tmp_path / "there"
+    cells = [CELL, Cell("dw4", "E-NF", NLL, 100_000, 2)]
+    contents = [result(cell, nll) for cell, nll in zip(cells, (7.5, 7.25), strict=True)]
+    contents[0]["curve"] = []
+    for folder in (here, there):
+        table1.open_folder(folder, 1.0, table1.TEST)
+    for cell, content in zip(cells, contents, strict=True):
+        table1.write_json(here / f"{cell.name}.json", content)
+    table1.write_tables(here, 3, 0.01)
+    path = tmp_path / "results" / "table1_cells.csv"
+    table1.take_cells(path, there)
+    for cell, content in zip(cells, contents, strict=True):
+        found = json.loads((there / f"{cell.name}.json").read_text())
+        assert found.keys() == content.keys()
+        assert {key: found[key] for key in found if key != "ess"} == {
+            key: content[key] for key in content if key != "ess"
+        }
+    assert found["ess"] == 0.5
+    first = path.read_text().partition("\n")[2]
+    table1.write_tables(there, 3, 0.01)
+    assert path.read_text().partition("\n")[2] == first
+    other = tmp_path / "other"
+    table1.open_folder(other, 0.5, table1.TEST)
+    with pytest.raises(SystemExit, match="cells of another"):
+        table1.take_cells(path, other)
+    assert not list(other.glob("dw4*"))
+
+
+def test_runs_have_samples_of_their_own_where_there_are_enough():
+    few = [range(100_000)[Cell("dw4", "GNF", FLOW_MATCHING, 100, seed).part] for seed in range(3)]
+    assert all(len(part) == 100 for part in few) and len(set().union(*few)) == 300
+    all_of_them = [Cell("lj13", "GNF", FLOW_MATCHING, 10_000, seed).part for seed in range(3)]
+    assert all_of_them == [slice(0, 10_000)] * 3
 
 
 def test_cells_and_choice():
