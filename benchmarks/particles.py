@@ -55,9 +55,9 @@ STEPS = {
 BATCH = {("dw4", FLOW_MATCHING): 256, ("dw4", NLL): 100, ("lj13", FLOW_MATCHING): 128, ("lj13", NLL): 50}
 # Of maximum likelihood, above the paper's because the runs are shorter; flow matching has the defaults.
 RATES = {"Simple dynamics": 3e-3, "Kernel dynamics": 1e-2, "E-NF": 3e-3}
-VALIDATIONS, REWEIGHTED = 6, 1000  # in a run; samples of the effective sample size
-# Samples that decide, and test samples: an exact likelihood of LJ13 takes ten times as long as one of DW4.
-VALID, TEST = {"dw4": 256, "lj13": 64}, {"dw4": 1000, "lj13": 500}
+VALIDATIONS = 6  # in a run
+# Samples that decide, are tested, give the effective sample size: a likelihood of LJ13 takes ten times one of DW4.
+VALID, TEST, REWEIGHTED = {"dw4": 256, "lj13": 64}, {"dw4": 1000, "lj13": 250}, {"dw4": 1000, "lj13": 500}
 SWEEPS = 5000  # of the entropy of LJ13
 
 WIDTH = {"features": "none", "hidden": 32, "layers": 3}  # the paper's
@@ -306,14 +306,14 @@ def trained(cell: Cell, sets: Mapping[str, Samples], folder: Path, scale: float)
 
 def effective_sample_size(flow: ENF, cell: Cell) -> float:
     """Returns the part of the drawn samples that counts, NaN for a flow that cannot be integrated or weighed."""
-    calculator = particles.DW4() if cell.system == "dw4" else particles.LJ13()
+    calculator, n = particles.DW4() if cell.system == "dw4" else particles.LJ13(), REWEIGHTED[cell.system]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = reweight(flow, calculator, REWEIGHTED, 1 / kB, seed=cell.seed, progress=False)
+            found = reweight(flow, calculator, n, 1 / kB, seed=cell.seed, progress=False)
     except (GenerationError, ReweightingError):
         return math.nan
-    return found.effective_sample_size / REWEIGHTED
+    return found.effective_sample_size / n
 
 
 def write_tables(work: Path, seeds: int, scale: float) -> None:
@@ -392,8 +392,8 @@ amsgrad), but by back-propagation through the solver, which is faster here than 
 higher rates ({rates}).
 
 Simple and kernel dynamics are restricted fields: they cannot follow the target of flow matching, so that maximum
-likelihood is their fair row. ESS: Kish's, of {REWEIGHTED} samples without clipping. Seconds: of one thread by the wall,
-by number of samples, validations included.
+likelihood is their fair row. ESS: Kish's, of {REWEIGHTED[system]} samples without clipping. Seconds: of one thread by the
+wall, by number of samples, validations included.
 """
     if system == "lj13":
         text += """
