@@ -161,6 +161,7 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("-o", "--output", default="molecules.extxyz", help=".extxyz, .db or any ending ASE writes")
     command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
+    command.add_argument("--closed-shell", action="store_true", help="draw radicals (odd numbers of electrons) again")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     _add_sampling(command, "molecules", batch_size=64)
     command.add_argument(
@@ -288,6 +289,7 @@ def _generate(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "batch_size": options.batch_size,
         "churn": options.churn,
+        "closed_shell": options.closed_shell,
     }
     stream = igenerate(flow, count, start=start, **request) if count else iter(())
     shown: list[Atoms] = []

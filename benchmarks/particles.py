@@ -392,8 +392,8 @@ amsgrad), but by back-propagation through the solver, which is faster here than 
 higher rates ({rates}).
 
 Simple and kernel dynamics are restricted fields: they cannot follow the target of flow matching, so that maximum
-likelihood is their fair row. ESS: Kish's, of {REWEIGHTED[system]} samples without clipping. Seconds: of one thread by the
-wall, by number of samples, validations included.
+likelihood is their fair row. ESS: Kish's, of {REWEIGHTED[system]} samples without clipping. Seconds: of one thread by
+the wall, by number of samples, validations included.
 """
     if system == "lj13":
         text += """

@@ -97,6 +97,10 @@ def test_generate_options(here, tmp_path):
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
     assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.traj", "--n-atoms", 5, *FAST) == 0
     assert {len(atoms) for atoms in read(tmp_path / "m.traj", index=":")} == {5}
+    assert run("generate", "joint.safetensors", "-n", 9, "-o", tmp_path / "closed.extxyz", "--closed-shell", *FAST) == 0
+    closed = read(tmp_path / "closed.extxyz", index=":")
+    assert not any(atoms.numbers.sum() % 2 for atoms in closed)
+    assert any(atoms.info["enf_attempts"] > 1 for atoms in closed)  # without, there would be radicals
 
 
 def test_torchrun_shares_the_work_and_the_devices(monkeypatch):
@@ -371,6 +375,7 @@ BAD = {
     "formula": (["generate", "given.safetensors", "--formula", "H2("], "not a chemical formula"),
     "formula with a charge": (["generate", "given.safetensors", "--formula", "H2O+"], "no charges"),
     "formula without atoms": (["generate", "given.safetensors", "--formula", "C0H4"], "no atoms of an element"),
+    "radical": (["generate", "given.safetensors", "--formula", "CH3", "--closed-shell"], "odd number of electrons"),
     "device": ([*GENERATE, "--device", "cpuu"], "device 'cpuu' is unknown"),
     "dtype": ([*GENERATE, "--dtype", "float16"], "choose float32 or float64"),
     "solver": ([*GENERATE, "--solver", "rk5"], "choose one of dopri5"),

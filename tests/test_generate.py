@@ -328,6 +328,44 @@ def test_ten_failures_are_an_error(joint, monkeypatch, how):
     assert len(attempts) == MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_closed_shells_are_drawn_by_rejection(joint, batch_size):
+    everything = generate(joint, 12, seed=3, solver=FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # radicals are not failures
+        closed = generate(joint, 12, seed=3, solver=FAST, batch_size=batch_size, closed_shell=True)
+    odd = [bool(atoms.numbers.sum() % 2) for atoms in everything]
+    assert any(odd) and not all(odd)
+    assert not any(atoms.numbers.sum() % 2 for atoms in closed)
+    assert [len(atoms) for atoms in closed] == [len(atoms) for atoms in everything]  # p_M stays
+    assert [atoms.info["enf_attempts"] > 1 for atoms in closed] == odd
+    assert all(atoms.info["enf_closed_shell"] for atoms in closed)
+    for before, after, again in zip(everything, closed, odd, strict=True):
+        if not again:
+            assert before.numbers.tolist() == after.numbers.tolist()
+            assert np.allclose(before.positions, after.positions, rtol=0, atol=1e-10)
+
+
+def test_closed_shells_of_given_types_are_a_matter_of_formulas(given, make_flow):
+    formulas = {atoms.get_chemical_formula() for atoms in generate(given, 20, solver=FAST, closed_shell=True)}
+    assert formulas == {"H2O", "CH4"}  # CHO is a radical
+    with pytest.raises(ValueError, match="^formula='CH3' has an odd number of electrons; leave closed_shell out$"):
+        generate(given, 1, formula="CH3", closed_shell=True)
+    radicals = make_flow("given", layers=1, compositions={"CH3": 1})
+    with pytest.raises(ValueError, match="no such composition with an even number of electrons"):
+        generate(radicals, 1, closed_shell=True)
+    with pytest.raises(ValueError, match="knows no elements"):
+        generate(make_flow("none", layers=1), 1, closed_shell=True)
+
+
+def test_nothing_but_radicals_is_an_error(make_flow):
+    scales = {"feature_shift": (1.0, 1.0), "feature_scale": (1.0, 1.0)}
+    hydrogen = make_flow("joint", layers=1, species=("H",), sizes={3: 1, 4: 1}, **scales)
+    generate(hydrogen, 1, n_atoms=4, solver=FAST, closed_shell=True)
+    with pytest.raises(GenerationError, match=r"^molecule 0 \(seed 0\) had an odd number of electrons 100 times"):
+        generate(hydrogen, 1, n_atoms=3, solver=FAST, closed_shell=True)
+
+
 def test_success_is_silent(joint):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
