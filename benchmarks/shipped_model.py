@@ -1,7 +1,7 @@
 """The figures of a model card: ``python -m benchmarks.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
 
-With ``--closed-shell`` those of molecules with an even number of electrons, in files of their own. Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
-split.
+Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
+split. With ``--closed-shell``, molecules with an even number of electrons, in files of their own.
 """
 
 from __future__ import annotations
