@@ -230,7 +230,7 @@ def run(cells: Sequence[Cell], work: Path, scale: float, jobs: int) -> list[str]
     failed = []
     os.environ["OMP_NUM_THREADS"] = "1"
     with (
-        multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool,
+        multiprocessing.get_context("spawn").Pool(jobs, _begin, maxtasksperchild=1) as pool,
         tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", dynamic_ncols=True) as bar,
     ):
         for name, error in pool.imap_unordered(_attempt, waiting):
