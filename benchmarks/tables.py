@@ -34,7 +34,7 @@ def command() -> str:
     return " ".join(["python -m", module, *(Path(word).name for word in sys.argv[1:])])
 
 
-def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "") -> None:
+def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "", folder: Path | None = None) -> None:
     """Writes ``results/NAME.csv`` and ``results/NAME.md`` and prints the table.
 
     Args:
@@ -42,18 +42,20 @@ def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "") -
         name: File name without ending.
         title: Heading of the Markdown file.
         notes: What a reader must know, in Markdown.
+        folder: Another one than ``results``.
     """
-    write_csv(table, name)
+    write_csv(table, name, folder)
     header = f"`{command()}` · {versions()} · {machine()}"
     rule = "|" + "---|" * len(table.columns)
     rows = [f"| {' | '.join(map(str, row))} |" for row in [tuple(table.columns), *table.itertuples(index=False)]]
     text = "\n".join([f"# {title}", "", header, "", *([notes, ""] if notes else []), rows[0], rule, *rows[1:], ""])
-    (RESULTS / f"{name}.md").write_text(text)
+    ((folder or RESULTS) / f"{name}.md").write_text(text)
     print(text)
 
 
-def write_csv(table: pd.DataFrame, name: str) -> None:
-    """Writes ``results/NAME.csv`` alone, after a line with the command and the versions."""
-    RESULTS.mkdir(exist_ok=True)
+def write_csv(table: pd.DataFrame, name: str, folder: Path | None = None) -> None:
+    """Writes ``results/NAME.csv`` alone, after a line with the command and the versions; or to another folder."""
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
     header = f"# {command()} · {versions()} · {machine()}\n"
-    (RESULTS / f"{name}.csv").write_text(header + table.to_csv(index=False))
+    (folder / f"{name}.csv").write_text(header + table.to_csv(index=False))

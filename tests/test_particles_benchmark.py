@@ -21,6 +21,7 @@ SCALE = 5 / table1.STEPS["dw4", FLOW_MATCHING][100]
 def result(cell: Cell, nll: float, seconds: float = 1.0) -> dict:
     figures = {"nll": nll, "nll_stderr": 0.1, "gap": nll - 7.0, "gap_stderr": 0.01, "lost": 0, "integration_rms": 1e-3}
     more = {"train_s": seconds, "ess": 0.5 if cell.largest else None, "curve": [[seconds / 2, nll], [seconds, nll]]}
+    more |= {"processor": "AVX2"}
     return vars(cell) | figures | more
 
 
@@ -33,6 +34,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     sets = samples.dataset("dw4", {"train": 100, "valid": 8, "test": 6}, ladders=8, burn_in=40)
     samples.save(tmp_path / "dw4.npz", sets)
+    table1.open_folder(tmp_path, SCALE, table1.TEST)
     return tmp_path
 
 
@@ -57,13 +59,12 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(work, monkeypatch):
     assert resumed == [False, True]
     assert found["gap"] == pytest.approx(found["nll"] - cross_entropy(work), abs=1e-6)
     assert found["lost"] == 0 and found["ess"] is None and len(found["curve"]) == 1
-    table1.open_folder(work, SCALE, table1.TEST)
     table1.write_tables(work, 3, SCALE)
-    frame = pd.read_csv(work / "results" / "table1_dw4.csv", comment="#")
+    frame = pd.read_csv(work / "table1_dw4.csv", comment="#")  # a trial's tables stay with it
     expected = found["nll"] - cross_entropy(work) + particles.quadrature().entropy
     assert frame["100"].tolist() == [MISSING] * (len(ROWS) - 2) + [f"{expected:.3f} (runs: 1)", MISSING]
-    assert (work / "results" / "table1.png").stat().st_size > 1000
-    assert not (work / "results" / "table1_lj13.md").exists()
+    assert (work / "table1.png").stat().st_size > 1000
+    assert not (work / "table1_lj13.md").exists() and not (work / "results").exists()
 
 
 def cross_entropy(work) -> float:
@@ -80,8 +81,18 @@ def test_what_was_killed_before_its_first_save_starts_again(work):
 
 
 def test_a_failing_cell_does_not_end_the_others(tmp_path):
-    name, error = table1._attempt((CELL, tmp_path, SCALE))
-    assert name == CELL.name and "DataNotFoundError" in error
+    table1.open_folder(tmp_path, SCALE, table1.TEST)
+    other = Cell("dw4", "GNF", FLOW_MATCHING, 100, 0)
+    failed = table1.run([CELL, other], tmp_path, SCALE, 2)  # in processes of their own, without data
+    assert sorted(line.partition(":")[0] for line in failed) == [CELL.name, other.name]
+    assert all("no such file of samples" in line for line in failed)
+
+
+@pytest.mark.parametrize(("system", "size", "batch"), [("lj13", 10, 128), ("dw4", 100, 256), ("dw4", 1000, 256)])
+def test_few_samples_fill_the_batches_of_flow_matching(system, size, batch):
+    cell = Cell(system, "E-NF", FLOW_MATCHING, size, 0)
+    assert cell.copies * size % batch == 0 or (cell.copies == 1 and size >= batch)
+    assert Cell(system, "E-NF", NLL, size, 0).copies == 1
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
@@ -100,10 +111,11 @@ def test_finished_cells_travel_as_a_table(tmp_path, monkeypatch):
     for folder in (here, there):
         table1.open_folder(folder, 1.0, table1.TEST)
     for cell, content in zip(cells, contents, strict=True):
+        content["settings"] = table1.digest(cell, here)
         table1.write_json(here / f"{cell.name}.json", content)
-    table1.write_tables(here, 3, 0.01)
+    table1.write_tables(here, 3, 1.0)
     path = tmp_path / "results" / "table1_cells.csv"
-    table1.take_cells(path, there)
+    assert table1.take_cells(path, there) == 0
     for cell, content in zip(cells, contents, strict=True):
         found = json.loads((there / f"{cell.name}.json").read_text())
         assert found.keys() == content.keys()
@@ -112,13 +124,26 @@ def test_finished_cells_travel_as_a_table(tmp_path, monkeypatch):
         }
     assert found["ess"] == 0.5
     first = path.read_text().partition("\n")[2]
-    table1.write_tables(there, 3, 0.01)
+    table1.write_tables(there, 3, 1.0)
     assert path.read_text().partition("\n")[2] == first
     other = tmp_path / "other"
     table1.open_folder(other, 0.5, table1.TEST)
-    with pytest.raises(SystemExit, match="cells of another"):
-        table1.take_cells(path, other)
+    assert table1.take_cells(path, other) == 2
     assert not list(other.glob("dw4*"))
+
+
+def test_another_budget_makes_another_cell_of_that_budget_alone(tmp_path, monkeypatch):
+    table1.open_folder(tmp_path, 1.0, table1.TEST)
+    few, many = Cell("dw4", "GNF", FLOW_MATCHING, 1000, 0), Cell("dw4", "GNF", FLOW_MATCHING, 100_000, 0)
+    for cell in (few, many):
+        table1.write_json(
+            tmp_path / f"{cell.name}.json", result(cell, 7.5) | {"settings": table1.digest(cell, tmp_path)}
+        )
+    budget = table1.STEPS["dw4", FLOW_MATCHING]
+    monkeypatch.setitem(table1.STEPS, ("dw4", FLOW_MATCHING), budget | {100_000: budget[100_000] + 1})
+    assert table1.finished(few, tmp_path)["nll"] == 7.5
+    with pytest.raises(SystemExit, match=f"{many.name}.*another budget"):
+        table1.finished(many, tmp_path)
 
 
 def test_runs_have_samples_of_their_own_where_there_are_enough():
@@ -170,3 +195,14 @@ def test_verdicts_are_plain():
     ]
     lost = pd.DataFrame([result(slow, 7.1), result(fast, 7.2)])
     assert table1.verdicts("dw4", lost)[-1].endswith("in 0 of 1 runs")
+
+
+def test_seconds_of_different_processors_are_not_averaged():
+    cells = [Cell("dw4", "E-NF", objective, 100_000, seed) for seed in range(3) for objective in (FLOW_MATCHING, NLL)]
+    frame = pd.DataFrame([result(cell, 7.5, 100.0 * (1 + cell.seed)) for cell in cells])
+    frame.loc[frame.seed == 0, "processor"] = "AVX512"
+    frame.loc[4, "processor"] = "AVX512"  # flow matching of the last seed, beside maximum likelihood on the other kind
+    assert table1.clock(frame) == "AVX2"
+    rows = table1.table("dw4", frame, 3).set_index(["method", "trained by"])["training, s"]
+    assert rows["E-NF", "flow matching"].endswith("/ 200") and rows["E-NF", "maximum likelihood"].endswith("/ 250")
+    assert "2 of 2 runs" in table1.race(frame, "E-NF", 100_000)
