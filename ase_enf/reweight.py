@@ -31,6 +31,8 @@ ENERGY_BATCH = 1024
 HOPELESS = 10
 # An integration error above this many nats, in the weighted mean, is worth a warning.
 ROUGH = 0.1
+# With fewer effective samples nobody can tell an error: it would be that of the few that happened to be found.
+FEW = 10
 
 
 class ReweightingError(RuntimeError):
@@ -94,6 +96,11 @@ class Reweighted:
         return float(1.0 / np.square(self.weights).sum())
 
     @property
+    def too_few(self) -> bool:
+        """Whether there are fewer than ten effective samples, too few for any error bar."""
+        return self.effective_sample_size < FEW
+
+    @property
     def free_energy(self) -> float:
         """Free energy of the calculator, eV, relative to a normalised density.
 
@@ -106,7 +113,12 @@ class Reweighted:
 
     @property
     def free_energy_stderr(self) -> float:
-        """Standard error of ``free_energy``, eV: by the delta method, and the integration error, added in squares."""
+        """Standard error of ``free_energy``, eV: by the delta method, and the integration error, added in squares.
+
+        Infinite with fewer than ten effective samples: the samples cannot tell then what they have missed.
+        """
+        if self.too_few:
+            return math.inf
         attempts = self._attempts
         relative = (attempts / self.effective_sample_size - 1.0) / max(attempts - 1, 1)
         return self.kT * math.sqrt(max(relative, 0.0) + self.integration_error**2)
@@ -125,8 +137,8 @@ class Reweighted:
     def average(self, observable: Callable[[Atoms], Any] | np.ndarray) -> Estimate:
         """Averages an observable over the Boltzmann distribution, ``Σ_i w_i A_i / Σ_i w_i``.
 
-        The standard error is that of a ratio by the delta method, √(Σ_i w̃_i² (A_i − Â)²) with normalised w̃; it is too
-        small where the effective sample size is a handful.
+        The standard error is that of a ratio by the delta method, √(Σ_i w̃_i² (A_i − Â)²) with normalised w̃; with fewer
+        than ten effective samples it is infinite, because the samples cannot tell then what they have missed.
 
         Args:
             observable: A function of one ``Atoms``, called where the weight is not zero, or its values, shape (n, ...).
@@ -135,9 +147,10 @@ class Reweighted:
             ValueError: If there is not one value a sample, or one that counts is not finite.
 
         Example:
-            >>> result = Reweighted([], np.zeros(2), np.array([1.0, 3.0]), np.zeros(2), np.zeros(2), temperature=300.0)
+            >>> energies = np.tile([1.0, 3.0], 8)
+            >>> result = Reweighted([], np.zeros(16), energies, np.zeros(16), np.zeros(16), temperature=300.0)
             >>> result.average(result.energies)
-            Estimate(value=array(2.), stderr=array(0.70710678))
+            Estimate(value=array(2.), stderr=array(0.25))
         """
         counts = np.flatnonzero(self.weights)
         if callable(observable):
@@ -153,13 +166,15 @@ class Reweighted:
         weights = self.weights[counts]
         mean = np.tensordot(weights, values, axes=1)
         variance = np.tensordot(weights**2, np.square(values - mean), axes=1)
-        return Estimate(np.asarray(mean), np.asarray(np.sqrt(variance)))
+        error = np.full_like(variance, math.inf) if self.too_few else np.sqrt(variance)
+        return Estimate(np.asarray(mean), np.asarray(error))
 
     def __repr__(self) -> str:
         n, size = len(self.log_weights), self.effective_sample_size
         clip = "no clipping" if self.clip is None else f"{self.clipped} largest weights clipped (clip={self.clip:g})"
+        few = ", too few to be believed" if self.too_few else ""
         return (
-            f"effective sample size {size:.1f} of n = {n} ({100 * size / n:.1f} %), {clip}; "
+            f"effective sample size {size:.1f} of n = {n} ({100 * size / n:.1f} %){few}, {clip}; "
             f"F = {self.free_energy:.6g} ± {self.free_energy_stderr:.2g} eV at {self.temperature:g} K; "
             f"integration error {self.integration_error:.2g} nats; {self.failed} energies failed, "
             f"{self.redrawn} integrations drawn again"
@@ -175,7 +190,7 @@ class Reweighted:
         if not self.clip:
             return self.log_weights
         some = np.sort(self.log_weights[np.isfinite(self.log_weights)])
-        return np.minimum(self.log_weights, some[-min(math.ceil(self.clip * len(self.log_weights)), len(some))])
+        return np.minimum(self.log_weights, some[-min(math.ceil(self.clip * len(self.log_weights) - 1e-9), len(some))])
 
 
 def reweight(
@@ -224,12 +239,13 @@ def reweight(
         progress: Show bars; by default on a terminal only.
 
     Returns:
-        Samples, weights, effective sample size, free energy and averages; printed, they say all in one line. A warning
-        counts energies that failed (weight zero) and names an integration error above 0.1 nats.
+        Samples, weights, effective sample size, free energy and averages; printed, they say all in one line. Warnings
+        count energies that failed (weight zero), and name an integration error above 0.1 nats and fewer than ten
+        effective samples, which give no error bar.
 
     Raises:
         ValueError: For a joint flow, whose likelihood is a bound; where the composition is not one; for a bad option.
-        ReweightingError: If the calculator fails on every structure, or on the first ten.
+        ReweightingError: If the calculator fails on all of the first batch, or on the first ten one by one.
         GenerationError: If a structure fails to integrate ten times.
 
     Example:
@@ -247,13 +263,18 @@ def reweight(
     show = sys.stderr.isatty() if progress is None else progress
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
     sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
-    samples = list(sampler.stream(range(n), show))
-    if numbers is not None:
-        for atoms in samples:
-            atoms.numbers = numbers
+    energies_of = _Energies(calculator, flow.config.dimension)
+    samples, first = [], min(n, batch_size)
+    for part in (range(first), range(first, n)):  # a calculator that cannot do the first batch ends it there
+        drawn = list(sampler.stream(part, show))
+        if numbers is not None:
+            for atoms in drawn:
+                atoms.numbers = numbers
+        energies_of.add(drawn, show)
+        samples += drawn
     densities = [sampler.densities[atoms.info["enf_index"], atoms.info["enf_attempts"] - 1] for atoms in samples]
     log_prob, error = np.array(densities).T
-    energies, reason = _energies(calculator, samples, flow.config.dimension, show)
+    energies = np.array(energies_of.values)
     finite = np.isfinite(energies)
     log_weights = np.where(finite, -np.where(finite, energies, 0.0) / (kB * temperature) - log_prob, -math.inf)
     for atoms, energy, density, weight in zip(samples, energies, log_prob, log_weights, strict=True):
@@ -265,13 +286,19 @@ def reweight(
     result = Reweighted(samples, log_weights, energies, log_prob, error, float(temperature), clip, failed, redrawn)
     if failed:
         warnings.warn(
-            f"{failed} of {n} structures have no finite energy and count with weight zero ({reason})",
+            f"{failed} of {n} structures have no finite energy and count with weight zero ({energies_of.reason})",
             stacklevel=2,
         )
     if not result.integration_error <= ROUGH:
         warnings.warn(
             f"the integration error of the weights is {result.integration_error:.2g} nats; "
             f"use intervals={2 * intervals} or a finer solver",
+            stacklevel=2,
+        )
+    if n >= FEW and result.too_few:
+        warnings.warn(
+            f"{result.effective_sample_size:.1f} effective samples of {n} are too few for averages or a free energy; "
+            "use a larger n, another temperature (1 eV / kB is 11604.5 K), or a flow trained nearer to this calculator",
             stacklevel=2,
         )
     return result
@@ -302,29 +329,46 @@ class _DensitySampler(Sampler):
         return batch._replace(positions=torch.where(known, batch.positions, math.nan))
 
 
-def _energies(calculator: Any, samples: list[Atoms], dimension: int, progress: bool) -> tuple[np.ndarray, str]:
-    """Returns U in eV, shape (n,), NaN where the calculator failed, and why the first one did."""
-    many = getattr(calculator, "energies", None)
-    values = np.full(len(samples), math.nan)
-    reason, failures = "", 0  # of the first failure
-    with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
-        for k in range(0, len(samples), ENERGY_BATCH if callable(many) else 1):
-            if callable(many):
-                chunk = samples[k : k + ENERGY_BATCH]
-                values[k : k + len(chunk)] = _energies_together(many, chunk, dimension)
-                bar.update(len(chunk))
-                continue
-            try:
-                values[k] = _energy(calculator, samples[k])
-            except Exception as error:  # each calculator has errors of its own
-                reason, failures = reason or f"{type(error).__name__}: {error}".splitlines()[0], failures + 1
-            bar.update(1)
-            if failures == k + 1 == HOPELESS:
-                break
-    reason = reason or "its energies are not finite"
-    if not np.isfinite(values).any():
-        raise ReweightingError(f"{type(calculator).__name__} gave no finite energy ({reason}); check symbols and units")
-    return values, reason
+class _Energies:
+    """U of structures in eV, NaN where the calculator failed, and why it first did."""
+
+    def __init__(self, calculator: Any, dimension: int) -> None:
+        self.calculator, self.dimension = calculator, dimension
+        self.many = getattr(calculator, "energies", None)
+        self.values: list[float] = []
+        self._reason = ""
+
+    @property
+    def reason(self) -> str:
+        """Why the first one that is missing is missing."""
+        return self._reason or "its energies are not finite"
+
+    def add(self, samples: list[Atoms], progress: bool) -> None:
+        """Computes more; raises ReweightingError if there is none after the first ones."""
+        first = not self.values
+        size = ENERGY_BATCH if callable(self.many) else 1
+        with tqdm(total=len(samples), disable=not (progress and samples), unit="energy", dynamic_ncols=True) as bar:
+            for k in range(0, len(samples), size):
+                self.values += self._chunk(samples[k : k + size])
+                bar.update(len(samples[k : k + size]))
+                if first and size == 1 and k + 1 == HOPELESS and not np.isfinite(self.values).any():
+                    break
+        if first and not np.isfinite(self.values).any():
+            raise ReweightingError(
+                f"{type(self.calculator).__name__} gave no finite energy ({self.reason}); check symbols and units"
+            )
+
+    def _chunk(self, samples: list[Atoms]) -> list[float]:
+        try:
+            if callable(self.many):
+                return _energies_together(self.many, samples, self.dimension)
+            return [_energy(self.calculator, samples[0])]
+        except ReweightingError:
+            raise
+        except Exception as error:  # each calculator has errors of its own
+            where = f"energies() of {len(samples)} structures: " if callable(self.many) else ""
+            self._reason = self._reason or where + f"{type(error).__name__}: {error}".splitlines()[0]
+            return [math.nan] * len(samples)
 
 
 def _energy(calculator: Any, atoms: Atoms) -> float:
@@ -333,16 +377,11 @@ def _energy(calculator: Any, atoms: Atoms) -> float:
     return float(atoms.get_potential_energy())
 
 
-def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], dimension: int) -> np.ndarray:
-    positions = np.stack([atoms.positions[:, :dimension] for atoms in samples])
-    try:
-        values = np.asarray(many(positions), dtype=float)
-    except Exception as error:  # each calculator has errors of its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ReweightingError(f"energies() failed for positions of shape {positions.shape} ({reason})") from error
+def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], dimension: int) -> list[float]:
+    values = np.asarray(many(np.stack([atoms.positions[:, :dimension] for atoms in samples])), dtype=float)
     if values.shape != (len(samples),):
         raise ReweightingError(f"energies() gave shape {values.shape} for {len(samples)} structures; need one for each")
-    return values
+    return values.tolist()
 
 
 def _check(

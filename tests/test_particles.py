@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, CalculatorSetupError
 from ase.calculators.fd import calculate_numerical_forces
@@ -14,7 +15,7 @@ from ase.cluster import Icosahedron
 from scipy.spatial.transform import Rotation
 
 from ase_enf.data import DataError
-from ase_enf.data.particles import DW4, LJ13, SYSTEMS, System, lennard_jones, quadrature, resolve, to_atoms
+from ase_enf.data.particles import DW4, LJ13, SYSTEMS, DoubleWell, System, lennard_jones, quadrature, resolve, to_atoms
 
 CALCULATORS = {"dw4": DW4, "lj13": LJ13, "lj13-factor2": lambda: LJ13(factor=2.0)}
 
@@ -42,6 +43,18 @@ def test_forces_are_derivatives(system):
         numerical[:, *index] = (down - up) / (2 * step)
     assert np.abs(forces - numerical).max() < 1e-5 * np.abs(forces).max()
     assert np.abs(forces.sum(axis=1)).max() < 1e-10
+
+
+def test_energies_of_tensors_are_those_of_arrays(system):
+    """Also their derivatives, by which the forces are computed a second way."""
+    positions = spread(system)
+    energy, forces = system.evaluate(positions)
+    x = torch.from_numpy(positions).requires_grad_()
+    (minus,) = torch.autograd.grad(-system.energy(x).sum(), x)
+    assert np.allclose(system.energy(x).detach(), energy, rtol=1e-12)
+    assert np.allclose(minus, forces, rtol=1e-10, atol=1e-10)
+    assert np.allclose(system.energy(positions), energy, rtol=1e-12)
+    assert system.energy(x.float()).dtype == torch.float32
 
 
 def test_a_block_does_not_matter(system):
@@ -113,7 +126,7 @@ def test_the_calculator_says_what_the_function_says(name):
         assert np.allclose(atoms.get_forces()[:, : system.dimension], forces, rtol=1e-10, atol=1e-12)
         assert not atoms.get_forces()[:, system.dimension :].any()
     assert np.allclose(CALCULATORS[name]().energies(positions), expected.energy, rtol=1e-12)
-    with pytest.raises(CalculatorSetupError, match="particles, not"):
+    with pytest.raises(CalculatorSetupError, match=r"it takes \(B, "):
         CALCULATORS[name]().energies(positions[:, 1:])
 
 
@@ -144,6 +157,8 @@ def test_the_factor_can_be_set():
     atoms.calc.set(factor=2.0)
     trap = 0.5 * ((atoms.positions - atoms.positions.mean(axis=0)) ** 2).sum()
     assert atoms.get_potential_energy() - trap == pytest.approx(2 * (before - trap), rel=1e-12)
+    assert atoms.calc.todict() == {"factor": 2.0}
+    atoms.calc.set(factor="2")
     assert atoms.calc.todict() == {"factor": 2.0}
 
 
@@ -182,6 +197,13 @@ def test_unknown_names_and_shapes_are_refused():
         to_atoms("lj13", np.zeros((13, 3)))
     with pytest.raises(CalculatorSetupError, match="no parameter 'sigma'"):
         LJ13().set(sigma=1.0)
+    with pytest.raises(CalculatorSetupError, match="DW4 has no parameter 'b'"):
+        DW4(b=-100.0)
+    with pytest.raises(CalculatorSetupError, match=r"it takes \(B, 4, 2\)"):
+        DW4().energies(np.zeros((5, 4, 3)))  # of a flow with the default dimension
+    for n_atoms in (1, 2.5, -3):
+        with pytest.raises(DataError, match="whole number, at least 2"):
+            lennard_jones(n_atoms=n_atoms)
     with pytest.raises(DataError, match="four particles in two dimensions"):
         quadrature("lj13")
 
@@ -204,3 +226,19 @@ def test_quadrature_does_not_depend_on_its_grid():
     coarse, fine = quadrature("dw4"), quadrature("dw4", extent=8.5, spacing=0.11)
     assert np.allclose(coarse, fine, rtol=0, atol=1e-7)
     assert coarse.entropy == pytest.approx(7.1257226, abs=1e-6)
+
+
+def test_a_quadrature_that_would_be_wrong_is_refused():
+    wide = System("wide", 4, 2, DoubleWell(d0=7.0))
+    with pytest.raises(DataError, match=r"at 8.0 is 3e-01 of its maximum; use a larger extent"):
+        quadrature(wide)
+    assert np.allclose(quadrature(wide, extent=14), quadrature(wide, extent=15, spacing=0.12), rtol=0, atol=1e-6)
+    for extent, spacing in [(0.0, 0.1), (8.0, -0.1), (1.0, 2.0), (math.nan, 0.1)]:
+        with pytest.raises(DataError, match="must be positive"):
+            quadrature("dw4", extent, spacing)
+
+
+def test_quadrature_takes_a_pair_energy_with_a_wall():
+    """d⁻² + ½ d² has no value at d = 0, where its exp(−v) is zero."""
+    walls = System("walls", 4, 2, lambda r2: (0.5 * r2 + 1 / r2, np.ones_like(r2)))
+    assert np.allclose(quadrature(walls, 9.5, 0.1), quadrature(walls, 10.0, 0.08), rtol=0, atol=1e-4)

@@ -369,8 +369,44 @@ def test_energies_of_many_must_be_one_each():
 
     with pytest.raises(ReweightingError, match=r"energies\(\) gave shape \(\) for 3 structures"):
         reweight(gaussian(), Sum(1.0), 3, KELVIN)
-    with pytest.raises(ReweightingError, match=r"energies\(\) failed for positions of shape \(3, 4, 3\) \(KeyError"):
+    with pytest.raises(ReweightingError, match=r"\(energies\(\) of 3 structures: KeyError: 'charge'\)"):
         reweight(gaussian(), Raises(1.0), 3, KELVIN)
+
+
+def test_a_later_batch_that_fails_costs_no_other(monkeypatch):
+    class Sometimes(Together):
+        def energies(self, positions):
+            if len(positions) == 4:
+                raise MemoryError("too many")
+            return super().energies(positions)
+
+    monkeypatch.setattr(module, "ENERGY_BATCH", 4)
+    with pytest.warns(UserWarning, match=r"4 of 9 .*zero .energies\(\) of 4 structures: MemoryError: too many."):
+        result = reweight(gaussian(), Sometimes(1.0), 9, KELVIN, batch_size=3)  # energies of 3, then of 4 and 2
+    assert np.isfinite(result.energies).tolist() == [True] * 3 + [False] * 4 + [True] * 2
+
+
+def test_a_calculator_that_cannot_ends_it_after_the_first_batch(monkeypatch):
+    def trouble(call):
+        raise RuntimeError("no parameters for X")
+
+    drawn = []
+    plain = module._DensitySampler.sample
+    monkeypatch.setattr(module._DensitySampler, "sample", lambda self, part: drawn.extend(part) or plain(self, part))
+    with pytest.raises(ReweightingError, match="no finite energy .RuntimeError: no parameters for X.; check symbols"):
+        reweight(gaussian(), Harmonic(1.0, trouble), 40, KELVIN, batch_size=4)
+    assert len(drawn) == 4
+
+
+def test_a_few_effective_samples_give_no_error_bar():
+    """Far from its calculator a flow finds the best of its samples, and cannot know how far that is from the truth."""
+    stiff = Harmonic(100 * KT)
+    with pytest.warns(UserWarning, match=r"effective samples of 50 are too few for averages"):
+        result = reweight(gaussian(n_atoms=10), stiff, 50, KELVIN)
+    assert result.too_few and "too few to be believed" in str(result)
+    assert result.free_energy - stiff.free_energy(27) > 3 * KT  # what the delta method calls an error is below kT
+    assert result.free_energy_stderr == math.inf and result.average(result.energies).stderr == math.inf
+    assert np.isinf(result.average(lambda atoms: atoms.positions).stderr).all()
 
 
 # Wrong uses

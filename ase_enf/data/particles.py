@@ -43,6 +43,8 @@ from ase_enf.data import DataError
 
 Array = NDArray[np.float64]
 
+_VANISHED = 1e-15  # of exp(−v), at the border of a quadrature
+_WALL = 1e3  # kT; no exp(−v) is left
 _BLOCK = 128  # configurations at a time, so that what is computed of their pairs stays in the cache
 
 
@@ -63,7 +65,8 @@ class System:
         name: What files and messages call it.
         n_atoms: M.
         dimension: n.
-        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length².
+        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length²; by arithmetic alone if it is
+            to take tensors, too.
         trap: k, kT / length².
         reference: Constant of the harmonic energy that sampling and free energies start from, kT / length².
         power: Of the path between them, λ = u^power. With 4 the integrand <∂U/∂λ> dλ/du of d⁻¹² in three dimensions
@@ -117,6 +120,34 @@ class System:
         energy, gradient = self.gradient(self.checked(positions).transpose(1, 2, 0))
         return Energies(energy, -gradient.transpose(2, 0, 1))
 
+    def energy(self, positions: Any) -> Any:
+        """Energies of many configurations in the positions' own kind: an array, or a tensor with its gradient.
+
+        Args:
+            positions: Array or torch tensor of any float dtype and device, shape (B, M, n).
+
+        Returns:
+            U, kT, shape (B,), of the same kind.
+
+        Raises:
+            DataError: The shape is another.
+
+        Example:
+            >>> import torch
+            >>> x = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
+            >>> (force,) = torch.autograd.grad(-resolve("dw4").energy(x).sum(), x)
+            >>> np.allclose(force, resolve("dw4").evaluate(x.detach()).forces)
+            True
+        """
+        self._check(tuple(positions.shape))
+        first, second = np.triu_indices(self.n_atoms, 1)
+        difference = positions[:, first] - positions[:, second]
+        total = self.pair((difference * difference).sum(-1))[0].sum(-1)
+        if not self.trap:
+            return total
+        centred = positions - positions.mean(1)[:, None]
+        return total + 0.5 * self.trap * (centred * centred).sum(-1).sum(-1)
+
     def checked(self, positions: ArrayLike) -> Array:
         """Returns positions as float64 if they have the shape (B, M, n).
 
@@ -124,11 +155,12 @@ class System:
             DataError: They have another.
         """
         positions = np.asarray(positions, dtype=np.float64)
-        if positions.ndim != 3 or positions.shape[1:] != (self.n_atoms, self.dimension):
-            raise DataError(
-                f"{self.name}: positions of shape {positions.shape}; it takes (B, {self.n_atoms}, {self.dimension})"
-            )
+        self._check(positions.shape)
         return positions
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3 or shape[1:] != (self.n_atoms, self.dimension):
+            raise DataError(f"{self.name}: positions of shape {shape}; it takes (B, {self.n_atoms}, {self.dimension})")
 
     def gradient(self, x: Array) -> tuple[Array, Array]:
         """Energies and their gradients in the layout of the samplers, configurations last.
@@ -178,7 +210,7 @@ class DoubleWell:
 
     def __call__(self, r2: Array) -> tuple[Array, Array]:
         """Returns v and v'(d)/d at squared distances."""
-        d = np.sqrt(r2)
+        d = r2**0.5  # also of a tensor
         y = d - self.d0
         y2 = y * y
         return y2 * (self.b + self.c * y2), y * (2 * self.b + 4 * self.c * y2) / d
@@ -200,12 +232,12 @@ class LennardJonesPair:
         inverse = 1.0 / r2
         s = inverse * inverse * inverse
         value = s - 2.0
-        value *= s
+        value = value * s
         slope = s - 1.0
         slope *= s
         slope *= inverse
         slope *= -12.0 * self.epsilon
-        value *= self.epsilon
+        value = value * self.epsilon
         return value, slope
 
 
@@ -221,7 +253,7 @@ def lennard_jones(factor: float = 1.0, n_atoms: int = 13, name: str | None = Non
         The system, in three dimensions.
 
     Raises:
-        DataError: If factor is not positive.
+        DataError: If factor is not positive, or there are fewer than two particles.
 
     Example:
         >>> lennard_jones(2.0).name, lennard_jones(n_atoms=2).degrees_of_freedom
@@ -229,6 +261,8 @@ def lennard_jones(factor: float = 1.0, n_atoms: int = 13, name: str | None = Non
     """
     if not (factor > 0 and math.isfinite(factor)):
         raise DataError(f"factor={factor}: must be positive; 1 is the paper's, 2 that of Klein and Noé 2023")
+    if not (n_atoms >= 2 and n_atoms == int(n_atoms)):
+        raise DataError(f"n_atoms={n_atoms}: must be a whole number, at least 2")
     name = name or f"lj{n_atoms}" + ("" if factor == 1 else f"-factor{factor:g}")
     rungs = max(8, round(n_atoms * (0.7 + 0.35 * factor)))  # the colder, the more
     return System(name, n_atoms, 3, LennardJonesPair(factor), trap=1.0, reference=1.0, power=4, rungs=rungs)
@@ -292,7 +326,7 @@ class Quadrature(NamedTuple):
 
 
 def quadrature(system: System | str = "dw4", extent: float = 8.0, spacing: float = 0.15) -> Quadrature:
-    """Partition function of four particles in two dimensions without sampling, to rounding.
+    """Partition function of four particles in two dimensions without sampling, to rounding for DW4.
 
     With f_d(x) = exp(−v(|x|) − v(|x − d e_x|)) and K = exp(−v), in the coordinates relative to particle 1,
 
@@ -305,13 +339,13 @@ def quadrature(system: System | str = "dw4", extent: float = 8.0, spacing: float
     Args:
         system: Four particles in two dimensions without a trap.
         extent: Distance from which on exp(−v) vanishes.
-        spacing: Of the grid of x and y.
+        spacing: Of the grid of x and y, a small part of the width of exp(−v).
 
     Returns:
         ln Z, <U> and the differential entropy on the zero-mean subspace.
 
     Raises:
-        DataError: The system is another.
+        DataError: The system is another, a number is not positive, or exp(−v) has not vanished at ``extent``.
 
     Example:
         >>> round(quadrature("dw4").entropy, 6)
@@ -321,19 +355,27 @@ def quadrature(system: System | str = "dw4", extent: float = 8.0, spacing: float
     if (system.n_atoms, system.dimension, system.trap) != (4, 2, 0.0):
         raise DataError(f"{system.name}: the quadrature takes four particles in two dimensions without a trap")
 
+    if not (0 < spacing < extent < math.inf):
+        raise DataError(f"extent={extent}, spacing={spacing}: must be positive, the spacing much smaller")
+
     def pair(r2: Array) -> Array:
         with np.errstate(divide="ignore", invalid="ignore"):
             return system.pair(r2)[0]
 
+    d = np.linspace(spacing, extent, 512)
+    if (left := float(np.exp(pair(d * d).min() - pair(d[-1:] ** 2)[0]))) > _VANISHED:
+        raise DataError(f"{system.name}: exp(−v) at {extent} is {left:.0e} of its maximum; use a larger extent")
+
     half = round(1.5 * extent / spacing)  # of the period: 3 extents, so that no pair meets its image
     axis = np.arange(-half, half) * spacing
     x, y = axis[:, None], axis[None, :]
-    v = pair(np.fft.ifftshift(x * x + y * y))
+    v = np.minimum(pair(np.fft.ifftshift(x * x + y * y)), _WALL)  # v exp(−v) of a wall is 0
     kernel, weighted = np.fft.rfft2(np.exp(-v)), np.fft.rfft2(v * np.exp(-v))
     z = energy = 0.0
     nodes, weights = np.polynomial.legendre.leggauss(round(1.5 * extent / spacing))
     for d, length in zip(0.5 * extent * (nodes + 1), 0.5 * extent * weights, strict=True):
         both = pair((x - d / 2) ** 2 + y * y) + pair((x + d / 2) ** 2 + y * y)
+        both = np.minimum(both, _WALL)
         f = np.exp(-both)
         transform = np.fft.rfft2(f)
         convolved = np.fft.irfft2(transform * kernel, s=f.shape)
@@ -357,10 +399,10 @@ class _ParticleCalculator(Calculator):
 
     def energies(self, positions: np.ndarray) -> np.ndarray:
         """Returns the energies (B,) of many configurations (B, M, n) at once; ``ase_enf.reweight`` asks for it."""
-        system = self._system()
-        if positions.shape[1] != system.n_atoms:
-            raise CalculatorSetupError(f"{system.name} has {system.n_atoms} particles, not {positions.shape[1]}")
-        return system.evaluate(positions[..., : system.dimension]).energy
+        try:
+            return self._system().evaluate(positions).energy
+        except DataError as error:
+            raise CalculatorSetupError(str(error)) from None
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
@@ -388,13 +430,22 @@ class DW4(_ParticleCalculator):
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
     Raises:
-        CalculatorSetupError: On calculation, for another number of atoms, periodic cells or two atoms in one place.
+        CalculatorSetupError: For any parameter: it has none, ``System`` and ``DoubleWell`` make other wells; on
+            calculation, for another number of atoms, periodic cells or two atoms in one place.
 
     Example:
         >>> atoms = Atoms("X4", [(0, 0, 0), (4, 0, 0), (4, 4, 0), (0, 4, 0)], calculator=DW4())
         >>> round(atoms.get_potential_energy(), 3)  # four sides of d0, two diagonals
         -8.397
     """
+
+    def set(self, **settings: Any) -> dict[str, Any]:
+        """Refuses any parameter."""
+        if settings:
+            raise CalculatorSetupError(
+                f"DW4 has no parameter {min(settings)!r}; System(..., DoubleWell(b, c, d0)) does"
+            )
+        return super().set()
 
     def _system(self) -> System:
         return SYSTEMS["dw4"]
@@ -427,7 +478,8 @@ class LJ13(_ParticleCalculator):
         if set(settings) - {"factor"}:
             raise CalculatorSetupError(f"LJ13 has no parameter {min(set(settings) - {'factor'})!r}, only factor")
         try:
-            lennard_jones(float(settings.get("factor", 1.0)))
+            settings = {key: float(value) for key, value in settings.items()}
+            lennard_jones(settings.get("factor", 1.0))
         except (DataError, TypeError, ValueError) as error:
             raise CalculatorSetupError(str(error)) from None
         return super().set(**settings)
