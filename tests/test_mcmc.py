@@ -129,6 +129,8 @@ def test_free_energy_of_a_lennard_jones_pair_is_a_radial_integral():
         ({"ladders": 1}, "ladders=1"),
         ({"sweeps": 3}, "sweeps=3"),
         ({"thin": 0}, "thin=0"),
+        ({"start": np.zeros((4, 3))}, r"it takes \(B, 4, 2\)"),
+        ({"start": np.full((4, 2), np.nan)}, "no finite energy there"),
         ({"burn_in": -1}, "burn_in=-1"),
     ],
 )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ase_enf.data import DataError, DataNotFoundError
-from ase_enf.data.particles import resolve
+from ase_enf.data.mcmc import Diagnostics
+from ase_enf.data.particles import lennard_jones, resolve
 from ase_enf.data.samples import dataset, fingerprint, load, sample, save
 
 FAST = {"ladders": 8, "burn_in": 60}
@@ -107,3 +108,30 @@ def test_what_cannot_be_drawn():
         sample("dw4", 5, ladders=1)
     with pytest.raises(DataError, match="none of dw4"):
         sample("lj55", 5)
+
+
+def test_a_system_of_ones_own_becomes_atoms():
+    drawn = sample(lennard_jones(1.5, n_atoms=3), 20, ladders=8, burn_in=20)
+    assert [len(atoms) for atoms in drawn.to_atoms()] == [3] * 20
+    assert np.array_equal(drawn.to_atoms()[7].positions, drawn.positions[7])
+
+
+def test_chains_that_have_not_come_to_rest_are_named():
+    """The cluster of lj13 has not condensed yet when its chains start with the measurement."""
+    with pytest.warns(UserWarning, match=r"lj13: <U> went by -\d.*no samples of exp.*longer burn_in"):
+        sample("lj13", 8, ladders=8, burn_in=0)
+
+
+def test_trouble_is_found_by_equipartition_and_by_the_chains():
+    good = dict.fromkeys(Diagnostics._fields, 0.0)
+    good |= {"drift_stderr": 1.0, "equipartition": 6.1, "equipartition_stderr": 0.1, "r_hat": 1.02, "ladders": 64}
+    assert Diagnostics(**good).trouble(6) == ""
+    assert "by equipartition it is 6" in Diagnostics(**good | {"equipartition": 7.0}).trouble(6)
+    assert "disagree (r_hat 1.50)" in Diagnostics(**good | {"r_hat": 1.5}).trouble(6)
+    assert "<U> went by 5" in Diagnostics(**good | {"drift": 5.0}).trouble(6)
+    assert Diagnostics(**good | {"drift": 5.0, "ladders": 2}).trouble(6) == ""  # two ladders know no error
+
+
+def test_thin_is_positive():
+    with pytest.raises(DataError, match="thin=-5"):
+        sample("dw4", 100, thin=-5)

@@ -11,8 +11,8 @@ is HMC of one step, diffuses; but the barriers of DW4 (4.4 kT for each pair) and
 the exchange, which brings the target configurations that were independent Gaussian draws at λ_0. Every such *renewal*
 is an independent start; their number says how well the whole mixed. And λ_0 is analytic, so a ladder gives ln Z too.
 
-Ladders share nothing but the step sizes, which are tuned in the burn-in and fixed from then on: the spread of the means
-of ladders is the standard error of everything here.
+Ladders share nothing but the lengths of their trajectories (step sizes tuned in the burn-in and fixed from then on, and
+a random factor of each sweep): the spread of the means of ladders is the standard error of everything here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import t
 from tqdm import tqdm
 
 from ase_enf.data import DataError
@@ -32,6 +33,8 @@ from ase_enf.data.particles import Array, System, resolve
 
 LADDERS, BURN_IN, LEAPFROG = 64, 500, 8
 _TARGET_ACCEPTANCE = 0.8
+# Beyond what a hundred sweeps that mix show by chance; the level is of Student's t, as there may be but two ladders.
+_R_HAT, _LEVEL = 1.3, 1e-4
 
 
 class Diagnostics(NamedTuple):
@@ -41,6 +44,8 @@ class Diagnostics(NamedTuple):
     energy_stderr: float
     equipartition: float  # <x·∇U>, which is (M − 1) n
     equipartition_stderr: float
+    drift: float  # of <U> from the first to the second half of the sweeps, kT; 0 in equilibrium
+    drift_stderr: float
     r_hat: float  # of U among half ladders; 1 when they agree
     effective_size: float  # of U: its variance / energy_stderr²
     renewals: float  # independent configurations that reached λ = 1, in each ladder
@@ -48,6 +53,20 @@ class Diagnostics(NamedTuple):
     exchange: tuple[float, ...]  # (K,), between neighbours
     sweeps: int
     ladders: int
+
+    def trouble(self, degrees_of_freedom: int) -> str:
+        """Says in what the run cannot be of equilibrium, nothing if it may be."""
+        off, limit = self.equipartition - degrees_of_freedom, float(t.isf(_LEVEL / 2, self.ladders - 1))
+        if not abs(self.drift) < limit * self.drift_stderr:
+            return (
+                f"<U> went by {self.drift:.2g} ± {self.drift_stderr:.2g} from the first half of the run to the second"
+            )
+        if not abs(off) < limit * self.equipartition_stderr:
+            value = f"{self.equipartition:.2f} ± {self.equipartition_stderr:.2f}"
+            return f"<x·∇U> is {value}, by equipartition it is {degrees_of_freedom}"
+        if not self.r_hat < _R_HAT:
+            return f"the energies of half chains disagree (r_hat {self.r_hat:.2f})"
+        return ""
 
 
 class _Ladders:
@@ -163,12 +182,15 @@ class Run(NamedTuple):
         sweeps, ladders = self.energy.shape
         means, virials, half = self.energy.mean(axis=0), self.virial.mean(axis=0), sweeps // 2
         halves = np.concatenate([self.energy[:half], self.energy[-half:]], axis=1)  # (S / 2, 2 C)
+        drifts = self.energy[-half:].mean(axis=0) - self.energy[:half].mean(axis=0)
         within, between = halves.var(axis=0, ddof=1).mean(), halves.mean(axis=0).var(ddof=1)
         return Diagnostics(
             energy=float(means.mean()),
             energy_stderr=_stderr(means),
             equipartition=float(virials.mean()),
             equipartition_stderr=_stderr(virials),
+            drift=float(drifts.mean()),
+            drift_stderr=_stderr(drifts),
             r_hat=math.sqrt((half - 1) / half + between / within),
             effective_size=float(self.energy.var() / _stderr(means) ** 2),
             renewals=float(np.mean([len(np.unique(born)) - 1 for born in self.born.T])),
@@ -225,7 +247,7 @@ def run(
         Configurations and series of the target.
 
     Raises:
-        DataError: The system or a number is none.
+        DataError: The system or a number is none, or the start has no finite energy.
 
     Example:
         >>> run("dw4", sweeps=20, ladders=3, burn_in=5).positions.shape
@@ -238,9 +260,11 @@ def run(
         rng = np.random.default_rng(seed)
     except ValueError:
         raise DataError(f"seed={seed}: must not be negative") from None
-    state = _Ladders(
-        system, path(system)[0], ladders, rng, None if start is None else system.checked(np.asarray(start)[None])[0]
-    )
+    if start is not None:
+        start = system.checked(np.asarray(start)[None])[0]
+        if not np.isfinite(system.evaluate(start[None]).energy).all():
+            raise DataError(f"start: {system.name} has no finite energy there; move coinciding particles apart")
+    state = _Ladders(system, path(system)[0], ladders, rng, start)
     positions = np.empty((sweeps // thin, ladders, system.n_atoms, system.dimension))
     series = np.empty((2, sweeps, ladders))
     born, works = np.empty((sweeps, ladders), dtype=np.int64), np.empty((sweeps if work else 0, *state.replicas))

@@ -310,11 +310,19 @@ def to_atoms(system: System | str, positions: ArrayLike) -> list[Atoms]:
         >>> to_atoms("dw4", np.ones((2, 4, 2)))[1]
         Atoms(symbols='X4', pbc=False)
     """
-    system = resolve(system)
-    positions = system.checked(positions)
+    return flat_atoms(resolve(system).checked(positions))
+
+
+def flat_atoms(positions: Array) -> list[Atoms]:
+    """Turns configurations of any system, shape (B, M, n), into ``Atoms`` of dummy symbols, in the xy plane if n is 2.
+
+    Example:
+        >>> flat_atoms(np.ones((2, 3, 2)))[0]
+        Atoms(symbols='X3', pbc=False)
+    """
     full = np.zeros((*positions.shape[:2], 3))
-    full[:, :, : system.dimension] = positions
-    return [Atoms(f"X{system.n_atoms}", one) for one in full]
+    full[:, :, : positions.shape[2]] = positions
+    return [Atoms(f"X{full.shape[1]}", one) for one in full]
 
 
 class Quadrature(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ase_enf.data import DataError, DataNotFoundError, mcmc
-from ase_enf.data.particles import Array, System, resolve, to_atoms
+from ase_enf.data.particles import Array, System, flat_atoms, resolve
 from ase_enf.files import atomic_write, brief
 
 _LEAST_SWEEPS = 100  # of a run, for its diagnostics
@@ -37,8 +38,8 @@ class Samples:
         return len(self.positions)
 
     def to_atoms(self) -> list[Atoms]:
-        """Returns them as ``Atoms``, see `ase_enf.data.particles.to_atoms`."""
-        return to_atoms(self.info["system"], self.positions)
+        """Returns them as ``Atoms``, see `ase_enf.data.particles.flat_atoms`."""
+        return flat_atoms(self.positions)
 
 
 def fingerprint(positions: Array) -> str:
@@ -73,13 +74,13 @@ def sample(
         system: A system or its name.
         n: How many.
         seed: Of everything; the same gives the same bits with the same numpy on the same kind of machine.
-        ladders: Number of independent chains; each gives n / ladders of the samples.
+        ladders: Number of independent chains; each gives about n / ladders of the samples.
         burn_in: Sweeps that are left out.
         thin: Least number of sweeps between two samples of a ladder; U of LJ13 forgets itself in about 7.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
-        The samples.
+        The samples. A warning says when the chains disagree, or miss equipartition.
 
     Raises:
         DataError: The system or a number is none, or chains stand still.
@@ -90,8 +91,8 @@ def sample(
         ((100, 4, 2), 100)
     """
     system = resolve(system)
-    if n < 1 or ladders < 2:
-        raise DataError(f"n={n}, ladders={ladders}: at least 1 and 2")
+    if n < 1 or ladders < 2 or thin < 1:
+        raise DataError(f"n={n}, ladders={ladders}, thin={thin}: at least 1, 2 and 1")
     each = -(-n // ladders) + 1  # one to spare, for duplicates
     thin = max(thin, -(-_LEAST_SWEEPS // each))
     settings = {"sweeps": each * thin, "ladders": ladders, "burn_in": burn_in, "thin": thin}
@@ -102,12 +103,15 @@ def sample(
         raise DataError(f"{system.name}: {len(rows)} different samples of {n}; use a longer burn_in or a larger thin")
     shuffle = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # another stream than the run's
     rows = shuffle.permutation(np.sort(rows))[:n]
+    diagnostics = run.diagnostics()
+    if trouble := diagnostics.trouble(system.degrees_of_freedom):
+        warnings.warn(f"{system.name}: {trouble}; these are no samples of exp(−U), use a longer burn_in", stacklevel=2)
     info = {
         "system": system.name,
         "seed": seed,
         "sha256": fingerprint(positions[rows]),
         **settings,
-        "diagnostics": run.diagnostics()._asdict(),
+        "diagnostics": diagnostics._asdict(),
     }
     energies = system.evaluate(positions[rows]).energy
     return Samples(positions[rows], energies, rows % ladders, json.loads(json.dumps(info)))
