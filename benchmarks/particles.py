@@ -83,6 +83,7 @@ PAPER = {  # DW4, then LJ13
 SIZES = {system: tuple(steps) for (system, objective), steps in STEPS.items() if objective == FLOW_MATCHING}
 PAPER = {"dw4": {m: v[:4] for m, v in PAPER.items()}, "lj13": {m: v[4:] for m, v in PAPER.items()}}
 GOALS = {"dw4": 0.05, "lj13": 0.5}  # nats that E-NF with all the data should come near the entropy
+NOTHING = 0.05  # nats from the Gaussian: nothing was learned
 KINDS = (set(SIZES), set(METHODS), set(OBJECTIVES), {str(size) for sizes in SIZES.values() for size in sizes})
 MISSING = "–"
 SETTINGS_FILE = "settings.json"
@@ -346,9 +347,18 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
     for system, truth in truths.items():
         mine = results[results.system == system]
         title = f"Table 1: negative log-likelihood on {system.upper()}, nats"
-        text = notes(system, mine, truth, scale)
+        text = notes(system, mine, truth, width(work, system), scale)
         tables.write_results(table(system, mine, seeds), f"table1_{system}", title, text, folder)
     draw(results, truths, folder / "table1.png")
+
+
+def width(work: Path, system: str) -> float:
+    """Returns the entropy of the Gaussian that is as wide as the training samples: what the base has learned alone."""
+    test = json.loads((work / SETTINGS_FILE).read_text())["test"]
+    positions = data(system, work, test[system])["train"].positions
+    dimensions = particles.resolve(system).degrees_of_freedom
+    variance = np.square(positions).sum() / (len(positions) * dimensions)
+    return 0.5 * dimensions * math.log(2 * math.pi * math.e * variance)
 
 
 def over_seeds(system: str, results: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -390,7 +400,7 @@ def clock(results: pd.DataFrame) -> str:
     return next(iter(results.processor[results.train_s.notna()].mode()), "")
 
 
-def notes(system: str, results: pd.DataFrame, truth: Mapping[str, float], scale: float = 1.0) -> str:
+def notes(system: str, results: pd.DataFrame, truth: Mapping[str, float], base: float, scale: float = 1.0) -> str:
     """Returns what a reader must know, with the verdicts."""
     how = "quadrature, to rounding"
     if system != "dw4":
@@ -407,7 +417,8 @@ def notes(system: str, results: pd.DataFrame, truth: Mapping[str, float], scale:
     processors = ", ".join(sorted(results.processor.unique()))
     rates = ", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
     text = f"""Floor: the entropy, **{truth["entropy"]:.4f} ± {truth["entropy_stderr"]:.4f}** nats ({how}).
-No expected NLL on samples of exp(-U) is below it.
+No expected NLL on samples of exp(-U) is below it. A Gaussian as wide as the samples, which a flow starts from, has
+{base:.2f}.
 
 NLL with the exact trace: the entropy plus the mean of -U - ln Z - log q over the test samples, which has the
 expectation of the mean of -log q and a smaller error, {results.gap_stderr.min():.3f} for the best flow and \
@@ -434,10 +445,10 @@ The paper's 30.4 is far below the entropy of this system at equilibrium, so it c
 of exp(-U): its data was a single biased chain that is not to be had. The paper's figures stand here for their order;
 the values are not comparable.
 """
-    return "\n".join([text, *(f"* {line}" for line in verdicts(system, results))])
+    return "\n".join([text, *(f"* {line}" for line in verdicts(system, results, base))])
 
 
-def verdicts(system: str, results: pd.DataFrame) -> list[str]:
+def verdicts(system: str, results: pd.DataFrame, base: float) -> list[str]:
     """Says which method is best in each column, how near the floor E-NF comes, and when flow matching overtakes."""
     lines, most = [], max(SIZES[system])
     combined = over_seeds(system, results, "nll").dropna(subset="mean")
@@ -460,6 +471,11 @@ def verdicts(system: str, results: pd.DataFrame) -> list[str]:
         lines.append(
             f"E-NF by flow matching, {most} samples: {gap['mean']:.3f}{error} nats above the entropy; {verdict}"
         )
+    lines += [
+        f"{method} by {OBJECTIVES[objective]}, {most} samples: no more than the Gaussian"
+        for method, objective in ROWS
+        if abs(combined["mean"].get((method, objective, most), math.inf) - base) < NOTHING
+    ]
     races = ((method, race(results, method, most)) for method in BOTH)
     return lines + [f"{method}, {most} samples: {words}" for method, words in races if words]
 
