@@ -541,9 +541,13 @@ class _Trainer:
         return self.ema.module.eval()
 
     def _provenance(self) -> dict[str, Any]:
+        training = dataclasses.asdict(self.config)
+        del training["out"]  # weights are given to others, who need not know the folders of this machine
+        if training["initial"]:
+            training["initial"] = Path(training["initial"]).name
         return {
             "objective": self.config.objective,
-            "training": dataclasses.asdict(self.config),
+            "training": training,
             "step": self.step,
             "total_steps": self.total_steps,
             "epoch": round(self.step / self.steps_per_epoch, 3),

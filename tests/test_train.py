@@ -140,6 +140,7 @@ def test_what_comes_back_is_the_best_average_in_evaluation_mode(tmp_path):
     ]  # fmt: skip
     provenance = read_header(tmp_path / "run" / "model.safetensors")["provenance"]
     assert provenance["objective"] == "flow_matching" and provenance["molecules"] == 12
+    assert str(tmp_path) not in json.dumps(provenance)  # weights are given to others
     assert json.loads((tmp_path / "run" / "config.json").read_text())["hidden"] == 8
     rows = log_of(tmp_path / "run")
     best = min(float(row["valid_nll"]) for row in rows if row["valid_nll"])
@@ -197,6 +198,7 @@ def test_fine_tuning_takes_sizes_and_compositions_from_the_new_data(tmp_path):
     train(tiny(steps=2, features="given"), TRAIN, VALID).save(tmp_path / "first.safetensors")
     water = [atoms for atoms in TRAIN if len(atoms) == 3 and "H" in atoms.symbols]
     flow = train(tiny(steps=1, initial=tmp_path / "first.safetensors", out=tmp_path / "run"), water, water)
+    assert flow.provenance["training"]["initial"] == "first.safetensors"
     assert flow.config.compositions == {"H2O": len(water)} and dict(flow.config.sizes) == {3: len(water)}
     assert flow.size_prior.counts == {3: len(water)} and flow.species == ("H", "C", "N", "O")
     assert flow.config.position_scale == load(tmp_path / "first.safetensors").config.position_scale
