@@ -187,7 +187,7 @@ def _add_score(commands: Any) -> None:
         "--tolerance",
         type=float,
         default=0.2,
-        help="refine (at most twice) where the integration error exceeds this, nats",
+        help="refine (at most three times) where the integration error exceeds this, nats",
     )
     _add_sampling(command, "noise", batch_size=32)
 

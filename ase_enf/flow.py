@@ -17,7 +17,7 @@ import torchdiffeq
 from torch import Tensor
 
 from ase_enf.divergence import Divergence, Field, Moment, Velocity
-from ase_enf.quadrature import check_intervals, clenshaw_curtis, integrate
+from ase_enf.quadrature import check_intervals, clenshaw_curtis, integrate, rule
 from ase_enf.threads import map_threads
 
 # (field at one moment, x, h) → velocity and divergence.
@@ -142,6 +142,15 @@ class Transformed(NamedTuple):
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
+class Coarse(NamedTuple):
+    """Where half as many steps took a batch, see ``ContinuousFlow.coarse``."""
+
+    x: Tensor  # (B, M, n)
+    h: Tensor  # (B, M, F)
+    ladj: Tensor  # (B,), by a quarter of the intervals, float64
+    nfe: int
+
+
 class Regularised(NamedTuple):
     """Where the flow took a batch in training, with the terms of Finlay et al. (2020)."""
 
@@ -234,7 +243,6 @@ class ContinuousFlow:
         end: float,
         trace: TraceMethod | None = None,
         intervals: int = INTERVALS,
-        known: Tensor | None = None,
     ) -> Transformed:
         """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
 
@@ -248,12 +256,10 @@ class ContinuousFlow:
             end: 1 or 0.
             trace: ``divergence.exact`` or a closure over probes; None leaves ladj at zero.
             intervals: Of the quadrature, a multiple of 8; one more node.
-            known: ``traces`` of the same transport with half as many intervals, which are not evaluated again. (The
-                path is solved anew, through all nodes.)
 
         Raises:
             SolverError: If the solver fails.
-            ValueError: If ``intervals`` is no multiple of 8, or ``known`` does not fit it.
+            ValueError: If ``intervals`` is no multiple of 8.
         """
         self.nfe = 0
         if trace is None:
@@ -261,29 +267,29 @@ class ContinuousFlow:
             zero = x.new_zeros(1, 1, len(x))
             return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
         check_intervals(intervals)
-        if known is not None and len(known) != intervals // 2 + 1:
-            raise ValueError(f"known traces at {len(known)} nodes: {intervals} intervals need {intervals // 2 + 1}")
         times, stretch = self.nodes(intervals)
         # The path stops at every node, so that it is refined with the quadrature.
         path = self._solve(x, h, times if start < end else times.flip(0))
         states = path if start < end else path[::-1]
+        traces = self._traces(trace, times, states)
+        weighted = traces * stretch.to(traces)[:, None, None]
+        samples = integrate(weighted).value * (1.0 if start < end else -1.0)
+        error = integrate(weighted.mean(dim=1)).error  # of the mean over probes
+        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
+
+    def _traces(self, trace: TraceMethod, times: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Returns Tr J at these times and states, shape (Q, P, B), float64."""
+        x = states[0][0]
         moments = times.to(x)
-        fresh = range(intervals + 1) if known is None else range(1, intervals, 2)
 
         def at_node(k: int) -> Tensor:
             return trace(Moment(self.velocity, moments[k]), *states[k]).samples.double()
 
         # The nodes of a solved path are independent; a recorded graph, and a GPU, want them one after the other.
         alone = torch.is_grad_enabled() or x.device.type != "cpu"
-        traces = torch.stack([at_node(k) for k in fresh] if alone else map_threads(at_node, fresh))
-        self.nfe += len(fresh)
-        if known is not None:
-            traces, odd = traces.new_empty(intervals + 1, *traces.shape[1:]), traces
-            traces[::2], traces[1::2] = known.to(traces), odd
-        weighted = traces * stretch.to(traces)[:, None, None]
-        samples = integrate(weighted).value * (1.0 if start < end else -1.0)
-        error = integrate(weighted.mean(dim=1)).error  # of the mean over probes
-        return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
+        nodes = range(len(times))
+        self.nfe += len(nodes)
+        return torch.stack([at_node(k) for k in nodes] if alone else map_threads(at_node, nodes))
 
     def nodes(self, intervals: int) -> tuple[Tensor, Tensor]:
         """Returns the times t = u^warp of the quadrature and dt/du there, shape (intervals + 1,), float64."""
@@ -295,18 +301,25 @@ class ContinuousFlow:
         self.nfe = 0
         return self._solve(x, h, times.double())
 
-    def coarse_end(self, x: Tensor, h: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
-        """Returns where half as many fixed steps end, for an estimate of the path's error.
+    def coarse(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int) -> Coarse:
+        """Goes from data to latent space by half as many fixed steps, for an estimate of the path's error.
 
         Args:
             x: Positions at t = 0, shape (B, M, n).
             h: Features there, shape (B, M, F).
-            intervals: Of the quadrature whose nodes the finer path stopped at.
+            trace: As of :meth:`transport`.
+            intervals: Of the quadrature whose nodes the finer path stopped at; every fourth serves here.
         """
-        coarse = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=max(self.solver.steps // 2, 1)))
-        end = coarse.trajectory(x, h, self.nodes(intervals)[0][::2])[-1]
-        self.nfe = coarse.nfe
-        return end
+        half = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=max(self.solver.steps // 2, 1)))
+        times = self.nodes(intervals)[0]
+        path = half.trajectory(x, h, times[::2])
+        ladj = self.every_fourth(half._traces(trace, times[::4], path[::2]))
+        return Coarse(*path[-1], ladj, half.nfe)
+
+    def every_fourth(self, traces: Tensor) -> Tensor:
+        """Returns ∫_0^1 Tr J dt by a quarter of the intervals, shape (B,), from traces at every fourth node alone."""
+        stretch = self.nodes(4 * (len(traces) - 1))[1][::4]
+        return rule(traces.mean(dim=1) * stretch.to(traces)[:, None])
 
     def forward_regularised(
         self, x: Tensor, h: Tensor, probes: tuple[Tensor, Tensor], parameters: Sequence[Tensor], adjoint: bool = False

@@ -153,7 +153,6 @@ class LogProb(NamedTuple):
     log_size: Tensor  # log p_M(M), zero unless "joint"
     error: Tensor  # estimated integration error, of the quadrature and of the path
     samples: Tensor  # (P, B), ladj by each probe alone
-    traces: Tensor  # (Q, P, B), Tr J at the nodes of the quadrature
     nfe: int
 
 
@@ -315,12 +314,12 @@ class ENF(nn.Module):
         trace: TraceMethod = divergence.exact,
         solver: Solver | None = None,
         intervals: int = INTERVALS,
-        known: Tensor | None = None,
         estimate_path_error: bool = True,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        With fixed steps the path is solved once more by half the steps; what that does to log p_Z enters ``error``.
+        With fixed steps the path is solved once more by half the steps; what that does to log p_Z and to the trace
+        enters ``error``.
 
         Args:
             batch: Molecules on the model's device and in its dtype.
@@ -328,7 +327,6 @@ class ENF(nn.Module):
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
             solver: How the state is integrated, dopri5 at 1e-5 by default.
             intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
-            known: ``traces`` of half as many intervals, which are not evaluated again.
             estimate_path_error: Whether to solve the path twice for that part of ``error``.
 
         Raises:
@@ -337,28 +335,36 @@ class ENF(nn.Module):
         with torch.no_grad():
             encoded = self.encode(batch, noise)
             flow = self.flow(encoded.mask, encoded.context, solver)
-            z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals, known=known)
+            z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals)
             terms = self._terms(encoded, z)
             if not estimate_path_error:
                 return terms
-            path_error = self.path_error(flow, encoded.x, encoded.h, terms.log_base, intervals)
-            more = 0 if flow.solver.adaptive else flow.nfe
+            path_error, more = self.path_error(flow, encoded.x, encoded.h, terms.log_base, z.traces, trace)
             return terms._replace(error=terms.error + path_error, nfe=terms.nfe + more)
 
-    def path_error(self, flow: ContinuousFlow, x: Tensor, h: Tensor, log_base: Tensor, intervals: int) -> Tensor:
-        """Estimates what fixed steps do to log p_Z, nats, shape (B,): by half as many; zero for an adaptive solver.
+    def path_error(
+        self, flow: ContinuousFlow, x: Tensor, h: Tensor, log_base: Tensor, traces: Tensor, trace: TraceMethod
+    ) -> tuple[Tensor, int]:
+        """Estimates what fixed steps do to log p_Z + ladj: by half as many; zero for an adaptive solver.
 
         Args:
             flow: Of one batch, see :meth:`flow`.
             x: Positions at the data end of the path, shape (B, M, n).
             h: Features there, shape (B, M, F).
             log_base: log p_Z at its latent end, shape (B,).
-            intervals: Of the quadrature whose nodes the path stopped at.
+            traces: Along the path, from the quadrature, shape (Q, P, B).
+            trace: By which.
+
+        Returns:
+            The error, nats, shape (B,), and the number of evaluations it took.
         """
         if flow.solver.adaptive:  # it has kept its own tolerance
-            return torch.zeros_like(log_base)
-        coarse = self._log_base(*flow.coarse_end(x, h, intervals), flow.mask)
-        return (log_base - coarse).abs() / (PATH_REDUCTION[flow.solver.method] - 1.0)
+            return torch.zeros_like(log_base), 0
+        coarse = flow.coarse(x, h, trace, len(traces) - 1)
+        by_base = log_base.double() - self._log_base(coarse.x, coarse.h, flow.mask).double()
+        by_trace = flow.every_fourth(traces[::4]) - coarse.ladj
+        error = (by_base + by_trace).abs() / (PATH_REDUCTION[flow.solver.method] - 1.0)
+        return error.to(log_base), coarse.nfe
 
     @staticmethod
     def _log_base(x: Tensor, h: Tensor, mask: Tensor) -> Tensor:
@@ -373,7 +379,7 @@ class ENF(nn.Module):
         ladj = z.ladj + encoded.log_volume
         total = log_base + ladj - encoded.log_q + log_size
         samples = z.samples + encoded.log_volume
-        return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.traces, z.nfe)
+        return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.nfe)
 
     def sample(
         self,

@@ -70,7 +70,7 @@ def integrate(values: Tensor) -> Integral:
         tensor(1.7183, dtype=torch.float64)
     """
     check_intervals(len(values) - 1)
-    fine, half, quarter = (_rule(values[::step]) for step in (1, 2, 4))
+    fine, half, quarter = (rule(values[::step]) for step in (1, 2, 4))
     last, before = (fine - half).abs() / (REDUCTION - 1), (half - quarter).abs() / (REDUCTION * (REDUCTION - 1))
     return Integral(fine, torch.maximum(last, before))
 
@@ -81,6 +81,7 @@ def check_intervals(intervals: int) -> None:
         raise ValueError(f"quadrature intervals={intervals}: must be a positive multiple of 8")
 
 
-def _rule(values: Tensor) -> Tensor:
+def rule(values: Tensor) -> Tensor:
+    """Integrates over [0, 1] what is known at the nodes of :func:`clenshaw_curtis`, shape (n + 1, ...) with n even."""
     weights = clenshaw_curtis(len(values) - 1)[1].to(values)
     return torch.tensordot(weights, values, dims=1)

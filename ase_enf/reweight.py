@@ -321,7 +321,8 @@ class _DensitySampler(Sampler):
             log_base = base.position_log_prob(z_x.double(), mask)
             scale = math.log(self.flow.config.position_scale)
             log_prob = log_base - data.ladj.double() - subspace_dim(mask, z_x.shape[-1]).double() * scale
-            error = data.error.double() + self.flow.path_error(flow, data.x, data.h, log_base, self.intervals)
+            path_error, _ = self.flow.path_error(flow, data.x, data.h, log_base, data.traces, divergence.exact)
+            error = data.error.double() + path_error
             batch = self.flow.decode(data.x, data.h, mask, context)
         for draft, *density in zip(drafts, log_prob.tolist(), error.tolist(), strict=True):
             self.densities[draft.index, draft.attempt] = tuple(density)

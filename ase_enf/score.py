@@ -30,7 +30,7 @@ TRACES = ("auto", "exact", "hutchinson")
 CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
 AUTOGRAD_DIMENSIONS = 96
 # The quadrature starts with INTERVALS and doubles them up to this many times.
-DOUBLINGS = 2
+DOUBLINGS = 3
 # Rows times M² that are scored together: a thread needs some hundred MB for them.
 PAIRS_TOGETHER = 2**15
 # Streams of the noise: of q, of the probes.
@@ -95,16 +95,16 @@ def score(
         solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
             nodes of the quadrature and the solver's own grid, 48 intervals and more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
-        tolerance: Nodes and steps are doubled, at most twice, where the estimated integration error exceeds this many
-            nats; a warning names what stays above it.
+        tolerance: Nodes and steps are doubled, at most three times, where the estimated integration error exceeds this
+            many nats; a warning names what stays above it.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
 
     Returns:
         One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and, with fixed steps,
-        of the path) and the standard errors over probes and over draws (delta method; NaN for one probe, or one draw of
-        a bound, whose spread is unknown).
+        of the path) and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
+        draw of a bound, whose spread is unknown).
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
 
@@ -259,34 +259,29 @@ class _Scorer:
         """
         answers: dict[int, _Estimate] = {}
         evaluations = np.zeros(len(rows), dtype=int)
-        work: list[tuple[np.ndarray, int, Tensor | None]] = [(np.arange(len(rows)), INTERVALS, None)]
+        work = [(np.arange(len(rows)), INTERVALS)]
         while work:
-            places, intervals, known = work.pop()
+            places, intervals = work.pop()
             chosen = [rows[place] for place in places]
-            out = self._log_prob(chosen, intervals, known)
+            out = self._log_prob(chosen, intervals)
             weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
             error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
             evaluations[places] += out.nfe * self.draws
             for number, place in enumerate(places):
                 row = weights[:, number].cpu().numpy()  # (P, K)
                 answers[place] = self._answer(rows[place], row, error[number], evaluations[place])
-            if intervals < INTERVALS * 2**DOUBLINGS:
-                rough, lost = error > self.tolerance, ~np.isfinite(error)
-                traces = out.traces.unflatten(-1, (len(chosen), self.draws))
-                # What is not finite may be so on a finer path, but not by traces kept from this one.
-                for which, usable in ((rough & ~lost, True), (lost, False)):
-                    if which.any():
-                        kept = traces[:, :, torch.from_numpy(which)].flatten(2) if usable else None
-                        work.append((places[which], 2 * intervals, kept))
+            rough = ~(error <= self.tolerance)  # also where it is not finite, which it may be on a finer path
+            if rough.any() and intervals < INTERVALS * 2**DOUBLINGS:
+                work.append((places[rough], 2 * intervals))
         return [answers[place] for place in range(len(rows))]
 
-    def _log_prob(self, rows: list[_Row], intervals: int, known: Tensor | None) -> LogProb:
+    def _log_prob(self, rows: list[_Row], intervals: int) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
         noise = self._noise(rows, config.flow_features) if flow.features == "joint" else None
         method = self._trace_method(rows)
-        return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals, known)
+        return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals)
 
     def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
         value, stderr = combine(weights, float(error))
@@ -328,8 +323,10 @@ class _Scorer:
 def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float]:
     """Joins log weights to an importance-weighted log-likelihood and its error.
 
-    log p̂ = log 1/K Σ_k w_k with w_k the mean over probes in the logarithm; its error by the delta method over draws, by
-    the spread over probes, and by the integration, added in squares.
+    log p̂ = log 1/K Σ_k w_k with w_k the mean over probes in the logarithm; its error over draws, by the spread over
+    probes, and by the integration, added in squares. That over draws is the larger of the delta method's, which is
+    right for many draws but never exceeds one nat, and the standard error of the mean of log w, which is right where
+    one draw outweighs the others; for many draws of a wide spread, both are too small.
 
     Args:
         weights: Log weights by probe and draw, shape (P, K).
@@ -349,7 +346,8 @@ def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float
     value = peak + math.log(ratio.mean())
     variance = integration_error**2
     if draws > 1:
-        variance += float(ratio.var(ddof=1) / draws / ratio.mean() ** 2)
+        by_ratio = float(ratio.var(ddof=1) / draws / ratio.mean() ** 2)
+        variance += max(by_ratio, float(log_w.var(ddof=1) / draws))
     if probes > 1:
         share = ratio / ratio.sum()
         variance += float((weights @ share).var(ddof=1) / probes)

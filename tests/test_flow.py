@@ -111,26 +111,6 @@ def test_a_warped_quadrature_resolves_a_peak_at_the_data(state):
     assert errors[1] < 0.1 * errors[0]
 
 
-def test_known_traces_are_not_evaluated_again(real_flow):
-    flow, x, h = real_flow(Solver("rk4", steps=20))
-    for transport in (flow.forward, flow.inverse):
-        coarse = transport(x, h, divergence.exact, intervals=16)
-        refined = transport(x, h, divergence.exact, intervals=32, known=coarse.traces)
-        whole = transport(x, h, divergence.exact, intervals=32)
-        assert len(coarse.traces) == 17 and torch.equal(refined.traces[::2], coarse.traces)
-        assert torch.allclose(refined.ladj, whole.ladj, atol=1e-4) and not torch.equal(refined.ladj, coarse.ladj)
-        calls = []
-
-        def spy(field, x, h, calls=calls):
-            calls.append(field)
-            return divergence.exact(field, x, h)
-
-        transport(x, h, spy, intervals=32, known=coarse.traces)
-        assert len(calls) == 16 and refined.nfe < whole.nfe
-    with pytest.raises(ValueError, match="known traces at 17 nodes: 64 intervals need 33"):
-        flow.forward(x, h, divergence.exact, intervals=64, known=coarse.traces)
-
-
 @pytest.mark.parametrize(("method", "order"), [("rk4", 4), ("midpoint", 2), ("euler", 1)])
 @pytest.mark.parametrize("warp", [1.0, 1.5])
 def test_fixed_step_methods_converge_at_their_order(state, method, order, warp):
