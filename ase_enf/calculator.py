@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ase_enf import base, divergence
 from ase_enf.flow import Solver, SolverError, resolve_solver
-from ase_enf.model import ENF
+from ase_enf.model import ENF, check_flow
 from ase_enf.molecules import to_batch
 
 DEFAULT_SOLVER = Solver("midpoint", steps=16, warp=2.0)
@@ -62,6 +62,7 @@ def log_likelihood_gradient(
         positions = batch.positions.requires_grad_(True)
         total = _log_likelihood(flow, batch._replace(positions=positions), solver, intervals)
         (gradient,) = torch.autograd.grad(total, positions)
+        gradient = gradient - gradient.mean(dim=1, keepdim=True)  # positions were centred before
     if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
         raise SolverError(
             f"log-likelihood of {atoms.get_chemical_formula()} is not finite; move its atoms apart or use more steps"
@@ -117,7 +118,7 @@ class ENFCalculator(Calculator):
         solver: str | Solver | None = None,
         steps: int | None = None,  # noqa: N803
     ) -> None:
-        self._flow = flow
+        self._flow = check_flow(flow)
         self._solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
         if self._solver.adaptive:
             raise CalculatorSetupError(

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from ase_enf import base
 from ase_enf.flow import Solver, SolverError, resolve_solver
-from ase_enf.model import ENF, resolve_device
-from ase_enf.molecules import COINCIDENT, Batch, closest_pair, formula_numbers, to_atoms
+from ase_enf.model import ENF, check_flow, resolve_device
+from ase_enf.molecules import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
 
 MAX_ATTEMPTS = 10
 MAX_OPEN_SHELLS = 100
@@ -140,6 +140,7 @@ def igenerate(
     Returns:
         An iterator; arguments are checked before it is returned.
     """
+    check_flow(flow)
     check_counts(n, seed, batch_size, start)
     chosen = resolve_solver(solver, steps, flow.sampling_solver)
     if churn is not None:
@@ -165,6 +166,8 @@ class Sampler:
     ) -> None:
         if device is not None and resolve_device(device) != flow.device:
             flow = copy.deepcopy(flow).to(resolve_device(device))
+        if n_atoms is not None:
+            check_whole("n_atoms", n_atoms, 1)
         self.flow = flow
         self.seed = seed
         self.solver = solver
@@ -176,8 +179,10 @@ class Sampler:
         self.compositions = _compositions(flow, n_atoms, formula, closed_shell)
         if n_atoms is not None and self.compositions is None and n_atoms not in flow.size_prior:
             seen = list(flow.size_prior.counts)
+            near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
             raise ValueError(
-                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw"
+                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only, not all of them; choose one of "
+                f"those it saw, such as {near}"
             )
 
     def stream(self, indices: Sequence[int], progress: bool) -> Iterator[Atoms]:
@@ -317,10 +322,9 @@ class Sampler:
 
 
 def check_counts(n: int, seed: int, batch_size: int, start: int = 0) -> None:
-    """Raises ``ValueError`` for a request of nothing, a negative seed or an empty batch."""
+    """Raises ``ValueError`` for a request of nothing, a negative seed, an empty batch or part of a number."""
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("batch_size", batch_size, 1), ("start", start, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+        check_whole(name, value, least)
 
 
 def open_shell(numbers: np.ndarray) -> bool:
@@ -354,9 +358,13 @@ def _compositions(
             )
         if len(numbers) < 2:
             raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
+        if len(numbers) > (largest := max(flow.size_prior.counts)):
+            warnings.warn(
+                f"formula={formula!r} has {len(numbers)} atoms; this model saw at most {largest}", stacklevel=2
+            )
         if closed_shell and open_shell(numbers):
             raise ValueError(f"formula={formula!r} has an odd number of electrons; leave closed_shell out")
-        return [formula], np.ones(1)
+        return [str(formula)], np.ones(1)
     known = flow.config.compositions
     kept = {f: c for f, c in known.items() if n_atoms is None or len(formula_numbers(f)) == n_atoms}
     if not known:

@@ -480,6 +480,15 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
+def check_flow(flow: Any) -> ENF:
+    """Returns a flow, and raises a ``TypeError`` for anything else, such as the name of one."""
+    if isinstance(flow, ENF):
+        return flow
+    if isinstance(flow, str | os.PathLike):
+        raise TypeError(f"expected a flow, got {os.fspath(flow)!r}; ase_enf.load({os.fspath(flow)!r}) gives one")
+    raise TypeError(f"expected a flow, got {type(flow).__name__}; ase_enf.load and ase_enf.train give one")
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """Turns "auto" into CUDA where there is one, and checks an explicit choice.
 
@@ -487,7 +496,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ValueError: If the device is not there.
     """
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return resolve_device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -498,6 +507,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA device(s); use cpu or auto"
         )
+    # With its number it compares equal to the device of tensors.
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

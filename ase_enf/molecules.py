@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 COINCIDENT = 1e-3
 # Distances (Å) that agree to this many decimals are equal for the order of atoms.
 ORDER_DECIMALS = 6
+# Atoms of a formula: beyond this it is a slip.
+LARGEST = 10_000
 
 
 class Batch(NamedTuple):
@@ -59,12 +63,16 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
     """Returns a list whether one ``Atoms`` or an iterable of them was given.
 
     Raises:
-        TypeError: If an item is no ``Atoms``.
+        TypeError: If it is, or an item is, something else.
 
     Example:
         >>> len(one_or_many(Atoms("H2O", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])))
         1
     """
+    if isinstance(atoms, str | os.PathLike) or not isinstance(atoms, Iterable):
+        raise TypeError(
+            f"expected ase.Atoms or several, got {type(atoms).__name__} {atoms!r}; read files with ase.io.read"
+        )
     many = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     for index, item in enumerate(many):
         if not isinstance(item, Atoms):
@@ -86,24 +94,41 @@ def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
     return tuple(chemical_symbols[z] for z in present)
 
 
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Returns a whole number, and raises a ``ValueError`` for another or one below ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value}: must be a whole number") from None
+    if number < least:
+        raise ValueError(f"{name}={number}: must be at least {least}")
+    return number
+
+
 def formula_numbers(formula: str) -> np.ndarray:
     """Parses a chemical formula such as ``"C7H10O2"`` to atomic numbers, heaviest count order as written.
 
+    Args:
+        formula: Text, or what ASE prints as one: ``atoms.symbols``, a ``Formula``.
+
     Raises:
-        ValueError: If ``formula`` is no formula, is empty or has a charge.
+        ValueError: If ``formula`` is no formula, is empty, has a charge or more than ten thousand atoms.
 
     Example:
         >>> formula_numbers("CH4").tolist()
         [6, 1, 1, 1, 1]
     """
-    stripped = formula.strip()
+    stripped = str(formula).strip()
     if set(stripped) & set("+-"):
         raise ValueError(f"formula {formula!r}: flows know no charges; write the atoms alone, like C7H10O2")
     try:
         counts = Formula(stripped).count()
-        numbers = [atomic_numbers[symbol] for symbol, count in counts.items() for _ in range(count)]
+        single = {atomic_numbers[symbol]: count for symbol, count in counts.items()}
     except (ValueError, KeyError):
         raise ValueError(f"formula {formula!r}: not a chemical formula; write it like C7H10O2") from None
+    if sum(counts.values()) > LARGEST:
+        raise ValueError(f"formula {stripped!r}: has {sum(counts.values())} atoms, too many for any flow")
+    numbers = [number for number, count in single.items() for _ in range(count)]
     if not numbers or not all(counts.values()):
         raise ValueError(f"formula {formula!r}: has no atoms of an element, or none at all; write it like C7H10O2")
     return np.array(numbers)

@@ -21,7 +21,7 @@ from ase_enf import base, divergence
 from ase_enf.flow import INTERVALS, Solver, resolve_solver
 from ase_enf.generate import Draft, Sampler, check_counts
 from ase_enf.geometry import subspace_dim
-from ase_enf.model import ENF
+from ase_enf.model import ENF, check_flow
 from ase_enf.molecules import Batch
 from ase_enf.quadrature import check_intervals
 
@@ -256,6 +256,7 @@ def reweight(
         >>> bool(1 <= result.effective_sample_size <= 4), result.samples[0].get_chemical_formula()
         (True, 'Ar3')
     """
+    check_flow(flow)
     _check(flow, n, temperature, seed, clip, intervals, batch_size)
     numbers = _numbers(flow, symbols, n_atoms, formula)
     size = n_atoms if numbers is None else len(numbers)

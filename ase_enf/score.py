@@ -7,12 +7,13 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 from tqdm import tqdm
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from ase_enf import divergence
 from ase_enf.divergence import Divergence, Field
 from ase_enf.flow import INTERVALS, Solver, TraceMethod, resolve_solver
-from ase_enf.model import ENF, LogProb, resolve_device
-from ase_enf.molecules import canonical_order, check_atoms, one_or_many, to_batch
+from ase_enf.model import ENF, LogProb, check_flow, resolve_device
+from ase_enf.molecules import canonical_order, check_atoms, check_whole, one_or_many, to_batch
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
@@ -119,8 +120,9 @@ def score(
         >>> score(flow, molecule("H2O"))[["kind", "trace", "n_atoms", "formula"]].values.tolist()
         [['exact', 'exact', 3, 'H2O']]
     """
+    check_flow(flow)
     many = one_or_many(atoms)
-    seeds = [int(seed)] * len(many) if np.ndim(seed) == 0 else [int(value) for value in seed]
+    seeds = [seed] * len(many) if np.ndim(seed) == 0 else list(seed)
     _check(flow, many, trace, probes, draws, seeds, batch_size)
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
@@ -192,9 +194,10 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
     result = []
     for original, row in zip(atoms, table.itertuples(), strict=True):
         item = original.copy()
-        if isinstance(original.calc, SinglePointCalculator):  # energies read from a file, which copy leaves behind
-            item.calc = SinglePointCalculator(item, **original.calc.results)
+        if results := _known_results(original):  # energies, which copy leaves behind
+            item.calc = SinglePointCalculator(item, **results)
         item.info["enf_log_likelihood"] = float(row.log_likelihood)
+        item.info.pop("enf_log_likelihood_stderr", None)  # of an earlier score
         if math.isfinite(row.stderr):
             item.info["enf_log_likelihood_stderr"] = float(row.stderr)
         item.info["enf_log_likelihood_kind"] = str(row.kind)
@@ -202,6 +205,14 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
         item.info["enf_log_likelihood_model"] = model  # enf_model, if there, says which one made the structure
         result.append(item)
     return result
+
+
+def _known_results(atoms: Atoms) -> dict[str, Any]:
+    """Returns what a calculator has computed, or a file told, of these positions; computes nothing."""
+    results = getattr(atoms.calc, "results", {})
+    if isinstance(atoms.calc, Calculator) and atoms.calc.check_state(atoms):
+        return {}
+    return {name: value for name, value in results.items() if name in all_properties and value is not None}
 
 
 class _Scorer:
@@ -363,14 +374,10 @@ def _check(
         raise ValueError(f"{len(seeds)} seeds for {len(atoms)} structures: give one for all or one for each")
     if trace not in TRACES:
         raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
-    for name, value, least in (
-        ("probes", probes, 1),
-        ("draws", draws, 1),
-        ("seed", min(seeds, default=0), 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
+    for name, value in (("probes", probes), ("draws", draws), ("batch_size", batch_size)):
+        check_whole(name, value, 1)
+    for value in seeds:
+        check_whole("seed", value, 0)
     for index, item in enumerate(atoms):
         check_atoms(item, flow.species, index, flow.config.dimension)
         if flow.features == "joint" and len(item) not in flow.size_prior:

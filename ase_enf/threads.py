@@ -30,7 +30,7 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
             return [work(item) for item in items]
     torch.set_num_threads(1)
     try:
-        return list(_pool(count).map(torch.no_grad()(work), items))
+        return list(_pool(threads).map(torch.no_grad()(work), items))
     finally:
         torch.set_num_threads(threads)
 
@@ -39,7 +39,8 @@ def share_out(size: int, work: Callable[[int, int, int], None]) -> None:
     """Calls ``work(k, first, last)`` on equal shares of ``size`` items, side by side; for work that leaves Python."""
     count = shares(size)
     bounds = [size * k // count for k in range(count + 1)]
-    others = [_plain_pool(count - 1).submit(work, k, bounds[k], bounds[k + 1]) for k in range(1, count)]
+    pool = _plain_pool(torch.get_num_threads() - 1) if count > 1 else None
+    others = [pool.submit(work, k, bounds[k], bounds[k + 1]) for k in range(1, count)]
     work(0, 0, bounds[1])
     for other in others:
         other.result()

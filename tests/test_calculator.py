@@ -65,6 +65,17 @@ def test_forces_agree_with_those_of_ase(make_flow):
     assert np.abs(atoms.get_forces() - expected).max() < 1e-6 * np.abs(expected).max()
 
 
+def test_forces_of_a_network_that_is_not_invariant_are_derivatives_too(make_flow):
+    """Positions are centred before the network sees them, which the gradient must know."""
+    flow = make_flow("given", network="gnn", layers=1).double()
+    atoms, direction = rattled(), np.random.default_rng(4).standard_normal((3, 3))
+    expected = -slope(flow, atoms, direction)
+    atoms.calc = ENFCalculator(flow, kT=1.0, steps=STEPS)
+    assert abs(expected) > 0.01
+    assert (atoms.get_forces() * direction).sum() == pytest.approx(expected, rel=1e-6)
+    assert np.abs(atoms.get_forces().sum(axis=0)).max() < 1e-12
+
+
 def test_no_net_force_and_no_net_torque(float64_flow):
     atoms = rattled("CH4")
     atoms.calc = ENFCalculator(float64_flow, kT=1.0, steps=STEPS)

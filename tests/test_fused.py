@@ -194,3 +194,26 @@ def test_without_a_compiler_or_a_folder(
             flow.use_kernel("fused")
     finally:
         fused._library.cache_clear()
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_kernel_chosen_for_another_dtype_steps_back(to):
+    """A width of 8 fills a register in float64 alone: in float32 the kernel would write beyond its rows."""
+    flow = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=8, layers=2)).double()
+    assert flow.use_kernel("auto") in ("fused", "plain")
+    x, mask = torch.randn(2, 4, 3, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
+    x -= x.mean(dim=1, keepdim=True)
+    flow, x = flow.to(to), x.to(to)
+    t, h = torch.zeros(2, dtype=to), x[..., :0]
+    with torch.no_grad():
+        dx = flow.dynamics(t, x, h, mask)[0]
+        flow.use_kernel("plain")
+        assert torch.allclose(dx, flow.dynamics(t, x, h, mask)[0], atol=1e-2 if to == torch.bfloat16 else 1e-5)
+
+
+def test_autocast_and_the_kernel():
+    flow = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=16, layers=1))
+    flow.use_kernel("auto")
+    x, mask = torch.randn(2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(flow.dynamics(torch.zeros(2), x - x.mean(dim=1, keepdim=True), x[..., :0], mask)[0]).all()

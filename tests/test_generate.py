@@ -424,3 +424,31 @@ def test_the_name_stays_a_function():
     import ase_enf
 
     assert callable(ase_enf.generate) and sys.modules["ase_enf.generate"].generate is ase_enf.generate
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"n": 2.5}, "n=2.5: must be a whole"), ({"seed": 1.5}, "seed=1.5"), ({"n_atoms": 3.0}, "n_atoms=3.0")],
+)
+def test_numbers_are_whole(make_flow, options, words):
+    with pytest.raises(ValueError, match=words):
+        generate(make_flow("joint", layers=1), **{"n": 1, "n_atoms": None} | options)
+
+
+def test_a_name_is_no_flow():
+    with pytest.raises(TypeError, match="expected a flow, got 'qm9'"):
+        generate("qm9", 1)
+
+
+def test_a_size_between_those_seen_is_refused_with_its_neighbours(make_flow):
+    with pytest.raises(ValueError, match="n_atoms=4: .* such as 3 or 5"):
+        generate(make_flow("joint", layers=1), 1, n_atoms=4)
+
+
+def test_a_formula_may_be_one_of_ase_and_a_large_one_is_named(make_flow, ethanol):
+    flow = make_flow("given", layers=1)
+    assert generate(flow, 1, formula=ethanol.symbols, steps=2)[0].get_chemical_formula() == "C2H6O"
+    with pytest.warns(UserWarning, match="formula='C12' has 12 atoms; this model saw at most 9"):
+        generate(flow, 1, formula="C12", steps=2)
+    with pytest.raises(ValueError, match="has 99999999999 atoms, too many"):
+        generate(flow, 1, formula="H99999999999")

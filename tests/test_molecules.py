@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,9 @@ def test_one_or_many(water):
     assert one_or_many(a for a in (water, water)) == [water, water]
     with pytest.raises(TypeError, match=r"structure 1: expected ase\.Atoms, got str"):
         one_or_many([water, "water.xyz"])
+    for wrong in (Path("water.xyz"), "water.xyz", None):
+        with pytest.raises(TypeError, match=r"expected ase.Atoms or several, got .*ase.io.read"):
+            one_or_many(wrong)
 
 
 def test_species_are_sorted_by_atomic_number(methane, ethanol):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.emt import EMT
 from ase.db import connect
 from ase.io import read, write
 from scipy.linalg import null_space
@@ -494,3 +495,35 @@ def test_what_is_not_finite_is_refined_and_named(make_flow):
     with pytest.warns(UserWarning, match=r"1 structure\(s\) have no finite log-likelihood; use 200 steps or float64"):
         table = score(flow, molecule("H2O"))
     assert math.isnan(table.log_likelihood[0]) and table.nfe[0] > 1000
+
+
+def test_a_new_score_takes_an_old_error_bar_away(make_flow):
+    flow = make_flow("joint", layers=1)
+    (first,) = annotate(flow, molecule("H2O"), draws=2, **FAST)
+    (second,) = annotate(flow, first, draws=1, **FAST)
+    assert "enf_log_likelihood_stderr" in first.info and "enf_log_likelihood_stderr" not in second.info
+
+
+def test_annotate_keeps_energies_that_are_known(make_flow):
+    atoms = molecule("H2O")
+    atoms.calc = EMT()
+    flow = make_flow("given", layers=1)
+    assert annotate(flow, atoms, **FAST)[0].calc is None  # nothing was computed, and nothing is
+    energy = atoms.get_potential_energy()
+    assert annotate(flow, atoms, **FAST)[0].get_potential_energy() == energy
+    atoms.positions[0] += 0.1  # what is known is of other positions
+    assert annotate(flow, atoms, **FAST)[0].calc is None
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"seed": 1.5}, "seed=1.5: must be a whole number"), ({"draws": 1.5}, "draws=1.5"), ({"probes": "4"}, "probes=4")],
+)
+def test_numbers_are_whole(make_flow, option, words):
+    with pytest.raises(ValueError, match=words):
+        score(make_flow("joint", layers=1), molecule("H2O"), **option)
+
+
+def test_a_name_is_no_flow():
+    with pytest.raises(TypeError, match=r"expected a flow, got 'qm9'; ase_enf.load\('qm9'\) gives one"):
+        score("qm9", molecule("H2O"))

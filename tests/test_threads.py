@@ -67,3 +67,18 @@ def test_traces_along_a_path_do_not_depend_on_it(threads: int, make_flow, batch_
         together = transport.forward(data.x, data.h, exact, intervals=8).traces
     one_by_one = transport.forward(data.x, data.h, exact, intervals=8).traces  # a graph may be recorded: no threads
     torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+def test_few_items_need_no_pool_of_their_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for count in (2, 3, 4, 9):
+            map_threads(lambda k: k, range(count))
+            share_out(count, lambda k, first, last: None)
+        names = {thread.name.rpartition("_")[0] for thread in threading.enumerate() if "ase_enf" in thread.name}
+        alive = [thread for thread in threading.enumerate() if "ase_enf" in thread.name]
+    finally:
+        torch.set_num_threads(before)
+    assert names >= {"ase_enf", "ase_enf_kernel"}
+    assert len({thread.name for thread in alive if thread.name.startswith("ase_enf_kernel")}) <= 3

@@ -10,6 +10,7 @@ There is no aromatic order and there are no charges: this is a published metric,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -137,6 +138,10 @@ def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
     >>> len(structures(molecule("CH4")))
     1
     """
+    if isinstance(atoms, str | os.PathLike) or not isinstance(atoms, Iterable):
+        raise TypeError(
+            f"expected ase.Atoms or several, got {type(atoms).__name__} {atoms!r}; read files with ase.io.read"
+        )
     listed = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     for place, item in enumerate(listed):
         if not isinstance(item, Atoms):

@@ -81,7 +81,11 @@ class EGCL(nn.Module):
 
     def uses_kernel(self, x: Tensor) -> bool:
         """Whether the compiled kernel computes the pairs of these positions; ``a`` then is ‖x^0_i − x^0_j‖² alone."""
-        return self.fused and x.device.type == "cpu"
+        if not self.fused or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        return fused.fits(
+            self.messages.edge_out.weight.shape[0], x.dtype
+        )  # the dtype may be another than was chosen for
 
     def _fused_pairs(self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
         messages, width = self.messages, h.shape[-1]

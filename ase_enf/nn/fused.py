@@ -77,13 +77,18 @@ def unavailable(width: int, dtype: torch.dtype, device: torch.device) -> str | N
         return f"it runs on CPUs, not on {device.type}"
     if dtype not in NAMES:
         return f"it computes in float32 and float64, not in {dtype}"
-    if width % LANES[dtype]:
+    if not fits(width, dtype):
         return f"the width {width} is no multiple of {LANES[dtype]}"
     try:
         _library()
     except KernelError as error:
         return str(error)
     return None
+
+
+def fits(width: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes in this dtype, and rows of this width fill its registers."""
+    return dtype in NAMES and width % LANES[dtype] == 0
 
 
 def pair_layer(
