@@ -11,10 +11,12 @@ from typing import BinaryIO
 
 
 def require_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns ``path`` if the folder that it is to be written to exists.
+    """Returns ``path`` if a file can be written there: its folder exists and takes files.
 
     Raises:
-        FileNotFoundError: If it does not.
+        FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If the path is a folder itself.
+        PermissionError: If nothing can be written to the folder.
 
     Example:
         >>> require_folder("nowhere/m.extxyz")
@@ -24,6 +26,10 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file, in it or elsewhere")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: the folder {path.parent} is not writable; allow it, or name another one")
     return path
 
 

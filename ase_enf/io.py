@@ -5,26 +5,40 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
-from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
+from ase.io.extxyz import SPECIAL_3_3_KEYS, key_val_dict_to_str, key_val_str_to_dict
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+from ase.spacegroup import Spacegroup
+from numpy.typing import NDArray
 
-from ase_enf.files import require_folder
+from ase_enf.files import brief, require_folder
 
 # What of ours ase.db can select by; everything else of ours is in the row's data alone.
 _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")
 _PREFIX = "enf_"
 _STREAMED = (".extxyz", ".xyz")
+_COMPRESSED = (".gz", ".bz2", ".xz")
 KEEP_INFO = (*_STREAMED, ".db", ".traj")
 """Endings whose formats keep ``info``."""
+
+# ASE writes the elements or the number of atoms of the first structure for all.
+_ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
+# The arrays that ASE's own formats keep.
+_ASE_ARRAYS = ("numbers", "positions", "tags", "momenta", "masses", "initial_magmoms", "initial_charges")
+# What extended xyz means by itself: info and columns of these names would be taken for that.
+_XYZ_KEYS = ("Lattice", "Properties", "pbc")
+_XYZ_COLUMNS = ("symbols", "species", "pos", "Z", "move_mask")
 
 
 def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
@@ -32,7 +46,8 @@ def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
 
     Raises:
         FileNotFoundError: If its folder does not exist.
-        ValueError: If ASE does not know its ending, or cannot write that format.
+        OSError: If it is a folder, or nothing can be written to its folder.
+        ValueError: If ASE does not know its ending, or cannot write that format, or not so many structures.
 
     Example:
         >>> check_output("m.extxyz").suffix
@@ -47,13 +62,41 @@ def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
         known = None
     if not path.suffix or known is None:
         raise ValueError(f"{path}: ASE knows no format of that ending; use .extxyz, .db, .traj or another")
-    if known.single and count > 1:
+    if (known.single or known.name in _ONE_FORMULA) and count > 1:
         raise ValueError(f"{path}: the format {known.name} holds one structure, not {count}; use .extxyz or .db")
     if not known.can_write:
         raise ValueError(
             f"{path}: ASE reads the format {known.name} of that ending but cannot write it; use .extxyz or .db"
         )
+    if known.name == "db":
+        raise ValueError(f"{path}: a database ends in .db and is not compressed; use .db or .extxyz")
+    if path.suffix in _COMPRESSED and (known.name == "json" or not known.acceptsfd):
+        raise ValueError(
+            f"{path}: ASE cannot compress the format {known.name}; leave {path.suffix} out, or use .extxyz"
+        )
     return path
+
+
+def check_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> None:
+    """Raises what `write_structures` would raise of these structures, before anything is computed for them.
+
+    Args:
+        path: Where to.
+        atoms: Structures.
+
+    Raises:
+        ValueError: If the format cannot hold an entry of ``info`` or ``arrays``.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> check_structures("m.extxyz", [molecule("H2O")])
+    """
+    path = Path(path)
+    for item in atoms:
+        if path.suffix == ".db":
+            _row(item)
+        else:
+            _storable(item, path, {})
 
 
 def keeps_info(path: str | os.PathLike[str]) -> bool:
@@ -67,8 +110,8 @@ def keeps_info(path: str | os.PathLike[str]) -> bool:
 
 
 def _ending(path: Path) -> str:
-    """Returns the ending that names the format, below that of a compression."""
-    return Path(path.stem).suffix if path.suffix in (".gz", ".bz2", ".xz") else path.suffix
+    """Returns the ending that names the format, in lower case, below that of a compression."""
+    return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
 
 
 def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> int:
@@ -76,8 +119,9 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
 
     ``.extxyz`` (and ``.xyz``, in the same extended format) keeps ``info`` and is written as the structures come.
     ``.db`` becomes an ASE database whose rows have ``log_likelihood`` and its companions as keys, the other entries of
-    ``info`` that can be keys as well, and all of ``info`` in ``data["info"]``. Any other ending goes to
-    ``ase.io.write``; all but ``.traj`` drop ``info``, with a warning.
+    ``info`` that can be keys as well, and all of ``info`` in ``data["info"]``; arrays that ASE has no column for are in
+    ``data["arrays"]``. Any other ending goes to ``ase.io.write``; all but ``.traj`` drop ``info``. What a format does
+    not keep is named in a warning.
 
     Args:
         path: Where to; an existing file is replaced.
@@ -88,10 +132,12 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If ASE does not know the ending, or extended xyz cannot hold an entry of ``info``.
+        OSError: If the path is a folder, or nothing can be written there.
+        ValueError: If ASE does not know the ending or cannot write these structures so, if ``.db`` cannot hold an entry
+            of ``info``, or extended xyz one of ``arrays``.
 
     Warns:
-        UserWarning: If the format keeps no ``info``.
+        UserWarning: If the format does not keep all of the structures.
 
     Example:
         >>> import tempfile
@@ -100,20 +146,19 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
         ...     write_structures(f"{folder}/two.extxyz", [molecule("H2O"), molecule("CH4")])
         2
     """
-    path = check_output(path)
+    path = check_output(path, len(atoms) if isinstance(atoms, Sized) else 1)
+    lost: dict[str, None] = {}  # in the order of their discovery
     with _whole(path) as part:
         if path.suffix == ".db":
-            return _write_database(part, atoms)
-        if path.suffix in _STREAMED:
-            return _write_stream(part, atoms)
-        many = [_storable(item) for item in atoms] if _ending(path) in _STREAMED else list(atoms)
-        if not keeps_info(path) and any(item.info for item in many):
-            warnings.warn(
-                f"{path}: this format keeps no info (seed, model, scores …); use {', '.join(KEEP_INFO)} to keep it",
-                stacklevel=2,
-            )
-        write(part, many)
-        return len(many)
+            count = _write_database(part, path, atoms)
+        elif path.suffix in _STREAMED:
+            count = _write_stream(part, path, (_storable(item, path, lost) for item in atoms))
+        else:
+            count = _write_all(part, path, [_storable(item, path, lost) for item in atoms])
+    if lost:
+        remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
+        warnings.warn(f"{path}: this format {', '.join(lost)}; use {remedy} to keep it", stacklevel=2)
+    return count
 
 
 @contextmanager
@@ -127,34 +172,137 @@ def _whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write_stream(path: Path, atoms: Iterable[Atoms]) -> int:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns every error of ASE's writers, which have their own for each format, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({brief(error)}); make room there, or name another folder") from error
+    except Exception as error:
+        message = f"{path}: ASE cannot write these structures in this format ({brief(error)}); use .extxyz or .db"
+        raise ValueError(message) from error
+
+
+def _write_all(part: Path, path: Path, many: list[Atoms]) -> int:
+    check_output(path, len(many))
+    with _explained(path):
+        write(part, many)
+    return len(many)
+
+
+def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
-    with open(path, "w") as handle:
+    with open(part, "w") as handle:
         for item in atoms:
-            write(handle, _storable(item), format="extxyz")
+            with _explained(path):
+                write(handle, item, format="extxyz")
             count += 1
-        handle.flush()
-        os.fsync(handle.fileno())
+        with _explained(path):
+            handle.flush()
+            os.fsync(handle.fileno())
     return count
 
 
-def _storable(atoms: Atoms) -> Atoms:
-    """Returns what extended xyz reads back as these atoms: a copy where its texts would change."""
-    info = {key: _quoted(key, value) for key, value in atoms.info.items()}
-    if all(info[key] is value for key, value in atoms.info.items()):
+def _storable(atoms: Atoms, path: Path, lost: dict[str, None]) -> Atoms:
+    """Returns what the format of a path reads back as these atoms, and adds to ``lost`` what it does not keep."""
+    if _ending(path) in _STREAMED:
+        return _extended(atoms, lost)
+    arrays = [f"arrays[{name!r}]" for name in atoms.arrays if name not in _ASE_ARRAYS]
+    if _ending(path) == ".traj":
+        lost |= {f"keeps no {name}": None for name in arrays}
+        return atoms
+    if atoms.info:
+        lost["keeps no info (seed, model, scores …)"] = None
+    lost |= {f"may lose {name}": None for name in [*arrays, *_constraints(atoms)]}  # some keep one or the other
+    return atoms
+
+
+def _constraints(atoms: Atoms) -> list[str]:
+    """Returns the kinds of the constraints."""
+    return [type(constraint).__name__ for constraint in atoms.constraints]
+
+
+def _extended(atoms: Atoms, lost: dict[str, None]) -> Atoms:
+    """Returns what extended xyz reads back as these atoms: a copy where something would change."""
+    kept = {FixAtoms.__name__, FixCartesian.__name__}
+    lost |= {f"keeps no {kind}": None for kind in _constraints(atoms) if kind not in kept}
+    written = {key: _written(key, value) for key, value in _named(atoms.info, "info").items()}
+    lost |= {f"keeps no info[{key!r}]": None for key, value in written.items() if value is None}
+    info = {key: value for key, value in written.items() if value is not None}
+    arrays = {name: _column(name, array) for name, array in atoms.arrays.items()}
+    same = all(arrays[name] is array for name, array in atoms.arrays.items())
+    if same and all(info.get(key) is value for key, value in atoms.info.items()):
         return atoms
     copy = atoms.copy()
-    copy.info, copy.calc = info, atoms.calc
+    copy.info, copy.arrays, copy.calc = info, arrays, atoms.calc
     return copy
 
 
-def _quoted(key: str, value: Any) -> Any:
-    """Returns what extended xyz reads back as the value."""
-    if not (value is None or isinstance(value, str)):
-        return value
-    if (written := _read_back(value)) is None:
-        raise ValueError(f"info[{key!r}] = {value!r}: extended xyz cannot hold it; remove it, or write .db or .traj")
+def _column(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Returns what extended xyz reads back as an array of the atoms."""
+    if re.search(r"""[\s:=\\"'{}\[\]]|^$""", name) or name in _XYZ_COLUMNS:
+        problem = "a column of that name"
+    elif array.ndim > 2 or 0 in array.shape[1:]:
+        problem = f"the shape {array.shape}"
+    elif array.dtype.kind not in "biufOSU":
+        problem = f"the type {array.dtype}"
+    elif array.dtype.kind in "OSU" and (bad := [text for text in array.flat if not _is_word(text)]):
+        problem = f"{_shown(bad[0])}, only texts without blanks"
+    elif array.dtype.kind in "iu" and (bad := array[np.abs(array.astype(float)) >= 2**31]).size:
+        problem = f"{bad[0]}, only numbers of 32 bits"
+    else:
+        return array.astype(np.int64) if array.dtype.kind == "u" else array
+    raise ValueError(f"arrays[{name!r}]: extended xyz cannot hold {problem}; remove or rename it, or write .db")
+
+
+def _is_word(text: Any) -> bool:
+    """Whether a text is a column of its own."""
+    return isinstance(text, str) and text.split() == [text]
+
+
+def _written(key: str, value: Any) -> Any:
+    """Returns what extended xyz reads back as an entry of ``info``, None if nothing is."""
+    if key in _XYZ_KEYS or not (key in SPECIAL_3_3_KEYS or _holds_key(key)):
+        return None
+    try:
+        plain = value.symbol if isinstance(value, Spacegroup) else _plain(value, key)
+        if key in SPECIAL_3_3_KEYS:
+            return _matrix(key, np.asarray(plain))
+        if plain is None or isinstance(plain, str):
+            return _read_back(plain)
+        if isinstance(plain, float) or (isinstance(plain, int) and abs(plain) < 2**63) or _is_row(plain):
+            return value
+        written = _encoded(plain)
+        key_val_str_to_dict(key_val_dict_to_str({"key": written}))
+    except (TypeError, ValueError):  # what JSON does not know, and lists that are no array
+        return None
     return written
+
+
+def _matrix(key: str, value: NDArray[Any]) -> NDArray[Any] | None:
+    """Returns a value that extended xyz takes for one of 3 x 3, None if it is of another shape."""
+    shapes = ((3, 3), (6,)) if key == "stress" else ((3, 3),)  # ASE writes the six of a stress as nine
+    return value if value.dtype.kind in "if" and value.shape in shapes else None
+
+
+def _is_row(value: Any) -> bool:
+    """Whether ASE writes numbers as they are: none would swallow the next entry, and one would become a number."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "bif":
+        return False
+    return value.ndim == 0 or (value.ndim == 1 and len(value) > 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_key(key: str) -> bool:
+    """Whether extended xyz reads a key of ``info`` back."""
+    entry = {key: "x", "next": "y"}
+    return key.splitlines() == [key] and key_val_str_to_dict(key_val_dict_to_str(entry)) == entry
+
+
+def _encoded(value: Any) -> str:
+    """Returns a value as the text that extended xyz reads as JSON."""
+    return f"_JSON {json.dumps(value, default=np.ndarray.tolist)}".replace("\\", "\\\\")
 
 
 @functools.lru_cache(maxsize=4096)  # most molecules of a file say the same
@@ -163,8 +311,9 @@ def _read_back(value: str | None) -> str | None:
 
     An empty string would even swallow the next entry, and the backslashes of SMILES vanish.
     """
-    encoded = f"_JSON {json.dumps(value)}".replace("\\", "\\\\")
-    for written in (encoded,) if value is None or "\\" in value else (value, encoded):
+    encoded = _encoded(value)
+    verbatim = value is not None and "\\" not in value and value.splitlines() == [value]
+    for written in (value, encoded) if verbatim else (encoded,):
         try:
             back = key_val_str_to_dict(key_val_dict_to_str({"key": written}))["key"]
         except (KeyError, ValueError):  # ASE's parser stumbles over some quotes and words
@@ -174,19 +323,61 @@ def _read_back(value: str | None) -> str | None:
     return None
 
 
-def _write_database(path: Path, atoms: Iterable[Atoms]) -> int:
+def _write_database(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     from ase.db import connect
 
     count = 0
-    with connect(path) as database:  # one transaction: row by row it is forty times slower
+    with connect(part) as database:  # one transaction: row by row it is forty times slower
         for item in atoms:
-            keys = {
-                key: value for key, value in item.info.items() if not key.startswith(_PREFIX) and _is_key(key, value)
-            }
-            keys |= {key: item.info[_PREFIX + key] for key in _KEYS if _PREFIX + key in item.info}
-            database.write(item, key_value_pairs=keys, data={"info": dict(item.info)})
+            keys, data = _row(item)
+            with _explained(path):
+                database.write(item, key_value_pairs=keys, data=data)
             count += 1
     return count
+
+
+def _row(atoms: Atoms) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the keys and the data of a row of a database."""
+    info = _plain(atoms.info, "info")
+    arrays = {name: array for name, array in atoms.arrays.items() if name not in _ASE_ARRAYS}
+    own = {key: info[_PREFIX + key] for key in _KEYS if _PREFIX + key in info}
+    keys = {key: value for key, value in info.items() if not key.startswith(_PREFIX)} | own
+    data = {"info": info} | ({"arrays": _plain(arrays, "arrays")} if arrays else {})
+    return {key: value for key, value in keys.items() if _is_key(key, value)}, data
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Returns a value as plain Python and arrays of numbers, which is what ase.db and JSON know."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return value.astype(value.dtype.newbyteorder("="), copy=False)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mMV":  # times would become bare numbers
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item, f"{name}[{key!r}]") for key, item in _named(value, name).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | complex) or hasattr(value, "ase_objtype"):
+        return value
+    if hasattr(value, "todict"):
+        return _plain(value.todict(), name)
+    raise ValueError(
+        f"{name} = {_shown(value)}: a database holds no {type(value).__name__}; remove it, or make it numbers and texts"
+    )
+
+
+def _named(values: dict[Any, Any], name: str) -> dict[str, Any]:
+    """Returns a dictionary with texts as keys."""
+    named = {str(key): value for key, value in values.items()}
+    if len(named) < len(values):
+        raise ValueError(f"{name}: two of its keys are the same as texts ({_shown(list(values))}); rename one")
+    return named
+
+
+def _shown(value: Any) -> str:
+    """Returns the beginning of a value in one line."""
+    return " ".join(repr(value).split())[:60]
 
 
 def _is_key(key: str, value: Any) -> bool:

@@ -70,3 +70,12 @@ def test_require_folder(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=f"^{missing}/a: the folder {missing} does not exist") as caught:
             require_folder(f"{missing}/a")
         assert "\n" not in str(caught.value)
+
+
+def test_paths_that_cannot_be_written_are_refused_beforehand(tmp_path, monkeypatch):
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path}: is a folder; name a file") as caught:
+        require_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (str(path) == str(tmp_path) and mode & os.W_OK))
+    with pytest.raises(PermissionError, match=f"^{tmp_path}/a: the folder {tmp_path} is not writable; .* another one$"):
+        require_folder(tmp_path / "a")

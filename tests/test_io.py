@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.constraints import FixAtoms, FixBondLength
 from ase.db import connect
 from ase.io import read, write
+from ase.io.formats import ioformats
+from ase.spacegroup import Spacegroup
 
-from ase_enf.io import check_output, write_structures
+from ase_enf.data import qm9
+from ase_enf.io import check_output, check_structures, write_structures
 
 INFO = {
     "enf_model": "tiny",
@@ -41,6 +46,8 @@ def test_formats_that_keep_info(structures, tmp_path, name):
 ODD = {
     "empty": "", "code": "007", "flag": "F", "none": None, "list": "[1, 2]", "equation": "x=1", "smiles": "C/C=C\\C",
     "quotes": '"it\'s"', "json": '_JSON "x"', "lines": "a\nb", "nan": "nan", "words": "two words",
+    "more lines": "two words\nand more", "texts": ["C/C=C\\C", 'q"', "a b"], "nested": {"smiles": "C/C=C\\C"},
+    "entropy": 2**127, "one": {"deep": [1, 2]},
 }  # fmt: skip
 
 
@@ -54,7 +61,7 @@ def test_extended_xyz_gives_back_texts_as_they_were(tmp_path, name):
 
 def test_a_format_without_info_says_so(structures, tmp_path):
     with pytest.warns(UserWarning, match=r"keeps no info .*use \.extxyz"):
-        write_structures(tmp_path / "m.pdb", structures)
+        write_structures(tmp_path / "m.pdb", structures[:1])
 
 
 def test_databases_select_by_likelihood(structures, tmp_path):
@@ -157,3 +164,228 @@ def test_xyz_is_the_extended_format_that_plain_ase_writes(structures, tmp_path):
     write_structures(tmp_path / "ours.xyz", structures)
     write(tmp_path / "theirs.xyz", structures, format="extxyz")
     assert (tmp_path / "ours.xyz").read_text() == (tmp_path / "theirs.xyz").read_text()
+
+
+def water(**info):
+    atoms = molecule("H2O")
+    atoms.info = info
+    return atoms
+
+
+def round_trip(path, atoms):
+    """What is read of the structure that was written, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_structures(path, [atoms])
+    (back,) = qm9.load(path)
+    return back
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([]), [], np.array([5]), np.array([1.5, 2.0]), np.eye(2), np.zeros(2, np.uint8), [[1], [2]]]
+)
+@pytest.mark.parametrize("ending", ["extxyz", "xyz.gz", "db", "traj"])
+def test_arrays_in_info_come_back(tmp_path, ending, value):
+    info = round_trip(tmp_path / f"m.{ending}", water(value=value, after=1)).info
+    assert info.keys() == {"value", "after"} and info["after"] == 1
+    assert np.array_equal(info["value"], value)
+
+
+@pytest.mark.parametrize("key", ["virial", "stress"])
+def test_matrices_of_extended_xyz_come_back(tmp_path, key):
+    for value in (np.diag([1.0, 2.0, 3.0]), np.diag([1.0, 2.0, 3.0]).tolist()):
+        back = round_trip(tmp_path / "m.extxyz", water(**{key: value}))
+        found = back.get_stress(voigt=False) if key == "stress" else back.info[key]
+        assert np.array_equal(found, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("x", [[1, 2], [3]]),
+        ("x", {1}),
+        ("x", 1j),
+        ("virial", np.zeros(6)),
+        ("pbc", 3),
+        ("Lattice", np.eye(3)),
+        ("a=b", 1),
+    ],
+)
+def test_what_extended_xyz_cannot_hold_is_named_and_the_rest_is_written(tmp_path, key, value):
+    atoms = water(**{key: value, "after": 1})
+    with pytest.warns(UserWarning) as caught:
+        write_structures(tmp_path / "m.extxyz", [atoms, atoms])
+    (message,) = (str(warning.message) for warning in caught)
+    assert message == f"{tmp_path}/m.extxyz: this format keeps no info[{key!r}]; use .db to keep it"
+    first, second = qm9.load(tmp_path / "m.extxyz")
+    assert first.info == second.info == {"after": 1} and not first.pbc.any() and not first.cell.any()
+
+
+NUMPY = {
+    "int": np.int64(3), "flag": np.bool_(True), "real": np.float32(0.5), "text": np.str_("two words"), 7: "seven",
+    "texts": np.array(["a", "bc"]), "mixed": np.array([1, "x", None], dtype=object), "group": Spacegroup(1),
+    "nested": {1: [np.int64(4), (np.float64(0.5),)]}, "big": np.array([1.0, 2.0], dtype=">f8"), "complex": 1j,
+}  # fmt: skip
+
+
+def test_databases_hold_what_numpy_made(tmp_path):
+    info = round_trip(tmp_path / "m.db", water(**{str(key): NUMPY[key] for key in NUMPY if key != 7})).info
+    atoms = water()
+    atoms.info = NUMPY
+    assert round_trip(tmp_path / "n.db", atoms).info.pop("7") == "seven"
+    assert info.pop("big").tolist() == [1.0, 2.0]
+    assert info == {
+        "int": 3, "flag": True, "real": 0.5, "text": "two words", "texts": ["a", "bc"], "mixed": [1, "x", None],
+        "group": {"number": 1, "setting": 1}, "nested": {"1": [4, [0.5]]}, "complex": 1j,
+    }  # fmt: skip
+    with connect(tmp_path / "m.db") as database:
+        assert database.get("int=3,flag=1,real=0.5").formula == "H2O"
+
+
+def test_scores_of_a_written_file_go_to_a_database(structures, tmp_path):
+    write_structures(tmp_path / "m.extxyz", structures)
+    again = qm9.load(tmp_path / "m.extxyz")
+    assert isinstance(again[0].info["enf_seed"], np.int64)
+    write_structures(tmp_path / "m.db", again)
+    assert [atoms.info["enf_index"] for atoms in qm9.load(tmp_path / "m.db")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [{1}, b"x", object(), np.datetime64("2020-01-01"), {"deep": [{1}]}, {1: 0, "1": 0}])
+def test_what_a_database_cannot_hold_is_named(tmp_path, value):
+    for refuses in (write_structures, check_structures):
+        with pytest.raises(ValueError, match=r"^info\['mine'\].*; (remove|rename)") as caught:
+            refuses(tmp_path / "m.db", [water(mine=value)])
+        assert "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("mine", np.array(["a", "", "c"])),
+        ("mine", np.array(["a", "b c", "d"])),
+        ("mine", np.array(["a", None, "d"], dtype=object)),
+        ("mine", np.array([b"a", b"b", b"c"])),
+        ("mine", np.zeros((3, 3, 3))),
+        ("mine", np.zeros((3, 0))),
+        ("mine", np.zeros(3, complex)),
+        ("mine", np.array([1, 2, 2**31])),
+        ("my array", np.zeros(3)),
+        ("a:b", np.zeros(3)),
+        ("pos", np.zeros(3)),
+    ],
+)
+@pytest.mark.parametrize("ending", ["extxyz", "xyz.gz"])
+def test_arrays_that_extended_xyz_cannot_hold_are_named(tmp_path, ending, name, array):
+    atoms = water()
+    atoms.set_array(name, array)
+    for refuses in (write_structures, check_structures):
+        with pytest.raises(ValueError, match=rf"^arrays\['{name}'\]: extended xyz cannot hold .*write \.db$") as caught:
+            refuses(tmp_path / f"m.{ending}", [atoms])
+        assert "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "xyz.gz", "db"])
+@pytest.mark.parametrize(
+    "array", [np.array(["a", "'b'", "c"]), np.arange(3, dtype=np.uint8), np.eye(3), np.array([True, False, True])]
+)
+def test_arrays_of_the_atoms_come_back(tmp_path, ending, array):
+    atoms = water(mine=1)
+    atoms.set_array("mine", array)
+    back = round_trip(tmp_path / f"m.{ending}", atoms)
+    assert np.array_equal(back.arrays["mine"], array) and back.info == {"mine": 1}
+    assert atoms.arrays["mine"].dtype == array.dtype
+
+
+def test_data_of_others_that_are_called_arrays_stay_in_info(tmp_path):
+    for value in ("text", {"mine": [1, 2]}):
+        with connect(tmp_path / "m.db", append=False) as database:
+            database.write(molecule("H2O"), data={"arrays": value})
+        assert qm9.load(tmp_path / "m.db")[0].info == {"arrays": value}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("m.traj", "keeps no arrays['mulliken']; use .db to keep it"),
+        ("m.extxyz", "keeps no FixBondLengths; use .db to keep it"),
+        ("m.extxyz.gz", "keeps no FixBondLengths; use .db to keep it"),
+        ("m.json", "may lose arrays['mulliken'], may lose FixBondLengths; use .extxyz, .xyz, .db, .traj to keep it"),
+        ("m.db", None),
+    ],
+)
+def test_arrays_and_constraints_that_vanish_are_named_once(tmp_path, name, lost):
+    atoms = water()
+    atoms.set_array("mulliken", np.zeros(3))
+    atoms.set_constraint(FixBondLength(0, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_structures(tmp_path / name, [atoms, atoms])
+    assert [str(warning.message) for warning in caught] == ([f"{tmp_path / name}: this format {lost}"] if lost else [])
+
+
+def test_fixed_atoms_are_kept(tmp_path):
+    atoms = water()
+    atoms.set_constraint(FixAtoms([0]))
+    for ending in ("extxyz", "traj", "db"):
+        assert round_trip(tmp_path / f"m.{ending}", atoms).constraints[0].index.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["m.pdb", "m.PDB", "m.pdb.gz", "m.xsf", "m.xtd", "m.mol"])
+def test_formats_of_one_formula_take_one_structure(structures, tmp_path, name):
+    check_output(tmp_path / name)
+    for refuses in (
+        lambda path: check_output(path, 3),
+        lambda path: write_structures(path, structures),
+        lambda path: write_structures(path, iter(structures)),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{name}: the format .* holds one structure, not 3; use \.extxyz or \.db$"
+        ):
+            refuses(tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("m.db.gz", "use .db or .extxyz"),
+        ("m.DB", "use .db or .extxyz"),
+        ("m.json.gz", "leave .gz out, or use .extxyz"),
+        ("m.arc.xz", "leave .xz out, or use .extxyz"),
+    ],
+)
+def test_what_ase_cannot_compress_is_refused(tmp_path, name, remedy):
+    if name == "m.arc.xz" and ioformats["dmol-arc"].acceptsfd:
+        pytest.skip("this ASE can")
+    with pytest.raises(ValueError, match=f"{name}: .*{remedy}$"):
+        check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["m.poscar", "m.pwi", "m.xtl", "m.rmc6f", "m.cell.gz", "m.db", "m.extxyz"])
+def test_errors_of_ases_writers_are_one_line(tmp_path, name, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr("ase_enf.io.write", fail)
+    monkeypatch.setattr("ase.db.sqlite.SQLite3Database.write", fail)
+    with pytest.raises(ValueError, match=rf"{name}: ASE cannot write .*KeyError.*; use \.extxyz or \.db$") as caught:
+        write_structures(tmp_path / name, [water()])
+    assert "\n" not in str(caught.value) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["m.poscar", "m.pwi", "m.xtl", "m.rmc6f"])
+def test_formats_of_crystals_refuse_molecules_in_one_line(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: ASE cannot write these structures .*; use \.extxyz or \.db$"):
+        write_structures(tmp_path / name, [water()])
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ase_enf.io.write", full)
+    with pytest.raises(OSError, match=r"m\.extxyz: cannot be written .*No space left.*make room"):
+        write_structures(tmp_path / "m.extxyz", [water()])

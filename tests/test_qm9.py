@@ -16,6 +16,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
+from ase.io.formats import open_with_compression
 
 from ase_enf.data import DataError, DataNotFoundError, compact, fetch, qm9
 from ase_enf.files import atomic_write
@@ -135,9 +136,15 @@ def test_any_atoms_can_be_saved(tmp_path: Path) -> None:
     np.testing.assert_allclose(water.positions, atoms[1].positions, atol=1e-6)
 
 
+def test_particles_without_an_element_can_be_saved(tmp_path: Path) -> None:
+    qm9.save_npz([Atoms("X4", np.eye(4)[:, :3])], tmp_path / "dw4.npz")
+    assert [str(atoms.symbols) for atoms in qm9.load(tmp_path / "dw4.npz")] == ["X4"]
+
+
 def test_saving_is_refused_where_something_would_be_lost(tmp_path: Path) -> None:
     for atoms, split, message in [
         ([bulk("Si")], None, "molecule 0 .* is periodic"),
+        ([molecule("H2O"), Atoms(numbers=[256])], None, "molecule 1: numbers holds 256, which is no element"),
         ([molecule("H2O")], "training", "'training' is none of train, valid, test"),
         ([molecule("H2O")], [0, 1], "each of the 1 molecules"),
         ([molecule("H2O")], [7], "0 to 3"),
@@ -255,6 +262,75 @@ def test_a_split_needs_the_index(tmp_path: Path) -> None:
         qm9.load(tmp_path / "mine.npz", split="train")
 
 
+# What ASE would end at, or pass over
+
+
+def compress(path: Path, text: str) -> Path:
+    """Writes a text, compressed if the path says so."""
+    with open_with_compression(str(path), "w") as handle:
+        handle.write(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["m.xyz", "m.extxyz", "m.XYZ", "m.xyz.gz", "m.extxyz.bz2"])
+@pytest.mark.parametrize("blank", ["\n", " \n\t\n"])
+def test_structures_after_a_blank_line_are_read(name: str, blank: str, tmp_path: Path) -> None:
+    frames = []
+    for formula in ("H2O", "CH4", "CH3OH"):
+        write(buffer := io.StringIO(), molecule(formula), format="extxyz")
+        frames.append(buffer.getvalue())
+    frames[1] = frames[1].replace(frames[1].splitlines()[1], "")  # a comment may be blank
+    found = qm9.load(compress(tmp_path / name, blank + blank.join(frames) + blank))
+    assert [str(atoms.symbols) for atoms in found] == ["OH2", "CH4", "COH4"]
+    assert found[2] == molecule("CH3OH")
+
+
+def test_an_xyz_file_of_vectors_of_the_cell_is_read(tmp_path: Path) -> None:
+    frame = "1\nan argon\nAr 0 0 0\nVEC1 5 0 0\nVEC2 0 5 0\nVEC3 0 0 5\n"
+    (tmp_path / "m.xyz").write_text(frame + "\n" + frame)
+    assert [atoms.cell.lengths().tolist() for atoms in qm9.load(tmp_path / "m.xyz")] == [[5, 5, 5]] * 2
+
+
+def test_what_is_no_structure_of_an_xyz_file_is_named(tmp_path: Path) -> None:
+    write(buffer := io.StringIO(), molecule("H2O"), format="extxyz")
+    for rest, found in [("H 0 0 0\n", "H 0 0 0"), ("\nthe end\n", "the end"), ("-1\n\n", "-1")]:
+        (tmp_path / "m.xyz").write_text(buffer.getvalue() + rest)
+        with pytest.raises(DataError, match=f"m.xyz: structure 2 must open with its number of atoms, found '{found}'"):
+            qm9.load(tmp_path / "m.xyz")
+
+
+def records(ending: str, *formulas: str) -> str:
+    """Molecules as ASE writes them in SDF, one after the other."""
+    texts = []
+    for formula in formulas:
+        write(buffer := io.StringIO(), molecule(formula), format=ending)
+        texts.append(buffer.getvalue())
+    return "".join(texts)
+
+
+@pytest.mark.parametrize("name", ["m.sdf", "m.SDF", "m.sdf.gz", "m.sdf.xz", "m.mol", "m.MOL", "m.mol.bz2"])
+def test_all_records_are_read(name: str, tmp_path: Path) -> None:
+    source = compress(tmp_path / name, records("sdf", "H2O", "CH4", "CH3OH"))
+    assert [str(atoms.symbols) for atoms in qm9.load(source)] == ["OH2", "CH4", "COH4"]
+    assert len(qm9.load(compress(tmp_path / name, records("mol", "H2O")))) == 1
+
+
+def test_records_that_would_be_passed_over_are_named(tmp_path: Path) -> None:
+    source = compress(tmp_path / "m.mol", records("mol", "H2O", "CH4"))
+    with pytest.raises(DataError, match=r"m.mol: record 1 holds several molecules; divide them by lines of \$\$\$\$"):
+        qm9.load(source)
+    counts = "  0  0  0     0  0            999 V3000"
+    compress(source, f"name\n\n\n{counts}\nM  V30 BEGIN CTAB\nM  END\n")
+    with pytest.raises(DataError, match="m.mol: record 1 holds no atoms that ASE reads; write it as V2000"):
+        qm9.load(source)
+
+
+def test_names_are_taken_at_their_word(tmp_path: Path) -> None:
+    write(tmp_path / "run", molecule("CH4"), format="traj")
+    write(tmp_path / "run@2", molecule("H2O"), format="traj")
+    assert [str(atoms.symbols) for atoms in qm9.load(tmp_path / "run@2")] == ["OH2"]
+
+
 @pytest.mark.parametrize("form", ["tar", "tar.bz2", "tar.gz", "tar.xz", "npz", "joined"])
 def test_a_file_cut_anywhere_is_refused(form: str, tmp_path: Path) -> None:
     source = EXACT[form](tmp_path)
@@ -316,6 +392,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ({"numbers": None}, "holds no numbers"),
         ({"numbers": np.array([1, 1, 1])}, r"numbers has shape \(3,\)"),
         ({"numbers": np.array([1.0, 1.0])}, "numbers holds float64"),
+        ({"numbers": np.array([1, 200])}, r"bad.npz: numbers holds 200, which is no element; give 1 to 118"),
+        ({"numbers": np.array([-112, 1])}, "numbers holds -112, which is no element"),
+        ({"numbers": np.array([1, -1])}, "numbers holds -1, which is no element"),
         ({"positions": np.array([[0, 0, 0], [0, 0, np.nan]])}, "not finite"),
         ({"n_atoms": np.array([2, 0])}, "n_atoms holds 0"),
         ({"split": np.array([0, 0])}, r"split has shape \(2,\)"),

@@ -3,7 +3,7 @@
 ==============  ===========  ========================================================================
 array           shape        meaning
 ==============  ===========  ========================================================================
-``numbers``     (N,)         atomic numbers of all molecules, one after the other; N = Σ ``n_atoms``
+``numbers``     (N,)         atomic numbers of all molecules on end, 0 for "X"; N = Σ ``n_atoms``
 ``positions``   (N, 3)       their positions, Å, float32
 ``n_atoms``     (B,)         atoms in each molecule
 ``gdb_index``   (B,)         optional: 1-based number in GDB-9, ``info["qm9_index"]``
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from ase_enf.data import DataError, DataNotFoundError
@@ -93,7 +94,7 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
         The table, with indices and SMILES if every molecule has them in its ``info``.
 
     Raises:
-        DataError: A molecule is periodic, or the split is unknown or of another length.
+        DataError: A molecule is periodic or of unknown elements, or the split is unknown or of another length.
 
     Example:
         >>> table = from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.74]]), Atoms("He")], split="valid")
@@ -101,6 +102,7 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
         ([2, 1], [1, 1], None)
     """
     for row, molecule in enumerate(atoms):
+        _check_elements(molecule.numbers, f"molecule {row}")  # first: its symbols would be an IndexError
         if molecule.pbc.any():
             raise DataError(f"molecule {row} ({molecule.symbols}) is periodic: the compact form has no cell")
     return MoleculeTable(
@@ -180,11 +182,22 @@ def _checked(table: MoleculeTable, name: str) -> MoleculeTable:
             raise DataError(f"{name}: {field} has shape {array.shape}, but n_atoms asks for {shape}")
         if array is not None and array.dtype.kind not in _KINDS[field]:
             raise DataError(f"{name}: {field} holds {array.dtype}, which is no {field}")
+    _check_elements(table.numbers, name)
     if molecules and table.n_atoms.min() < 1:
         raise DataError(f"{name}: n_atoms holds {table.n_atoms.min()}; every molecule needs an atom")
     if not np.isfinite(table.positions).all():
         raise DataError(f"{name}: positions hold values that are not finite")
     return table
+
+
+def _check_elements(numbers: NDArray[np.integer], name: str) -> None:
+    """Raises unless ASE has symbols for atomic numbers, 0 ("X") for the particles of models of positions only."""
+    unknown = numbers[(numbers < 0) | (numbers >= len(chemical_symbols))]
+    if len(unknown):
+        elements = len(chemical_symbols) - 1
+        raise DataError(
+            f"{name}: numbers holds {unknown[0]}, which is no element; give 1 to {elements}, 0 for particles"
+        )
 
 
 def _codes(split: str | Sequence[int] | None, n: int) -> NDArray[np.uint8] | None:

@@ -29,6 +29,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -57,6 +58,9 @@ CACHE_VERSION = 1
 
 AUTO_CACHE_MINIMUM = 2_000
 """Smaller sources are read faster than a user would look for their cache."""
+
+RECORDS = (".mol", ".sdf")
+"""Endings of files of which ASE reads the first molecule alone."""
 
 SQLITE = b"SQLite format 3\0"
 _INDEX_KEYS = ("qm9_index", "gdb_index")
@@ -300,12 +304,18 @@ def _load_ase(
 def _file_images(source: Path) -> Iterator[Atoms]:
     """Yields all structures of a file that ``ase.io`` reads."""
     from ase.io import iread
+    from ase.io.formats import filetype, get_compression
 
     try:
-        if source.suffix == ".sdf":  # of which ASE takes the first record, and says nothing of the others
-            yield from _sdf_images(source)
+        root, _ = get_compression(str(source))
+        if Path(root).suffix.lower() in RECORDS:
+            yield from _record_images(source)
+        elif filetype(str(source)) == "extxyz":
+            yield from _xyz_images(source)
         else:
-            yield from iread(source, index=":")
+            yield from iread(source, index=":", do_not_split_by_at_sign=True)
+    except DataError:
+        raise
     except Exception as error:  # each of ASE's readers has its own errors for a damaged file
         raise DataError(
             f"{source}: ASE cannot read it to the end ({brief(error)}); give a whole file that ASE reads, a folder or "
@@ -313,13 +323,59 @@ def _file_images(source: Path) -> Iterator[Atoms]:
         ) from error
 
 
-def _sdf_images(source: Path) -> Iterator[Atoms]:
-    """Yields the records of an SDF file."""
+def _record_images(source: Path) -> Iterator[Atoms]:
+    """Yields the records of an SDF or MOL file, of which ASE takes the first and says nothing of the others."""
     from ase.io import read
+    from ase.io.formats import open_with_compression
 
-    records = re.split(r"^\$\$\$\$[^\n]*\n?", source.read_text(), flags=re.MULTILINE)
-    for record in records if records[-1].strip() else records[:-1]:
-        yield read(io.StringIO(record), format="sdf")
+    with open_with_compression(str(source)) as handle:
+        records = re.split(r"^\$\$\$\$[^\n]*\n?", handle.read(), flags=re.MULTILINE)
+    for number, record in enumerate(records if records[-1].strip() else records[:-1], start=1):
+        if len(re.findall(r"^M  END", record, re.MULTILINE)) > 1:
+            raise DataError(f"{source}: record {number} holds several molecules; divide them by lines of $$$$")
+        atoms = read(io.StringIO(record), format="sdf")
+        if not len(atoms):  # what ASE makes of V3000
+            raise DataError(f"{source}: record {number} holds no atoms that ASE reads; write it as V2000")
+        yield atoms
+
+
+def _xyz_images(source: Path) -> Iterator[Atoms]:
+    """Yields the structures of an extended xyz file."""
+    from ase.io import read
+    from ase.io.formats import open_with_compression
+
+    with open_with_compression(str(source)) as handle:
+        for frame in _frames(handle, source):
+            yield read(io.StringIO(frame), format="extxyz")
+
+
+def _frames(lines: Iterator[str], source: Path) -> Iterator[str]:
+    """Yields the texts of the structures of an xyz file; at a blank line between two, ASE takes the file to be over."""
+    frame: list[str] = []
+    number, missing = 0, 0
+    for line in lines:
+        if missing:
+            frame.append(line)
+            missing -= 1
+        elif frame and line.lstrip().startswith("VEC"):  # rows of the cell, after the atoms
+            frame.append(line)
+        elif line.strip():
+            if frame:
+                yield "".join(frame)
+            number += 1
+            frame, missing = [line], _n_atoms(line, number, source) + 1  # with the comment
+    if frame:
+        yield "".join(frame)
+
+
+def _n_atoms(line: str, number: int, source: Path) -> int:
+    """Returns the number of atoms that opens a structure of an xyz file."""
+    if not re.fullmatch(r"\d+", line.strip()):
+        raise DataError(
+            f"{source}: structure {number} must open with its number of atoms, found {line.strip()[:60]!r}; "
+            "mend or remove it"
+        )
+    return int(line)
 
 
 def _database_images(source: Path) -> Iterator[Atoms]:
@@ -333,11 +389,22 @@ def _database_images(source: Path) -> Iterator[Atoms]:
         with connect(source) as database:
             for row in database.select():
                 atoms = row.toatoms()
-                rest = {key: value for key, value in row.data.items() if key != "info"}
-                atoms.info |= {**row.data.get("info", {}), **rest, **row.key_value_pairs}
+                rest = dict(row.data)
+                info = rest.pop("info", {})
+                if _are_arrays(rest.get("arrays"), len(atoms)):
+                    for name, array in rest.pop("arrays").items():
+                        atoms.set_array(name, np.array(array))
+                atoms.info |= {**info, **rest, **row.key_value_pairs}
                 yield atoms
     except Exception as error:  # sqlite's errors, and ASE's for a table that is not its own
         raise DataError(f"{source}: cannot be read as an ASE database ({brief(error)}); write it again") from error
+
+
+def _are_arrays(value: Any, n: int) -> bool:
+    """Whether an entry of a row's data is what `ase_enf.io` puts there: arrays of n atoms by name."""
+    return isinstance(value, dict) and all(
+        isinstance(array, list | np.ndarray) and len(array) == n for array in value.values()
+    )
 
 
 def _index_of(atoms: Atoms, position: int, source: Path) -> int:
