@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import re
+import signal
 import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,16 +22,22 @@ if TYPE_CHECKING:
     import pandas as pd
     from ase import Atoms
 
+    from ase_enf.model import ENF
+    from ase_enf.train import TrainConfig
+
 DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
 TABLES = (".csv", ".json", ".md")
 PICTURES = (".png", ".pdf", ".svg")
-_USAGE, _INTERRUPTED = 2, 130
+SMILES = (".smi", ".smiles", ".txt")
+_SOURCES = {"train": str, "valid": str, "split": bool, "n_atoms": int | None}  # what DATA_FILE holds
+_USAGE, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    0 when the whole request was met; 2 with one line on standard error for bad input; 130 when interrupted.
+    0 when the whole request was met; 2 with one line on standard error for bad input; 130 when interrupted, 143 when
+    terminated.
 
     Args:
         arguments: Words of the command line, ``sys.argv[1:]`` when None.
@@ -40,10 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(training="train" in words).parse_args(words)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _terminable():
         warnings.showwarning = _show_warning
         try:
             options.run(options)
+        except _Terminated:
+            _say("terminated")
+            return _TERMINATED
         except KeyboardInterrupt:
             _say("interrupted")
             return _INTERRUPTED
@@ -58,6 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
             return _USAGE
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a queue sends it at its time limit."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the work as Control-C does, so that what is half written is removed and a run is saved."""
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        raise _Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # signals are for the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -158,6 +193,13 @@ def _add_generate(commands: Any) -> None:
     command = _command(commands, "generate", "Draw molecules from a flow and write them.", _generate)
     _add_model(command)
     command.add_argument("-n", type=int, default=100, help="number of molecules")
+    command.add_argument(
+        "--start",
+        type=int,
+        default=0,
+        metavar="K",
+        help="the molecules are those from K to K + n - 1 of the seed; a request can be met in parts",
+    )
     command.add_argument("-o", "--output", default="molecules.extxyz", help=".extxyz, .db or any ending ASE writes")
     command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
@@ -213,13 +255,12 @@ def _add_train(commands: Any, complete: bool) -> None:
     if not complete:
         return
     for name, kind, default, text in _train_fields():
-        flag = f"--{name.replace('_', '-')}"
         # What is absent was not typed: a run that is resumed must know.
         about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
         if kind is bool:
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, **about)
+            command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **about)
         else:
-            command.add_argument(flag, type=kind, **about)
+            command.add_argument(_flag(name), type=kind, **about)
 
 
 def _train_fields() -> list[tuple[str, type, Any, str]]:
@@ -268,14 +309,13 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ase_enf.generate import igenerate
+    from ase_enf.generate import check_counts, igenerate
     from ase_enf.io import check_output, write_structures
     from ase_enf.model import load
 
     check_output(options.output, options.n)
     _check_picture(options.gallery)
-    if options.n < 1:
-        raise ValueError(f"n={options.n}: must be at least 1")
+    check_counts(options.n, options.seed, options.batch_size, options.start)
     flow = load(options.model, device=_own_device(options.device), dtype=options.dtype)
     flow.use_kernel(options.kernel)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -291,7 +331,7 @@ def _generate(options: argparse.Namespace) -> None:
         "churn": options.churn,
         "closed_shell": options.closed_shell,
     }
-    stream = igenerate(flow, count, start=start, **request) if count else iter(())
+    stream = igenerate(flow, count, start=options.start + start, **request) if count else iter(())
     shown: list[Atoms] = []
 
     def watched() -> typing.Iterator[Atoms]:
@@ -339,7 +379,7 @@ def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.I
 
 def _score(options: argparse.Namespace) -> None:
     from ase_enf.files import require_folder
-    from ase_enf.io import KEEP_INFO, check_output, keeps_info, write_structures
+    from ase_enf.io import KEEP_INFO, check_output, check_structures, keeps_info, write_structures
     from ase_enf.model import load
     from ase_enf.score import score, with_scores
 
@@ -354,6 +394,8 @@ def _score(options: argparse.Namespace) -> None:
                 f"{', '.join(KEEP_INFO)} for structures"
             )
     atoms = _read(options.structures)
+    if options.output and suffix not in TABLES:
+        check_structures(options.output, atoms)
     flow = load(options.model, device=options.device, dtype=options.dtype)
     flow.use_kernel(options.kernel)
     names = ("trace", "probes", "draws", "seed", "solver", "steps", "tolerance", "batch_size")
@@ -403,73 +445,186 @@ def _reference(name: str) -> Any:
 
     if name in REFERENCES:
         return name
-    if Path(name).suffix in (".smi", ".smiles", ".txt"):
-        return [line.split()[0] for line in Path(name).read_text().splitlines() if line.strip()]
-    return _read(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        shipped = [known for known in REFERENCES if known == name.lower()]
+        other = f"name {', '.join(REFERENCES)}, a file of SMILES ({', '.join(SMILES)}) or one of structures"
+        raise FileNotFoundError(
+            f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
+        )
+    return _read_smiles(path) if path.suffix in SMILES else _read(name)
+
+
+def _read_smiles(path: Path) -> list[str]:
+    """Reads the first word of every line."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file of SMILES or of structures")
+    try:
+        smiles = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not smiles:
+        raise ValueError(f"{path}: holds no SMILES; write one at the start of each line")
+    return smiles
 
 
 def _train(options: argparse.Namespace) -> None:
     from ase_enf.files import make_folder
-    from ase_enf.model import read_header
-    from ase_enf.train import (
-        BEST_FILE,
-        CONFIG_FILE,
-        LAST_FILE,
-        RESUME_MAY_CHANGE,
-        STATE_FILE,
-        TrainConfig,
-        train,
-    )
+    from ase_enf.train import check_new_run, check_ours, train
 
     typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
-    if options.resume:
-        if options.data or options.valid:
-            raise ValueError("--resume takes data and settings from its folder; leave --data and --valid out")
-        if "out" in typed:
-            raise ValueError("--resume names the folder of the run; leave --out out")
-        if options.qm9_split or options.n_atoms:
-            raise ValueError("--resume takes data and settings from its folder; leave --qm9-split and --n-atoms out")
-        folder = Path(options.resume)
-        saved = _read_json(folder / CONFIG_FILE)
-        sources = _read_json(folder / DATA_FILE)
-        fixed = [name for name in typed if name not in RESUME_MAY_CHANGE and typed[name] != saved.get(name)]
-        if fixed:
-            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run is resumed; leave it out")
-        config = TrainConfig(**{**saved, "time_limit": None, **typed, "out": str(folder)})
-    else:
-        if not options.data or not (options.valid or options.qm9_split):
-            raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
-        if options.qm9_split and options.valid:
-            raise ValueError("--qm9-split takes both sets from --data; leave --valid out")
-        if "out" not in typed:
-            raise ValueError("--out is missing; name the folder of the run")
-        config = TrainConfig(**typed)
-        paths = {"train": options.data, "valid": options.valid or options.data}
-        sources = {name: str(Path(path).resolve()) for name, path in paths.items()}
-        sources |= {"split": options.qm9_split, "n_atoms": options.n_atoms}
+    config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
+    folder = Path(config.out)
+    _check_apart(sources, folder)
+    if not options.resume:
+        check_new_run(folder)
+        check_ours(folder / DATA_FILE, lambda text: _is_sources(json.loads(text)))
     train_atoms, valid_atoms = (
         _read(sources[name], name if sources["split"] else None, sources["n_atoms"]) for name in ("train", "valid")
     )
     described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not options.resume:
-        make_folder(config.out)
-        if not any((Path(config.out) / name).exists() for name in (STATE_FILE, BEST_FILE)):  # else train refuses
-            (Path(config.out) / DATA_FILE).write_text(json.dumps(sources, indent=2) + "\n")
+        _write_json(make_folder(folder) / DATA_FILE, sources)
     model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
     if main_process:
-        best, last = model.provenance, read_header(Path(config.out) / LAST_FILE)["provenance"]
-        if last["step"] < last["total_steps"]:
-            done = f"step {last['step']} of {last['total_steps']}"
-            _say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {config.out}")
-        if best["validation_nll"] is None:
-            _say(f"no validation yet; weights of now in {config.out}/{LAST_FILE}")
-        else:
-            found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
-            _say(f"validation NLL {found}; weights in {config.out}/{BEST_FILE}")
+        if options.resume:  # only now is it known that data that moved are those of the run
+            _write_json(folder / DATA_FILE, sources)
+        _report_run(model, folder)
+
+
+def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Returns settings and data of a run that begins."""
+    from ase_enf.model import load
+    from ase_enf.train import TrainConfig, model_fields
+
+    sources = _new_sources(options)
+    if "out" not in typed:
+        raise ValueError("--out is missing; name the folder of the run")
+    config = TrainConfig(**typed)
+    own = model_fields(load(config.initial, device="cpu").config) if config.initial else {}
+    for name, value in own.items():
+        if typed.get(name, value) != value:
+            raise ValueError(
+                f"{_flag(name)}={typed[name]}: the model of --initial {config.initial} has {value}; leave it out"
+            )
+    return config, sources
+
+
+def _new_sources(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what DATA_FILE is to hold, as it was typed."""
+    if not options.data or not (options.valid or options.qm9_split):
+        raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
+    if options.qm9_split and options.valid:
+        raise ValueError("--qm9-split takes both sets from --data; leave --valid out")
+    paths = {"train": options.data, "valid": options.valid or options.data}
+    return _resolved(paths) | {"split": options.qm9_split, "n_atoms": options.n_atoms}
+
+
+def _resolved(paths: dict[str, str]) -> dict[str, str]:
+    return {name: str(Path(path).expanduser().resolve()) for name, path in paths.items()}
+
+
+def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Returns settings and data of a run that goes on."""
+    from ase_enf.train import CONFIG_FILE, RESUME_MAY_CHANGE
+
+    folder = Path(options.resume)
+    if "out" in typed:
+        raise ValueError("--resume names the folder of the run; leave --out out")
+    anew = bool(options.data) and not (folder / DATA_FILE).exists()  # as for a run that Python began
+    if (options.qm9_split or options.n_atoms) and not anew:
+        raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
+    saved = _saved_config(folder / CONFIG_FILE)
+    may_change = set(RESUME_MAY_CHANGE) - {"initial"}
+    fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
+    if fixed:
+        raise ValueError(f"{_flag(fixed[0])} cannot change when a run is resumed; leave it out")
+    config = dataclasses.replace(saved, **{"time_limit": None, **typed, "out": str(folder)})
+    sources = _new_sources(options) if anew else _moved(_saved_sources(folder / DATA_FILE), options)
+    for name in ("train", "valid"):
+        if not Path(sources[name]).exists():
+            raise FileNotFoundError(f"{sources[name]}: no such file; say by --data and --valid where the data are now")
+    return config, sources
+
+
+def _moved(sources: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Returns where the data of a run are, some of them at another place."""
+    if sources["split"] and options.valid:
+        raise ValueError("this run takes both sets from --data; leave --valid out")
+    paths = {"train": options.data, "valid": options.data if sources["split"] else options.valid}
+    return sources | _resolved({name: path for name, path in paths.items() if path})
+
+
+def _saved_config(path: Path) -> TrainConfig:
+    from ase_enf.model import package_version
+    from ase_enf.train import TrainConfig
+
+    saved = _read_json(path)
+    if not (isinstance(saved, dict) and saved):
+        raise ValueError(f"{path}: holds no settings of a run; start the run again in another folder")
+    if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}):
+        raise ValueError(
+            f"{path}: {unknown[0]!r} is no setting of this ase-enf {package_version()}; take it out, or upgrade"
+        )
+    try:
+        return TrainConfig(**saved)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _saved_sources(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; say by --data and --valid where the data of the run are")
+    sources = _read_json(path)
+    if not _is_sources(sources):
+        raise ValueError(f"{path}: names no data of a run; remove it, and say by --data and --valid where they are")
+    return sources
+
+
+def _is_sources(content: Any) -> bool:
+    """Whether a JSON value is what a run writes to DATA_FILE."""
+    return (
+        isinstance(content, dict)
+        and content.keys() == _SOURCES.keys()
+        and all(isinstance(content[name], kind) for name, kind in _SOURCES.items())
+    )
+
+
+def _check_apart(sources: dict[str, Any], folder: Path) -> None:
+    """Raises ``ValueError`` for data that are a file which the run writes."""
+    from ase_enf.train import BEST_FILE, CONFIG_FILE, LAST_FILE, LOG_FILE, STATE_FILE
+
+    for name in (BEST_FILE, CONFIG_FILE, DATA_FILE, LAST_FILE, LOG_FILE, STATE_FILE):
+        if str((folder / name).resolve()) in (sources["train"], sources["valid"]):
+            raise ValueError(f"{folder / name}: the run would replace its own data; choose another folder for it")
+
+
+def _report_run(model: ENF, folder: Path) -> None:
+    """Says how far a run has come, and where its weights are."""
+    from ase_enf.model import read_header
+    from ase_enf.train import BEST_FILE, LAST_FILE
+
+    best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
+    stopped = last["step"] < last["total_steps"]
+    if stopped:
+        done = f"step {last['step']} of {last['total_steps']}"
+        _say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {folder}")
+    if best["validation_nll"] is not None:
+        found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
+        _say(f"validation NLL {found}; weights in {folder}/{BEST_FILE}")
+    elif stopped and not (folder / BEST_FILE).exists():
+        _say(f"no validation yet; weights of now in {folder}/{LAST_FILE}")
+    else:
+        _say(f"the validation NLL is not finite; lower --learning-rate; weights of now in {folder}/{LAST_FILE}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _info(options: argparse.Namespace) -> None:
+    from ase_enf.files import brief
     from ase_enf.model import PRETRAINED, read_header, shipped
 
     if options.model is None:
@@ -480,20 +635,32 @@ def _info(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(header, indent=2))
         return
-    config = header["config"]
-    sizes = sorted(int(size) for size in config["sizes"])
-    print(f"{options.model}: E(n) equivariant normalizing flow, written by ase-enf {header['package']}")
-    print(f"features       {config['features']}")
-    print(f"species        {' '.join(config['species']) or 'any (positions only)'}")
-    print(f"sizes          {sizes[0]} to {sizes[-1]} atoms, {sum(config['sizes'].values())} molecules")
-    print(f"network        {config['network']}, {config['layers']} layers x {config['hidden']}")
-    print(f"position scale {config['position_scale']:.4f} Å")
-    for key, value in header["provenance"].items():
-        if not isinstance(value, dict):
-            print(f"{key:14s} {value}")
+    try:
+        description = _described(header)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{options.model}: has a damaged header ({brief(error)}); fetch or train it again, or read it with --json"
+        ) from None
+    print(f"{options.model}: {description}")
     card = named.with_suffix(".md")
     if card.is_file():
         print(f"\n{card.read_text()}", end="")
+
+
+def _described(header: dict[str, Any]) -> str:
+    """Returns what a weights file says of itself, a line each."""
+    config = header["config"]
+    sizes = sorted(int(size) for size in config["sizes"])
+    lines = [
+        f"E(n) equivariant normalizing flow, written by ase-enf {header['package']}",
+        f"features       {config['features']}",
+        f"species        {' '.join(config['species']) or 'any (positions only)'}",
+        f"sizes          {min(sizes)} to {max(sizes)} atoms, {sum(config['sizes'].values())} molecules",
+        f"network        {config['network']}, {config['layers']} layers x {config['hidden']}",
+        f"position scale {config['position_scale']:.4f} Å",
+    ]
+    said = {key: value for key, value in header["provenance"].items() if not isinstance(value, dict)}
+    return "\n".join([*lines, *(f"{key:14s} {value}" for key, value in said.items())])
 
 
 def _read(path: str, split: str | None = None, n_atoms: int | None = None) -> list[Atoms]:
@@ -508,13 +675,20 @@ def _read(path: str, split: str | None = None, n_atoms: int | None = None) -> li
     return atoms
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --resume takes the folder that an earlier --out named")
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path}: is no JSON ({error}); start the run again in another folder") from None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    from ase_enf.files import atomic_write
+
+    with atomic_write(path) as handle:
+        handle.write(f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _write_table(table: pd.DataFrame, output: str) -> None:

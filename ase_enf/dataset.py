@@ -84,10 +84,16 @@ class MoleculeSet:
     def position_scale(self) -> float:
         """Returns the root mean square of a coordinate on the subspace, ``√(Σ‖x‖² / Σ (M − 1) n)``, Å."""
         dimensions = int(((self.sizes - 1) * self.positions.shape[-1]).sum())
-        return math.sqrt(float(self.positions.double().square().sum()) / dimensions)
+        return math.sqrt(float(np.square(_doubles(self.positions)).sum()) / dimensions)
 
     def feature_standardisation(self, spread: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns shift and scale of (types, charge): zero mean, one-hot types ``spread`` apart, charges as wide."""
-        width = float(self.charges.double().std()) or 1.0
-        shift = [*self.types.double().mean(dim=0).tolist(), float(self.charges.double().mean()) + 0.5]
-        return tuple(shift), (spread,) * self.types.shape[-1] + (spread / width,)
+        types, charges = _doubles(self.types), _doubles(self.charges)
+        width = float(charges.std(ddof=1)) or 1.0
+        shift = (*types.mean(axis=0).tolist(), float(charges.mean()) + 0.5)
+        return shift, (spread,) * types.shape[-1] + (spread / width,)
+
+
+def _doubles(values: Tensor) -> np.ndarray:
+    """Returns float64 for sums that are those of any number of threads, as those of torch are not."""
+    return values.numpy().astype(np.float64)

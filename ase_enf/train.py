@@ -7,17 +7,18 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import gc
 import importlib.util
 import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,11 @@ from tqdm import tqdm
 from ase_enf import divergence
 from ase_enf.dataset import MoleculeSet
 from ase_enf.dynamics import KERNELS
-from ase_enf.files import atomic_write, brief, make_folder
+from ase_enf.files import atomic_write, make_folder
 from ase_enf.flow import Solver, SolverError
 from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
-from ase_enf.molecules import Batch, one_or_many, species_of
+from ase_enf.molecules import Batch, check_whole, one_or_many, species_of
 from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
 from ase_enf.optimizers import OPTIMIZERS, build_optimizers, resolve_optimizer
 
@@ -72,10 +73,44 @@ RESUME_MAY_CHANGE = (
     "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "initial",
     "out", "device", "precision", "compile", "kernel", "decay", "matrix_decay",
 )  # fmt: skip
+# What weights to start from bring with them.
+MODEL_FIELDS = ("features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer")
+# Sums over the same data differ by less between machines.
+SAME = 1e-9
+STATE_KEYS = {
+    "config", "model_config", "world", "step", "skipped", "consecutive_skips", "best", "elapsed", "norms", "window",
+    "best_weights", "best_provenance", "model", "ema", "optimizer",
+}  # fmt: skip
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the loss stays non-finite."""
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return bool(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    return check_whole(name, value, 0 if name in ("warmup", "seed", "validate_every", "radial") else 1)
+
+
+def _real(name: str, value: Any) -> float:
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    return float(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={value!r}: must be a text")
+    return os.fsdecode(value)
+
+
+# What the fields of TrainConfig become, by annotation: plain values, which JSON takes at the end of a run as well.
+PLAIN: dict[str, Callable[[str, Any], Any]] = {"bool": _flag, "int": _whole, "float": _real, "str": _text}
 
 
 @dataclass(frozen=True)
@@ -118,7 +153,8 @@ class TrainConfig:
         checkpoint_every: Steps between saves of the training state.
         log_every: Steps between rows of the log.
         time_limit: Hours after which training stops as if interrupted, to be resumed; None for no limit.
-        initial: Weights to start from, a path or a shipped name; the model's own fields then come from there.
+        initial: Weights to start from, a path or a shipped name; the model's own fields then come from there, in the
+            provenance too.
         out: Folder of weights, training state and log; None keeps everything in memory.
         device: "auto", "cpu", "cuda" …
         precision: "float32", "tf32" or "bf16" (autocast of the network).
@@ -171,9 +207,10 @@ class TrainConfig:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("initial", "out"):
-            if (path := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.fspath(path))  # saved as JSON
+        for field in dataclasses.fields(self):
+            kind, *optional = field.type.split(" | ")
+            if not (optional and getattr(self, field.name) is None):
+                object.__setattr__(self, field.name, PLAIN[kind](field.name, getattr(self, field.name)))
         for name, known in (
             ("objective", OBJECTIVES),
             ("optimizer", OPTIMIZERS),
@@ -182,23 +219,20 @@ class TrainConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in ("hidden", "layers", "epochs", "batch_size", "validation_size", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "weight_decay", "matrix_decay", "regularisation", "seed", "validate_every", "radial"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise ValueError(f"time_limit={self.time_limit}: must be a positive number of hours")
+        for name in ("weight_decay", "matrix_decay", "regularisation"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite and not negative")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed={self.seed}: must be below 2^64")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise ValueError(f"time_limit={self.time_limit}: must be a positive number of hours, or None for no limit")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay}: must be in (0, 1]")
         for name in ("learning_rate", "matrix_rate", "tolerance", "time_power", "feature_spread"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive and finite")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema}: must be in [0, 1)")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps={self.steps}: must be at least 1")
         if self.objective == "flow_matching" and self.dequantizer == "learned" and self.features == "joint":
             raise ValueError(
                 "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'"
@@ -278,7 +312,7 @@ def train(
         config: What and how.
         train_atoms: Training structures.
         valid_atoms: Validation structures.
-        resume: Go on from ``config.out``.
+        resume: Go on from ``config.out``; ``config.initial`` is not read again.
         progress: Show a bar; by default on a terminal only.
         source: What the data are, in words, for the provenance in the weights file.
 
@@ -286,7 +320,8 @@ def train(
         The exponential moving average of the weights at the best validation NLL, in evaluation mode.
 
     Raises:
-        ValueError: For bad structures, or if ``config.out`` already holds a run and ``resume`` is False.
+        ValueError: For bad structures; if ``resume`` is False and ``config.out`` already holds a run, or a file of
+            yours under a name of ours; if it is True and data or settings are not those of the run.
         FileNotFoundError: If there is nothing to resume.
         TrainingError: If the loss stays non-finite.
     """
@@ -323,20 +358,29 @@ class _Trainer:
             raise ValueError("no structures to train on; the training set is empty")
         if not valid_atoms:
             raise ValueError("no structures to validate on; the validation set is empty")
-        initial = load(config.initial, device="cpu") if config.initial else None
-        species = initial.species if initial else () if config.features == "none" else species_of(train_atoms)
-        dimension = initial.config.dimension if initial else config.dimension
-        self.data = _molecules("training set", train_atoms, species, dimension)
-        for index, item in enumerate(valid_atoms if species and not initial else ()):
+        initial = self._initial() if state is None else None
+        known = state["model_config"] if state else initial.config if initial else None
+        if state is not None:
+            self.config = config = self._resumed_config(state)
+        elif known is not None:
+            self.config = config = dataclasses.replace(config, **model_fields(known))
+        species = known.species if known else () if config.features == "none" else species_of(train_atoms)
+        self.data = _molecules("training set", train_atoms, species, config.dimension)
+        for index, item in enumerate(valid_atoms if species and not config.initial else ()):
             if foreign := sorted(set(item.symbols) - set(species)):
                 raise ValueError(
                     f"validation set: structure {index} ({item.get_chemical_formula()}): element(s) "
                     f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
                 )
-        self.valid = _molecules("validation set", valid_atoms, species, dimension)
+        self.valid = _molecules("validation set", valid_atoms, species, config.dimension)
+        if state is not None:
+            self._check_same_data(state)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
-            torch.manual_seed(config.seed)
-            model = self._refitted(initial) if initial else ENF(self._model_config(species))
+            torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
+            if state is not None:
+                model = ENF(known)
+            else:
+                model = self._refitted(initial) if initial else ENF(self._model_config(species))
         self.model = model.to(self.device).requires_grad_(True).train()
         self.model.provenance["objective"] = config.objective  # the best way to integrate it depends on that
         plain = config.objective == "nll" or config.compile or config.precision != "float32"
@@ -360,12 +404,15 @@ class _Trainer:
         self.step, self.skipped, self.consecutive_skips = 0, 0, 0
         self.between_steps = True  # False while weights, history and step number disagree
         self.best, self.elapsed = math.inf, 0.0
+        self.validated = (-1, math.nan)  # when last, with which NLL
         self.window: list[list[float]] = []
         self.best_weights: dict[str, Tensor] | None = None
         self.best_provenance: dict[str, Any] = {}
         if state is not None:
             self._restore(state)
-        self.board = _board(self.out, self.step) if ranks.main else None
+        else:
+            self._start_folder()
+        self.board = _board(self.out, self.step + 1 if state else 0) if ranks.main else None
         self.stepper: nn.Module = _Step(self.model, self.objective)
         if config.compile:
             self.model.dynamics.network.compile()
@@ -376,7 +423,6 @@ class _Trainer:
         """Trains to the end of the schedule or of the time limit."""
         started, before = time.monotonic(), self.elapsed
         total = self.total_steps
-        finished = self.step >= total
         bar = tqdm(total=total, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True)
         try:
             while self.step < total:
@@ -392,12 +438,12 @@ class _Trainer:
                     continue
                 break
         except KeyboardInterrupt:
-            if self.between_steps:
+            if self.between_steps and self.step < total:  # at the end, only what has been validated is saved
                 self._save_state()
             raise
         finally:
             bar.close()
-        if self.step >= total and not finished:  # stopped by the time limit, a run is not validated out of turn
+        if self.step >= total and self.validated[0] != self.step:  # one stopped by the time limit waits for its turn
             self._log(self._validate())
         self._save_state()
         return self._result()
@@ -468,10 +514,11 @@ class _Trainer:
         self.step += 1
 
     def _periodic(self, bar: tqdm) -> None:
+        if self.step >= self.total_steps:  # the last validation, row and save are those of run
+            return
         config = self.config
-        due = self.step % self.validate_every == 0 and self.step < self.total_steps
-        validated = self._validate() if due else None
-        if self.step < self.total_steps and (self.step % config.log_every == 0 or validated):
+        validated = self._validate() if self.step % self.validate_every == 0 else None
+        if self.step % config.log_every == 0 or validated:
             self._log(validated, bar)
         if self.step % config.checkpoint_every == 0 or validated:  # no best weights without a state to resume
             self._save_state()
@@ -527,12 +574,14 @@ class _Trainer:
                     losses.append(float(self.objective(model, batch, generator).value) * len(batch.mask))
                 nlls.append(_validation_nll(model, batch, generator))
             except SolverError:  # too stiff at the moment, which training may mend
+                self.validated = (self.step, math.nan)
                 return math.nan, math.nan
         valid_loss, nll = sum(losses) / len(index), float(torch.cat(nlls).mean())
+        self.validated = (self.step, nll)
         if self.best_weights is None or nll < self.best or not math.isfinite(self.best):
             self.best = nll
             self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            self.best_provenance = model.provenance = self._provenance()
+            self.best_provenance = model.provenance = self._provenance(nll)
             if self.out:
                 model.save(self.out / BEST_FILE)
         return valid_loss, nll
@@ -540,7 +589,8 @@ class _Trainer:
     def _averaged(self) -> ENF:
         return self.ema.module.eval()
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, nll: float) -> dict[str, Any]:
+        """Returns how the weights of now were made, and the validation NLL of just these, NaN for none."""
         training = dataclasses.asdict(self.config)
         del training["out"]  # weights are given to others, who need not know the folders of this machine
         if training["initial"]:
@@ -555,7 +605,7 @@ class _Trainer:
             "molecules": len(self.data),
             "processes": self.ranks.world,
             "hours": round(self.elapsed / 3600, 3),
-            "validation_nll": self.best if math.isfinite(self.best) else None,
+            "validation_nll": nll if math.isfinite(nll) else None,
             "skipped_steps": self.skipped,
             "ase_enf": package_version(),
             "torch": torch.__version__,
@@ -568,7 +618,8 @@ class _Trainer:
             self.board.close()
         model = self._averaged()
         if self.ranks.main and self.out:
-            model.provenance = self._provenance()
+            step, nll = self.validated
+            model.provenance = self._provenance(nll if step == self.step else math.nan)
             model.save(self.out / LAST_FILE)
         if self.best_weights is not None:
             model.load_state_dict(self.best_weights)
@@ -590,6 +641,7 @@ class _Trainer:
             "skipped": self.skipped,
             "consecutive_skips": self.consecutive_skips,
             "best": self.best,
+            "validated": list(self.validated),
             "nll_rule": NLL_RULE,
             "elapsed": self.elapsed,
             "norms": list(self.clip.norms),
@@ -604,61 +656,91 @@ class _Trainer:
             torch.save(state, handle)
 
     def _existing_state(self, resume: bool) -> dict[str, Any] | None:
-        """Prepares the folder, or reads the state that is there."""
+        """Reads the state that is there, or makes sure that nothing is."""
         if self.out is None:
             if resume:
                 raise ValueError("resume=True needs config.out, the folder of the run")
             return None
-        path = self.out / STATE_FILE
         if resume:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
-            try:
-                return torch.load(path, map_location=self.device, weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{path}: is no whole training state ({brief(error)}); start the run again") from None
-        if path.exists() or (self.out / BEST_FILE).exists():
-            raise ValueError(f"{self.out}: already holds a run; resume it, or choose another folder")
+            return _read_state(self.out / STATE_FILE)
+        check_new_run(self.out)
+        return None
+
+    def _initial(self) -> ENF | None:
+        """Loads the weights to start from."""
+        if not self.config.initial:
+            return None
+        initial = load(self.config.initial, device="cpu")
+        learned = initial.features == "joint" and initial.config.dequantizer == "learned"
+        if learned and self.config.objective == "flow_matching":
+            raise ValueError(
+                f"initial={self.config.initial!r}: its learned q collapses under flow matching; train it with "
+                "objective='nll'"
+            )
+        return initial
+
+    def _start_folder(self) -> None:
+        """Writes the first files of a run whose input has been found good."""
+        if self.out is None:
+            return
         if self.ranks.world > 1:
             dist.barrier()  # nobody writes before everybody has looked
         if self.ranks.main:
             make_folder(self.out)
             self._save_config()
-            with open(self.out / LOG_FILE, "w", newline="") as file:
-                csv.writer(file).writerow(LOG_COLUMNS)
-        return None
+            _truncate_log(self.out / LOG_FILE, -1)
 
     def _save_config(self) -> None:
         with atomic_write(self.out / CONFIG_FILE) as handle:
             handle.write(f"{json.dumps(dataclasses.asdict(self.config), indent=2)}\n".encode())
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        if json.loads(state["model_config"]) != json.loads(json.dumps(dataclasses.asdict(self.model.config))):
-            raise ValueError(
-                f"{self.out}: the run was made for another model or other data; resume with those of the run"
-            )
+    def _resumed_config(self, state: dict[str, Any]) -> TrainConfig:
+        """Returns the settings to go on with, in which what was fine-tuned stays that."""
+        before = {"optimizer": "adamw", "initial": None} | state["config"]  # runs of before there was a choice
+        config = dataclasses.replace(self.config, initial=before["initial"])
+        if config.initial:
+            before |= model_fields(state["model_config"])
+            config = dataclasses.replace(config, **model_fields(state["model_config"]))
         if state["world"] != self.ranks.world:
             raise ValueError(
                 f"{self.out}: the run was made by {state['world']} process(es), not {self.ranks.world}; "
                 "resume it with as many"
             )
-        before, now = json.loads(state["config"]), dataclasses.asdict(self.config)
-        before.setdefault("optimizer", "adamw")  # runs of before there was a choice
+        now = dataclasses.asdict(config)
         changed = [name for name in before if name not in RESUME_MAY_CHANGE and before[name] != now.get(name)]
         if changed:
             raise ValueError(
                 f"{self.out}: the run was made with {changed[0]}={before[changed[0]]!r}, not {now.get(changed[0])!r}; "
                 "resume it with its own settings"
             )
+        return config
+
+    def _check_same_data(self, state: dict[str, Any]) -> None:
+        known = state["model_config"]
+        counts = self._counts(known.features)
+        expected = dataclasses.replace(known, **counts) if self.config.initial else self._model_config(known.species)
+        if not _agree(dataclasses.asdict(expected), dataclasses.asdict(known)):
+            raise ValueError(
+                f"{self.out}: the run was made for another model or other data; resume with those of the run"
+            )
+        if state["step"] > self.total_steps:
+            raise ValueError(
+                f"{self.out}: the run has done {state['step']} steps, more than the {self.total_steps} it should end "
+                "at; ask for more steps or epochs, or leave them as they were"
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip = Clipper(state["norms"])
         for name in ("step", "skipped", "consecutive_skips", "best", "elapsed", "window", "best_weights"):
             setattr(self, name, state[name])
-        self.best_provenance = json.loads(state["best_provenance"])
+        self.best_provenance = state["best_provenance"]
+        # Runs of before did not say; they were saved at their end after the validation, with few exceptions.
+        self.validated = tuple(state.get("validated", (self.step, math.nan)))
         if state.get("nll_rule") != NLL_RULE:  # the best of then has another measure: the next validation starts anew
-            self.best = math.inf
+            self.best, self.validated = math.inf, (self.step, math.nan)
         if self.ranks.main:
             _truncate_log(self.out / LOG_FILE, self.step)
             self._save_config()  # a longer run, interrupted, goes on as the longer run
@@ -667,8 +749,6 @@ class _Trainer:
         if self.config.objective == "nll":
             solver = Solver("dopri5", rtol=self.config.tolerance, atol=self.config.tolerance)
             return NegativeLogLikelihood(solver, self.config.regularisation, self.config.adjoint)
-        if self.model.config.dequantizer == "learned" and self.model.features == "joint":
-            raise ValueError("a learned q collapses under flow matching; train this model with objective='nll'")
         return FlowMatching(self.config.time_power)
 
     def _counts(self, features: str) -> dict[str, dict[Any, int]]:
@@ -735,8 +815,80 @@ def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], dimensio
         raise ValueError(f"{name}: {error}") from None
 
 
+def check_new_run(folder: str | os.PathLike[str]) -> None:
+    """Makes sure that a new run replaces nothing in its folder but the beginnings of one that never saved.
+
+    Raises:
+        ValueError: If the folder holds a run, or a file of somebody else under a name that a run needs.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file; name the folder of the run")
+    if any((folder / name).exists() for name in (STATE_FILE, BEST_FILE, LAST_FILE)):
+        raise ValueError(f"{folder}: already holds a run; resume it, or choose another folder")
+    check_ours(folder / CONFIG_FILE, lambda text: {"objective", "features", "out"} <= dict(json.loads(text)).keys())
+    check_ours(folder / LOG_FILE, lambda text: text.startswith(",".join(LOG_COLUMNS[:4])))
+
+
+def check_ours(path: Path, recognise: Callable[[str], bool]) -> None:
+    """Makes sure that a file, which is to be replaced, is not there, is empty, or has a text that is recognised.
+
+    Raises:
+        ValueError: If it is somebody else's.
+    """
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError):  # no file, no text, no JSON
+        if not (text := path.read_text()) or recognise(text):
+            return
+    raise ValueError(f"{path}: is no file of a run, and a run would replace it; move it away, or choose another folder")
+
+
+def model_fields(config: ENFConfig) -> dict[str, Any]:
+    """Returns the fields of TrainConfig that weights to start from decide, as their configuration has them.
+
+    Example:
+        >>> model_fields(ENFConfig(features="given", hidden=8))["hidden"]
+        8
+    """
+    fields = {name: getattr(config, name) for name in MODEL_FIELDS}
+    return fields | ({"feature_spread": config.feature_scale[0]} if config.features == "joint" else {})
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Returns a training state with what is JSON in it decoded."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
+    try:
+        # Optimizers move what belongs on a GPU; their counters of steps belong on the CPU, wherever they were saved.
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        whole = STATE_KEYS <= state.keys()
+        for name in ("config", "model_config", "best_provenance"):
+            state[name] = dict(json.loads(state[name]))
+        state["model_config"] = ENFConfig(**state["model_config"])
+    except OSError:
+        raise
+    except Exception:  # whatever the unpickler stumbles over; torch's own advice is to load it unsafely
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{path}: is damaged or no training state; start a new run in another folder, whose initial may be the "
+            f"{BEST_FILE} of this one"
+        )
+    return state
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Whether two configurations say the same, but for the last digits of what is summed."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_agree, a, b))
+    return math.isclose(a, b, rel_tol=SAME) if isinstance(a, float) else a == b
+
+
 def _board(folder: Path | None, step: int) -> Any:
-    """Returns a TensorBoard writer, None where TensorBoard is not installed."""
+    """Returns a TensorBoard writer that forgets rows from ``step`` on, None where TensorBoard is not installed."""
     if folder is None or importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -802,8 +954,8 @@ def _ema_update(decay: float):  # noqa: ANN202 (torch's own callback type)
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Drops rows written after the last save, so that a resumed log has every step once."""
-    rows = list(csv.reader(path.read_text().splitlines()))
+    """Drops rows written after the last save, so that a resumed log has every step once; begins a missing one."""
+    rows = list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
     whole = [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
     kept = [LOG_COLUMNS, *(row for row in whole if int(row[0]) <= step)]
     with atomic_write(path) as handle:
@@ -837,6 +989,7 @@ def _distributed(config: TrainConfig) -> Iterator[_Ranks]:
         yield _Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         if owner:
+            gc.collect()  # a DistributedDataParallel that outlives its group now and then aborts the process
             dist.destroy_process_group()
 
 

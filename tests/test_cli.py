@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +58,12 @@ def workshop(tmp_path_factory) -> Path:
     (folder / "half.safetensors").write_bytes((folder / "joint.safetensors").read_bytes()[:-100])
     (folder / "tiny.safetensors").write_bytes(b"\x07")
     save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
+    sizeless = {"config": fields | {"features": "joint", "sizes": {}}, "package": "1", "provenance": {}}
+    for name, header in {"bare": {}, "sizeless": sizeless}.items():
+        save_file({"weight": torch.zeros(2)}, folder / f"{name}.safetensors", {"ase_enf": json.dumps(header)})
+    (folder / "latin1.smi").write_bytes("C méthane\n".encode("latin-1"))
+    (folder / "empty.smi").write_text("\n")
+    (folder / "folder.smi").mkdir()
     return folder
 
 
@@ -83,6 +92,17 @@ def test_generate_writes_what_the_function_returns(here, tmp_path, capsys):
         assert np.allclose(ours.positions, theirs.positions, atol=1e-7)
     said = capsys.readouterr()
     assert said.out == "" and said.err == f"ase-enf: wrote 3 molecules to {out}\n"  # quiet in a pipe
+
+
+def test_a_request_can_be_met_in_parts(here, tmp_path):
+    words = ["generate", "joint.safetensors", "--seed", 5, "--dtype", "float64", *FAST]
+    assert run(*words, "-n", 5, "-o", tmp_path / "whole.extxyz") == 0
+    assert run(*words, "-n", 2, "--start", 3, "-o", tmp_path / "rest.extxyz") == 0
+    whole, rest = (read(tmp_path / f"{name}.extxyz", index=":") for name in ("whole", "rest"))
+    assert [atoms.info["enf_index"] for atoms in rest] == [3, 4]
+    for ours, theirs in zip(rest, whole[3:], strict=True):
+        assert ours.numbers.tolist() == theirs.numbers.tolist()
+        assert np.allclose(ours.positions, theirs.positions, atol=1e-7)
 
 
 def test_generate_options(here, tmp_path):
@@ -244,6 +264,125 @@ def test_a_run_stopped_before_its_first_validation_names_the_weights_that_are_th
     assert json.loads(capsys.readouterr().out)["provenance"]["validation_nll"] is None
 
 
+@pytest.fixture(scope="module")
+def finished(workshop, tmp_path_factory) -> Path:
+    """A finished run of two steps, made from another folder than that of the tests."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    data = ["--data", workshop / "good.extxyz", "--valid", workshop / "good.extxyz"]
+    assert run("train", *data, "--out", out, "--device", "cpu", "--steps", 2, *TINY) == 0
+    return out
+
+
+@pytest.fixture
+def copied(finished, here, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def error_of(capsys, *words: object) -> str:
+    """The one line that a mistake gives."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ase-enf: error: ") and said.count("\n") == 1
+    return said
+
+
+MINE = {"data.json": '{"1": {"numbers": [1, 1]}, "ids": [1]}', "config.json": '{"mine": 1}', "log.csv": "a,b\n1,2\n"}
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_a_run_does_not_overwrite_files_of_its_user(here, tmp_path, capsys, name):
+    (tmp_path / name).write_text(MINE[name])
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path, "--device", "cpu", *FAST, *TINY]
+    assert f"{name}: is no file of a run, and a run would replace it; move" in error_of(capsys, "train", *words)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == MINE[name]
+
+
+@pytest.mark.parametrize("option", ["--data", "--valid"])
+def test_a_run_does_not_overwrite_its_data(here, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    write("data.json", [molecule("H2O")], format="json")
+    before = Path("data.json").read_bytes()
+    words = {"--data": here / "good.extxyz", "--valid": here / "good.extxyz", option: "data.json"}
+    words = [word for pair in words.items() for word in pair]
+    said = error_of(capsys, "train", *words, "--out", ".", "--device", "cpu", *FAST, *TINY)
+    assert "data.json: the run would replace its own data; choose another folder" in said
+    assert os.listdir(tmp_path) == ["data.json"] and Path("data.json").read_bytes() == before
+
+
+def test_a_run_whose_data_moved_goes_on(copied, capsys):
+    good, sources = copied.parent / "moved.extxyz", json.loads((copied / cli.DATA_FILE).read_text())
+    shutil.copy("good.extxyz", good)
+    moved = sources | {"train": "/nowhere/good.extxyz", "valid": "/nowhere/good.extxyz"}
+    (copied / cli.DATA_FILE).write_text(json.dumps(moved))
+    words = ["train", "--resume", copied, "--steps", 3]
+    assert "/nowhere/good.extxyz: no such file; say by --data and --valid" in error_of(capsys, *words)
+    assert "other data" in error_of(capsys, *words, "--data", "methane.xyz", "--valid", good)
+    assert json.loads((copied / cli.DATA_FILE).read_text()) == moved  # what is not of the run is not remembered
+    assert run(*words, "--data", good, "--valid", good) == 0
+    assert json.loads((copied / cli.DATA_FILE).read_text()) == sources | {"train": str(good), "valid": str(good)}
+    (copied / cli.DATA_FILE).unlink()  # as a run that Python began has none
+    assert "data.json: no such file; say by --data and --valid" in error_of(capsys, *words)
+    assert run(*words, "--data", good, "--valid", good) == 0 and run(*words) == 0
+
+
+def test_the_data_of_a_run_of_a_split_move_together(here, tmp_path, capsys):
+    out, moved = tmp_path / "run", tmp_path / "moved.npz"
+    words = ["--data", SAMPLE, "--qm9-split", "--n-atoms", 15, "--out", out, "--device", "cpu", "--steps", 1, *TINY]
+    assert run("train", *words) == 0
+    shutil.copy(SAMPLE, moved)
+    said = error_of(capsys, "train", "--resume", out, "--data", moved, "--valid", moved)
+    assert "takes both sets from --data; leave --valid out" in said
+    assert run("train", "--resume", out, "--data", moved) == 0
+    sources = {"train": str(moved), "valid": str(moved), "split": True, "n_atoms": 15}
+    assert json.loads((out / cli.DATA_FILE).read_text()) == sources
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("data.json", "{}", "data.json: names no data of a run; remove it, and say by --data and --valid"),
+        ("data.json", "[", "data.json: is no JSON"),
+        ("config.json", "[]", "config.json: holds no settings of a run; start the run again"),
+        ("config.json", '{"hidden": 8, "depth": 3}', "config.json: 'depth' is no setting of this ase-enf"),
+        ("config.json", '{"hidden": 8.5}', "config.json: hidden=8.5: must be a whole number"),
+        ("state.pt", "none", "state.pt: is damaged or no training state; start a new run in another folder"),
+    ],
+)
+def test_a_damaged_run_is_one_line(copied, capsys, name, content, words):
+    (copied / name).write_text(content)
+    assert words in error_of(capsys, "train", "--resume", copied)
+
+
+def test_a_run_cannot_end_before_what_it_has_done(copied, capsys):
+    said = error_of(capsys, "train", "--resume", copied, "--steps", 1)
+    assert "has done 2 steps, more than the 1 it should end at; ask for more" in said
+
+
+def test_fine_tuning_contradicts_no_field_of_its_model(here, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["train", "--data", "good.extxyz", "--valid", "good.extxyz", "--out", out, "--device", "cpu", "--steps", 1]
+    words += ["--initial", "given.safetensors", "--batch-size", 2]
+    said = error_of(capsys, *words, "--hidden", 16)
+    assert "--hidden=16: the model of --initial given.safetensors has 8; leave it out" in said
+    assert "--features=joint: the model" in error_of(capsys, *words, "--features", "joint")
+    assert not out.exists()
+    assert run(*words, "--hidden", 8) == 0
+    trained = load(out / "model.safetensors", device="cpu")
+    for said in (trained.provenance["training"], json.loads((out / "config.json").read_text())):
+        assert (said["hidden"], said["layers"], said["features"]) == (8, 1, "given")
+    assert "--initial cannot change" in error_of(capsys, "train", "--resume", out, "--initial", "joint.safetensors")
+
+
+def test_a_validation_that_is_not_finite_is_called_that(here, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module("ase_enf.train")  # ase_enf.train is the function
+    monkeypatch.setattr(module, "_validation_nll", lambda model, batch, generator: torch.full((2,), torch.nan))
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path / "run", "--device", "cpu", *TINY]
+    assert run("train", *words, "--steps", 1) == 0
+    said = capsys.readouterr().err
+    assert "the validation NLL is not finite; lower --learning-rate" in said and "no validation yet" not in said
+
+
 def test_scores_go_only_where_they_are_kept(here, tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(ENF, "log_prob")
     for name in ("s.pdb", "s.cif", "s.vasp"):
@@ -389,7 +528,20 @@ BAD = {
     "missing argument": (["score", "joint.safetensors"], "arguments are required: structures"),
     "evaluate a missing file": (["evaluate", "missing.xyz"], "missing.xyz: no such file"),
     "evaluate nothing": (["evaluate", "nothing.xyz"], "nothing.xyz"),
-    "missing reference": (["evaluate", "good.extxyz", "--reference", "missing.smi"], "missing.smi"),
+    "missing reference": (
+        ["evaluate", "good.extxyz", "--reference", "missing.smi"],
+        "--reference 'missing.smi': no such file; name qm9, a file of SMILES",
+    ),
+    "a name in capitals": (
+        ["evaluate", "good.extxyz", "--reference", "QM9"],
+        "--reference 'QM9': no such file; write qm9 for the shipped one",
+    ),
+    "reference in Latin-1": (["evaluate", "good.extxyz", "--reference", "latin1.smi"], "latin1.smi: is no text in"),
+    "reference of nothing": (["evaluate", "good.extxyz", "--reference", "empty.smi"], "empty.smi: holds no SMILES"),
+    "a folder as reference": (["evaluate", "good.extxyz", "--reference", "folder.smi"], "folder.smi: is a folder"),
+    "info on no fields": (["info", "bare.safetensors"], "bare.safetensors: has a damaged header (KeyError: 'config')"),
+    "info on no sizes": (["info", "sizeless.safetensors"], "sizeless.safetensors: has a damaged header"),
+    "negative start": ([*GENERATE, "--start", "-1"], "start=-1: must be at least 0"),
     "histogram of nothing": (["evaluate", "good.extxyz", "--histogram", "h.png"], "add --reference"),
     "train on nothing": (["train"], "training needs --data"),
     "train without validation": (["train", "--data", "good.extxyz", "--out", "run"], "--valid"),
@@ -422,7 +574,6 @@ BAD = {
     ),
     "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
-    "resume with data": (["train", "--resume", "run", "--data", "good.extxyz"], "leave --data and --valid out"),
     "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),
 }
 
@@ -473,6 +624,24 @@ def test_an_interruption_leaves_nothing_half(here, tmp_path, capfd, monkeypatch)
     monkeypatch.setattr(ENF, "sample", interrupted)
     assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz") == 130
     assert capfd.readouterr().err == "ase-enf: interrupted\n" and not os.listdir(tmp_path)
+
+
+def test_being_terminated_leaves_nothing_half(here, tmp_path, capfd, monkeypatch):
+    def unhandled(*_: object) -> None:
+        raise AssertionError("nobody handles SIGTERM")
+
+    def terminated(*_: object) -> None:
+        for _ in range(2):  # a queue may send it to the whole group, and torchrun once more
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unhandled)
+    try:
+        monkeypatch.setattr(ENF, "sample", terminated)
+        assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz") == 143
+        assert signal.getsignal(signal.SIGTERM) is unhandled  # the caller's again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == "ase-enf: terminated\n" and not os.listdir(tmp_path)
 
 
 def test_a_defect_keeps_its_traceback(here, tmp_path, monkeypatch):

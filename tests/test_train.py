@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -87,8 +88,16 @@ def assert_same_run(first, second):
 
 
 def stop_at(monkeypatch, step: int, error: BaseException, where: str = "before"):
-    """Makes the run die at a step: before it, or in the middle of its bookkeeping."""
-    plain = train_module._Trainer._train_step
+    """Makes the run die at a step: before it, in the middle of its bookkeeping, or in the validation after it."""
+    plain, validate = train_module._Trainer._train_step, train_module._Trainer._validate
+
+    def validating(self):
+        if self.step == step:
+            raise error
+        return validate(self)
+
+    if where == "validating":
+        monkeypatch.setattr(train_module._Trainer, "_validate", validating)
 
     def dying(self, index):
         if self.step == step and where == "before":
@@ -148,10 +157,30 @@ def test_what_comes_back_is_the_best_average_in_evaluation_mode(tmp_path):
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
 
 
-def test_training_leaves_its_inputs_alone():
-    before = [a.copy() for a in TRAIN]
+def test_every_weights_file_says_its_own_validation_nll(tmp_path):
+    train(tiny(out=tmp_path / "run", steps=8), TRAIN, VALID)
+    (final,) = (float(row["valid_nll"]) for row in log_of(tmp_path / "run") if row["step"] == "8")
+    assert read_header(tmp_path / "run" / "last.safetensors")["provenance"]["validation_nll"] == pytest.approx(final)
+    config = tiny(out=tmp_path / "stopped", validate_every=1, time_limit=1e-9)
+    train(config, TRAIN, VALID)  # stops after a step and its validation
+    config = dataclasses.replace(config, validate_every=99)
+    train(config, TRAIN, VALID, resume=True)  # and after another step, without
+    best, last = (
+        read_header(tmp_path / "stopped" / name)["provenance"] for name in ("model.safetensors", "last.safetensors")
+    )
+    assert best["step"] == 1 and math.isfinite(best["validation_nll"])
+    assert last["step"] == 2 and last["validation_nll"] is None
+
+
+def test_training_leaves_its_inputs_alone(monkeypatch):
+    def seeded(seed):
+        raise AssertionError("the random numbers of the GPUs are the caller's")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    before, random = [a.copy() for a in TRAIN], torch.get_rng_state()
     train(tiny(steps=1), TRAIN, VALID)
     assert all(a == b and np.array_equal(a.positions, b.positions) for a, b in zip(TRAIN, before, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 # Facts that come from the data
@@ -175,6 +204,25 @@ def test_species_sizes_and_scales_come_from_the_data():
     assert positions.species == () and positions.config.flow_features == 0
 
 
+def test_scales_are_those_of_any_number_of_threads():
+    """Sums of torch depend on it from 32768 terms on."""
+    data, before = MoleculeSet(TRAIN, ("H", "C", "N", "O"), 3), torch.get_num_threads()
+    data.positions, data.charges = torch.randn(99_999, 3), torch.randint(1, 9, (99_999, 1)).float()
+    seen = set()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            seen.add((data.position_scale(), data.feature_standardisation(0.3)))
+    finally:
+        torch.set_num_threads(before)
+    ((scale, (shift, feature_scale)),) = seen
+    dimensions = int((data.sizes - 1).sum()) * 3
+    assert scale == pytest.approx((data.positions.double().square().sum() / dimensions).sqrt().item(), rel=1e-12)
+    assert feature_scale[-1] == pytest.approx(0.3 / data.charges.double().std().item(), rel=1e-12)
+    means = [data.types.double().mean(dim=0), data.charges.double().mean(dim=0) + 0.5]
+    assert shift == pytest.approx(torch.cat(means).tolist(), rel=1e-12)
+
+
 def test_one_element_alone_can_be_learned():
     trimers = rattled("O3", 4)
     assert train(tiny(steps=2), trimers, trimers).species == ("O",)
@@ -188,6 +236,7 @@ def test_initial_weights_bring_their_model(tmp_path):
     )
     again = train(config, TRAIN, VALID)
     assert again.config == first.config
+    assert again.provenance["training"]["hidden"] == 8 and again.provenance["training"]["features"] == "given"
     for a, b in zip(again.parameters(), first.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-9)
     with pytest.raises(ValueError, match="F unknown to this model"):
@@ -202,6 +251,26 @@ def test_fine_tuning_takes_sizes_and_compositions_from_the_new_data(tmp_path):
     assert flow.config.compositions == {"H2O": len(water)} and dict(flow.config.sizes) == {3: len(water)}
     assert flow.size_prior.counts == {3: len(water)} and flow.species == ("H", "C", "N", "O")
     assert flow.config.position_scale == load(tmp_path / "first.safetensors").config.position_scale
+
+
+@pytest.mark.parametrize("features", ["joint", "given"])
+def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(tmp_path, monkeypatch, features):
+    train(tiny(steps=2, features=features, feature_spread=0.7), TRAIN, VALID).save(tmp_path / "first.safetensors")
+    config = tiny(steps=5, initial=tmp_path / "first.safetensors", out=tmp_path / "whole", hidden=99)
+    train(config, TRAIN, VALID)
+    config = dataclasses.replace(config, out=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, 4, RuntimeError("kill -9"))
+        train(config, TRAIN, VALID)
+    (tmp_path / "first.safetensors").unlink()
+    with pytest.raises(ValueError, match="other data"):
+        train(config, TRAIN[:6], VALID, resume=True)
+    flow = train(config, TRAIN, VALID, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    said, saved = flow.provenance["training"], json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved == said | {name: saved[name] for name in ("initial", "out")}
+    assert (said["hidden"], said["features"], said["initial"]) == (8, features, "first.safetensors")
+    assert said["feature_spread"] == (0.7 if features == "joint" else 0.3)  # a flow of positions has none
 
 
 def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
@@ -227,6 +296,9 @@ def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
     losses = [value for name, value, _ in written[1:-1] if name == "loss"]
     assert losses == pytest.approx([float(row["loss"]) for row in rows], rel=1e-6)
     assert [entry[2] for entry in written[1:-1] if entry[0] == "valid_nll"] == [2]
+    written.clear()
+    train(tiny(steps=4, out=tmp_path / "run"), TRAIN, VALID, resume=True)
+    assert written[0] == (tmp_path / "run" / "tensorboard", 3)  # the rows of step 2 stay
 
 
 def test_a_size_only_validation_has_does_not_stop_the_search_for_the_best(tmp_path):
@@ -300,14 +372,21 @@ def whole(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize(("objective", "steps", "killed", "saved"), [("flow_matching", 8, 5, 4), ("nll", 5, 3, 3)])
+@pytest.mark.parametrize(
+    ("objective", "steps", "killed", "where", "saved"),
+    [
+        ("flow_matching", 8, 5, "before", 4),
+        ("flow_matching", 8, 8, "validating", 6),
+        ("nll", 5, 3, "before", 3),
+    ],
+)
 def test_a_killed_run_loses_only_the_work_since_its_save_and_resumes_to_the_same_numbers(
-    whole, tmp_path, monkeypatch, objective, steps, killed, saved
+    whole, tmp_path, monkeypatch, objective, steps, killed, where, saved
 ):
     """An error that no handler sees stands for the kill; the validation of step 3 saves as well."""
     config = tiny(objective=objective, steps=steps, out=str(tmp_path / "run"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="kill"):
-        stop_at(patch, killed, RuntimeError("kill -9"))
+        stop_at(patch, killed, RuntimeError("kill -9"), where)
         train(config, TRAIN, VALID)
     assert state_of(tmp_path / "run")["step"] == saved
     torch.manual_seed(1234)  # what a fresh process would not know
@@ -327,8 +406,6 @@ def test_control_c_saves_what_is_whole(whole, tmp_path, monkeypatch, where, save
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
-    import shutil
-
     shutil.copytree(whole["flow_matching"], tmp_path / "run")
     train(tiny(out=str(tmp_path / "run")), TRAIN, VALID, resume=True)
     assert_same_run(whole["flow_matching"], tmp_path / "run")
@@ -353,6 +430,36 @@ def test_an_existing_run_is_not_overwritten(whole):
     with pytest.raises(ValueError, match="already holds a run; resume it, or choose another folder"):
         train(tiny(out=str(whole["flow_matching"])), TRAIN, VALID)
     assert (whole["flow_matching"] / "state.pt").read_bytes() == before
+
+
+MINE = {
+    "config.json": '{"learning_rate": 1}',
+    "log.csv": "step,epoch,mine\n1,2,3\n",
+    "last.safetensors": "weights",
+    "model.safetensors": "weights",
+    "state.pt": "state",
+}
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_files_of_the_user_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text(MINE[name])
+    with pytest.raises(ValueError, match="choose another folder") as caught:
+        train(tiny(out=tmp_path), TRAIN, VALID)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == MINE[name]
+
+
+def test_the_beginnings_of_a_run_are_no_obstacle(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown|not in the training set"):
+        train(tiny(out=tmp_path / "run"), TRAIN, [molecule("HF")])
+    assert not (tmp_path / "run").exists()  # nothing is written before the structures are found good
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, 1, RuntimeError("kill -9"))
+        train(tiny(out=tmp_path / "run"), TRAIN, VALID)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.csv"]
+    train(tiny(out=tmp_path / "run", steps=1), TRAIN, VALID)
+    assert [row["step"] for row in log_of(tmp_path / "run")] == ["1"]
 
 
 def test_a_run_of_before_there_was_a_choice_of_optimizer_resumes_by_its_own(tmp_path):
@@ -385,6 +492,71 @@ def test_resuming_needs_a_run_of_the_same_data(whole, tmp_path):
         train(tiny(), TRAIN, VALID, resume=True)
     with pytest.raises(ValueError, match="another model or other data"):
         train(tiny(out=str(whole["flow_matching"])), TRAIN[:6], VALID, resume=True)
+
+
+@pytest.mark.parametrize("off", [1e-12, 1e-6])
+def test_the_last_digits_of_a_scale_do_not_make_other_data(tmp_path, off):
+    train(tiny(out=tmp_path, steps=4), TRAIN, VALID)
+    state = state_of(tmp_path)
+    config = json.loads(state["model_config"])
+    config["position_scale"] *= 1 + off
+    torch.save(state | {"model_config": json.dumps(config)}, tmp_path / "state.pt")
+    if off > 1e-9:
+        with pytest.raises(ValueError, match="another model or other data"):
+            train(tiny(out=tmp_path), TRAIN, VALID, resume=True)
+        return
+    assert train(tiny(out=tmp_path), TRAIN, VALID, resume=True).config.position_scale == config["position_scale"]
+
+
+def test_a_run_cannot_end_before_what_it_has_done(whole, tmp_path):
+    shutil.copytree(whole["flow_matching"], tmp_path / "run")
+    with pytest.raises(ValueError, match="has done 8 steps, more than the 4 it should end at"):
+        train(tiny(out=tmp_path / "run", steps=4), TRAIN, VALID, resume=True)
+    assert_same_run(whole["flow_matching"], tmp_path / "run")
+
+
+def test_a_run_that_is_to_end_where_it_stands_is_validated(tmp_path):
+    train(tiny(out=tmp_path, time_limit=1e-9), TRAIN, VALID)
+    flow = train(tiny(out=tmp_path, steps=1), TRAIN, VALID, resume=True)
+    assert flow.provenance["step"] == 1 and math.isfinite(flow.provenance["validation_nll"])
+
+
+@pytest.mark.parametrize("content", [b"", b"It was a bright cold day in April.", {"step": 3}, [1], "half"])
+def test_a_damaged_state_is_one_line_with_a_safe_remedy(whole, tmp_path, content):
+    if content == "half":
+        content = (whole["flow_matching"] / "state.pt").read_bytes()[:-5000]
+    if isinstance(content, bytes):
+        (tmp_path / "state.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt: is damaged or no training state; start a new run") as caught:
+        train(tiny(out=tmp_path), TRAIN, VALID, resume=True)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_a_log_that_is_gone_begins_anew(whole, tmp_path):
+    shutil.copytree(whole["flow_matching"], tmp_path / "run")
+    (tmp_path / "run" / "log.csv").unlink()
+    train(tiny(out=tmp_path / "run", steps=9), TRAIN, VALID, resume=True)
+    assert [row["step"] for row in log_of(tmp_path / "run")] == ["9"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_resuming_leaves_the_counters_of_steps_on_the_cpu(tmp_path, monkeypatch):
+    """On the GPU each parameter and step would wait for them."""
+    devices = []
+    update = train_module._Trainer._train_step
+
+    def watched(self, index):
+        update(self, index)
+        for member in self.optimizer.members:
+            devices.extend(state["step"].device.type for state in member.state.values() if "step" in state)
+
+    monkeypatch.setattr(train_module._Trainer, "_train_step", watched)
+    config = tiny(out=tmp_path, device="cuda", steps=4)
+    train(config, TRAIN, VALID)
+    flow = train(dataclasses.replace(config, steps=6), TRAIN, VALID, resume=True)
+    assert set(devices) == {"cpu"} and flow.device.type == "cuda"
 
 
 def test_the_best_by_another_rule_gives_way_at_the_next_validation(tmp_path):
@@ -566,6 +738,21 @@ def test_clipper_follows_recent_norms():
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"learning_rate": math.nan}, "learning_rate=nan: must be positive"),
+        ({"learning_rate": math.inf}, "learning_rate=inf: must be positive and finite"),
+        ({"learning_rate": "0.1"}, "learning_rate='0.1': must be a number"),
+        ({"weight_decay": math.nan}, "weight_decay=nan: must be finite and not negative"),
+        ({"regularisation": -1}, "regularisation=-1.0: must be finite and not negative"),
+        ({"decay": math.nan}, "decay=nan: must be in (0, 1]"),
+        ({"time_limit": math.inf}, "time_limit=inf: must be a positive number of hours, or None"),
+        ({"steps": 2.5}, "steps=2.5: must be a whole number"),
+        ({"hidden": 8.0}, "hidden=8.0: must be a whole number"),
+        ({"batch_size": 2.5}, "batch_size=2.5: must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be below 2^64"),
+        ({"attention": "no"}, "attention='no': must be True or False"),
+        ({"objective": ["nll"]}, "objective=['nll']: must be a text"),
+        ({"out": 3}, "out=3: must be a text"),
         ({"ema": 1.0}, "ema=1.0: must be in [0, 1)"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"dequantizer": "learned"}, "collapses under flow matching"),
@@ -576,6 +763,16 @@ def test_configuration_refuses_what_cannot_be_run(fields, words):
     with pytest.raises(ValueError) as caught:
         TrainConfig(**fields)
     assert words in str(caught.value)
+
+
+def test_configuration_keeps_plain_values_of_numbers_of_numpy():
+    config = TrainConfig(
+        steps=np.int64(2), hidden=np.int32(8), learning_rate=np.float32(1e-3), decay=1, adjoint=np.bool_(False),
+        time_limit=np.float64(2), out=Path("run"),
+    )  # fmt: skip
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
+    kinds = {"steps": int, "hidden": int, "learning_rate": float, "decay": float, "adjoint": bool, "time_limit": float}
+    assert {name: type(getattr(config, name)) for name in kinds} == kinds and config.out == "run"
 
 
 @pytest.mark.parametrize(
@@ -608,7 +805,7 @@ def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
-        import os, sys
+        import gc, os, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import torch
         torch.set_num_threads(1)
@@ -621,6 +818,12 @@ def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
             plain(self, index)
             torch.save([p.detach().clone() for p in self.parameters], {str(tmp_path)!r} + f"/raw{{self.ranks.rank}}.pt")
         t._Trainer._train_step = watched
+        destroy = t.dist.destroy_process_group
+        def alone():
+            # One that outlives the group ends the process with "terminate called" now and then.
+            assert not [o for o in gc.get_objects() if isinstance(o, t.DistributedDataParallel)]
+            destroy()
+        t.dist.destroy_process_group = alone
         flow = t.train(tiny(steps=3, validate_every=100, out={str(tmp_path / "run")!r}), TRAIN * 2, VALID)
         flow.save({str(tmp_path)!r} + "/flow" + os.environ["RANK"] + ".safetensors")
         torch.save(seen, {str(tmp_path)!r} + "/seen" + os.environ["RANK"] + ".pt")
