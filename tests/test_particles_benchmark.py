@@ -192,7 +192,7 @@ def test_verdicts_are_plain():
     assert words == [
         "best of 2 rows with 100000 samples: E-NF by flow matching",
         "E-NF by flow matching, 100000 samples: 0.200 nats above the entropy; the goal of 0.05 is missed",
-        "E-NF by maximum likelihood, 100000 samples: no more than the Gaussian",
+        "E-NF by maximum likelihood, 100000 samples: hardly better than the Gaussian",
         "E-NF, 100000 samples: flow matching validates as well as maximum likelihood at its best in 1 of 1 runs, "
         "after 30 s instead of 150 s",
     ]
