@@ -984,12 +984,15 @@ def _distributed(config: TrainConfig) -> Iterator[_Ranks]:
         return
     owner = not dist.is_initialized()
     if owner:
+        # Its functions keep the group of the time of their import as a default. DistributedDataParallel imports it, and
+        # threads of a group that is kept run on after its end: now and then they abort the process at exit.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if resolve_device(config.device).type == "cuda" else "gloo")
     try:
         yield _Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         if owner:
-            gc.collect()  # a DistributedDataParallel that outlives its group now and then aborts the process
+            gc.collect()  # what else keeps the group
             dist.destroy_process_group()
 
 

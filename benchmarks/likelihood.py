@@ -264,7 +264,7 @@ def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
     """Returns log p on an accurate path with 193 nodes, with the noise of ``score``, and its integration error."""
     scorer = _Scorer(double, "exact", 1, 1, math.inf, 1)
     scorer.solver = ACCURATE
-    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192, None)
+    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192)
     return float(out.log_prob), float(out.error)
 
 

@@ -805,7 +805,7 @@ def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
-        import gc, os, sys
+        import glob, os, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import torch
         torch.set_num_threads(1)
@@ -818,13 +818,10 @@ def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
             plain(self, index)
             torch.save([p.detach().clone() for p in self.parameters], {str(tmp_path)!r} + f"/raw{{self.ranks.rank}}.pt")
         t._Trainer._train_step = watched
-        destroy = t.dist.destroy_process_group
-        def alone():
-            # One that outlives the group ends the process with "terminate called" now and then.
-            assert not [o for o in gc.get_objects() if isinstance(o, t.DistributedDataParallel)]
-            destroy()
-        t.dist.destroy_process_group = alone
         flow = t.train(tiny(steps=3, validate_every=100, out={str(tmp_path / "run")!r}), TRAIN * 2, VALID)
+        # Threads that outlive the group end the process with "terminate called without an active exception" at times.
+        names = [open(name).read() for name in glob.glob("/proc/self/task/*/comm")]
+        assert not [name for name in names if "gloo" in name], names
         flow.save({str(tmp_path)!r} + "/flow" + os.environ["RANK"] + ".safetensors")
         torch.save(seen, {str(tmp_path)!r} + "/seen" + os.environ["RANK"] + ".pt")
         """)
