@@ -181,8 +181,8 @@ class Sampler:
             seen = list(flow.size_prior.counts)
             near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
             raise ValueError(
-                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only, not all of them; choose one of "
-                f"those it saw, such as {near}"
+                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw, "
+                f"such as {near}"
             )
 
     def stream(self, indices: Sequence[int], progress: bool) -> Iterator[Atoms]:

@@ -122,13 +122,12 @@ def formula_numbers(formula: str) -> np.ndarray:
     if set(stripped) & set("+-"):
         raise ValueError(f"formula {formula!r}: flows know no charges; write the atoms alone, like C7H10O2")
     try:
-        counts = Formula(stripped).count()
-        single = {atomic_numbers[symbol]: count for symbol, count in counts.items()}
+        counts = {atomic_numbers[symbol]: count for symbol, count in Formula(stripped).count().items()}
     except (ValueError, KeyError):
         raise ValueError(f"formula {formula!r}: not a chemical formula; write it like C7H10O2") from None
     if sum(counts.values()) > LARGEST:
         raise ValueError(f"formula {stripped!r}: has {sum(counts.values())} atoms, too many for any flow")
-    numbers = [number for number, count in single.items() for _ in range(count)]
+    numbers = [number for number, count in counts.items() for _ in range(count)]
     if not numbers or not all(counts.values()):
         raise ValueError(f"formula {formula!r}: has no atoms of an element, or none at all; write it like C7H10O2")
     return np.array(numbers)

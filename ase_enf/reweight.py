@@ -265,8 +265,9 @@ def reweight(
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
     sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
     energies_of = _Energies(calculator, flow.config.dimension)
-    samples, first = [], min(n, batch_size)
-    for part in (range(first), range(first, n)):  # a calculator that cannot do the first batch ends it there
+    samples: list[Atoms] = []
+    # A calculator that cannot do the first batch ends it there.
+    for part in filter(len, (range(n)[:batch_size], range(n)[batch_size:])):
         drawn = list(sampler.stream(part, show))
         if numbers is not None:
             for atoms in drawn:
@@ -349,7 +350,7 @@ class _Energies:
         """Computes more; raises ReweightingError if there is none after the first ones."""
         first = not self.values
         size = ENERGY_BATCH if callable(self.many) else 1
-        with tqdm(total=len(samples), disable=not (progress and samples), unit="energy", dynamic_ncols=True) as bar:
+        with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
             for k in range(0, len(samples), size):
                 self.values += self._chunk(samples[k : k + size])
                 bar.update(len(samples[k : k + size]))

@@ -347,12 +347,12 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
     for system, truth in truths.items():
         mine = results[results.system == system]
         title = f"Table 1: negative log-likelihood on {system.upper()}, nats"
-        text = notes(system, mine, truth, width(work, system), scale)
+        text = notes(system, mine, truth, base_entropy(work, system), scale)
         tables.write_results(table(system, mine, seeds), f"table1_{system}", title, text, folder)
     draw(results, truths, folder / "table1.png")
 
 
-def width(work: Path, system: str) -> float:
+def base_entropy(work: Path, system: str) -> float:
     """Returns the entropy of the Gaussian that is as wide as the training samples: what the base has learned alone."""
     test = json.loads((work / SETTINGS_FILE).read_text())["test"]
     positions = data(system, work, test[system])["train"].positions

@@ -229,4 +229,4 @@ def test_the_gaussian_of_the_base(tmp_path):
     drawn = samples.Samples(positions, np.zeros(20_000), np.zeros(20_000, dtype=int), info)
     samples.save(tmp_path / "dw4.npz", {"train": drawn})
     table1.open_folder(tmp_path, 1.0, table1.TEST)
-    assert table1.width(tmp_path, "dw4") == pytest.approx(3 * math.log(2 * math.pi * math.e * 1.5**2), abs=0.03)
+    assert table1.base_entropy(tmp_path, "dw4") == pytest.approx(3 * math.log(2 * math.pi * math.e * 1.5**2), abs=0.03)

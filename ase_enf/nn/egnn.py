@@ -83,9 +83,8 @@ class EGCL(nn.Module):
         """Whether the compiled kernel computes the pairs of these positions; ``a`` then is ‖x^0_i − x^0_j‖² alone."""
         if not self.fused or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        return fused.fits(
-            self.messages.edge_out.weight.shape[0], x.dtype
-        )  # the dtype may be another than was chosen for
+        # The dtype may be another than the one that the kernel was chosen for.
+        return fused.fits(self.messages.edge_out.out_features, x.dtype)
 
     def _fused_pairs(self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
         messages, width = self.messages, h.shape[-1]
