@@ -110,6 +110,19 @@ def test_free_energy_of_double_wells_is_that_of_the_quadrature():
     assert abs(result.entropy - exact.entropy) < 4 * result.entropy_stderr < 0.2
 
 
+def test_the_errors_are_the_spread_of_repeated_runs():
+    exact, runs = quadrature("dw4"), [free_energy("dw4", seed, ladders=16, sweeps=60, burn_in=60) for seed in range(48)]
+    for value, stderr, truth in (
+        ("log_z", "log_z_stderr", exact.log_z),
+        ("log_z_ti", "log_z_ti_stderr", exact.log_z),
+        ("entropy", "entropy_stderr", exact.entropy),
+    ):
+        errors = np.array([getattr(result, value) - truth for result in runs])
+        stated = np.array([getattr(result, stderr) for result in runs])
+        assert np.sqrt(np.mean(errors**2)) == pytest.approx(np.sqrt(np.mean(stated**2)), rel=0.3), value
+        assert stated.std() < 0.35 * stated.mean(), value  # 15 degrees of freedom: 0.18
+
+
 def test_free_energy_of_a_lennard_jones_pair_is_a_radial_integral():
     """Z = 2^(−3/2) ∫ 4π d² exp(−v(d) − ¼ d²) dd: the whole path over the singularity, with a known end."""
     pair = lennard_jones(2.0, n_atoms=2)
@@ -137,8 +150,3 @@ def test_free_energy_of_a_lennard_jones_pair_is_a_radial_integral():
 def test_numbers_that_are_none(settings, words):
     with pytest.raises(DataError, match=words):
         run("dw4", **{"sweeps": 10} | settings)
-
-
-def test_too_few_ladders_for_the_groups():
-    with pytest.raises(DataError, match="groups=8"):
-        free_energy("dw4", ladders=4, sweeps=10)

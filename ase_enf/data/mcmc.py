@@ -305,14 +305,14 @@ def free_energy(
     ladders: int = LADDERS,
     sweeps: int = 2000,
     burn_in: int = BURN_IN,
-    groups: int = 8,
     progress: bool | None = None,
 ) -> FreeEnergy:
     """Partition function and differential entropy of a system from the harmonic reference, in two ways.
 
     ln Z_0 = ½ (M − 1) n ln 2π/k is analytic. Between neighbours the acceptance ratio of Bennett (J. Comput. Phys. 22,
     245 (1976)) needs no quadrature; ln Z = ln Z_0 − ∫ <U − U_ref>_λ dλ by Gauss-Legendre in u does, and uses the same
-    configurations: their difference tells the error of the quadrature and of rungs with too little overlap.
+    configurations: their difference tells the error of the quadrature and of rungs with too little overlap. Errors are
+    of the spread between ladders; for BAR, of the first-order influence of each (the infinitesimal jackknife).
 
     Args:
         system: A system or its name.
@@ -320,14 +320,13 @@ def free_energy(
         ladders: Number of independent chains.
         sweeps: Of each.
         burn_in: Sweeps before these.
-        groups: Into how many the ladders are divided for the standard errors of BAR.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
         Values with standard errors.
 
     Raises:
-        DataError: The system is none, or there are fewer than two groups, or fewer ladders than groups.
+        DataError: The system or a number is none.
 
     Example:
         >>> from ase_enf.data.particles import quadrature
@@ -336,21 +335,17 @@ def free_energy(
         True
     """
     system = resolve(system)
-    if groups < 2 or ladders < groups:
-        raise DataError(f"ladders={ladders}, groups={groups}: at least 2 groups of a ladder each")
     rungs, weights = path(system)
     settings = {"sweeps": sweeps, "ladders": ladders, "burn_in": burn_in, "thin": sweeps, "progress": progress}
     record = run(system, seed, work=True, **settings)
     start = 0.5 * system.degrees_of_freedom * math.log(2 * math.pi / system.reference)
-    log_z = start - _bar(record.work, rungs)
-    parts = np.array_split(np.arange(ladders), groups)
-    log_zs = np.array([start - _bar(record.work[:, :, part], rungs) for part in parts])
-    entropies = log_zs + [record.energy[:, part].mean() for part in parts]
+    log_zs = start - _bar(record.work, rungs)  # (C,)
+    entropies = log_zs + record.energy.mean(axis=0)
     integrals = start - weights @ record.work[:, 1:-1].mean(axis=0)  # (C,)
     return FreeEnergy(
-        log_z=log_z,
+        log_z=float(log_zs.mean()),
         log_z_stderr=_stderr(log_zs),
-        entropy=log_z + float(record.energy.mean()),
+        entropy=float(entropies.mean()),
         entropy_stderr=_stderr(entropies),
         log_z_ti=float(integrals.mean()),
         log_z_ti_stderr=_stderr(integrals),
@@ -358,15 +353,23 @@ def free_energy(
     )
 
 
-def _bar(work: Array, rungs: Array) -> float:
-    """Σ_k ΔF_k, each the root of Σ f(δ w_k − ΔF) = Σ f(ΔF − δ w_{k+1}), f(x) = 1 / (1 + eˣ), δ = λ_{k+1} − λ_k."""
-    total = 0.0
+def _bar(work: Array, rungs: Array) -> Array:
+    """Σ_k ΔF_k, each the root of Σ f(δ w_k − ΔF) = Σ f(ΔF − δ w_{k+1}), f(x) = 1 / (1 + eˣ), δ = λ_{k+1} − λ_k.
+
+    Returns:
+        Shape (C,), for each ladder that sum and its influence: the derivative by the ladder's weight among C of weight
+        1, times C. Their mean is the sum, their standard error that of the sum to first order.
+    """
+    totals = np.zeros(work.shape[2])
     for k, step in enumerate(np.diff(rungs)):
-        forward, backward = step * work[:, k].ravel(), step * work[:, k + 1].ravel()
+        forward, backward = step * work[:, k], step * work[:, k + 1]  # (S, C)
 
         def balance(shift: float, a: Array = forward, b: Array = backward) -> float:
             return float(expit(shift - a).sum() - expit(b - shift).sum())
 
         low, high = min(forward.min(), np.median(backward)) - 50, max(backward.max(), np.median(forward)) + 50
-        total += brentq(balance, low, high, xtol=1e-10)
-    return total
+        shift = brentq(balance, low, high, xtol=1e-10)
+        up, down = expit(shift - forward), expit(backward - shift)
+        slope = (up * (1 - up) + down * (1 - down)).sum()  # of the balance
+        totals += shift - len(totals) * (up - down).sum(axis=0) / slope
+    return totals
