@@ -63,7 +63,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 # A run that skips this many steps in a row does not recover by itself.
 MAX_CONSECUTIVE_SKIPS = 20
 GRADIENT_HISTORY = 50
-# How validation likelihoods are integrated; values of different rules are not compared.
+# How validation likelihoods are integrated; values of different rules, or sets, are not compared.
 NLL_RULE = "nodes of scores"
 # A molecule's likelihood takes as long as flow matching on so many molecules (measured on QM9, one thread).
 VALIDATION_COST = 110
@@ -312,7 +312,8 @@ def train(
         config: What and how.
         train_atoms: Training structures.
         valid_atoms: Validation structures.
-        resume: Go on from ``config.out``; ``config.initial`` is not read again.
+        resume: Go on from ``config.out``; ``config.initial`` is not read again. With other structures to validate
+            on, or more of them, the best weights are chosen anew.
         progress: Show a bar; by default on a terminal only.
         source: What the data are, in words, for the provenance in the weights file.
 
@@ -586,6 +587,11 @@ class _Trainer:
                 model.save(self.out / BEST_FILE)
         return valid_loss, nll
 
+    def _validation_set(self) -> list[float]:
+        """Returns what tells validation sets apart: molecules, those that are scored, Σ‖x‖²."""
+        squares = float(np.square(self.valid.positions.double().numpy()).sum())
+        return [len(self.valid), min(self.config.validation_size, len(self.valid)), squares]
+
     def _averaged(self) -> ENF:
         return self.ema.module.eval()
 
@@ -643,6 +649,7 @@ class _Trainer:
             "best": self.best,
             "validated": list(self.validated),
             "nll_rule": NLL_RULE,
+            "validation_set": self._validation_set(),
             "elapsed": self.elapsed,
             "norms": list(self.clip.norms),
             "window": self.window,
@@ -739,7 +746,9 @@ class _Trainer:
         self.best_provenance = state["best_provenance"]
         # Runs of before did not say; they were saved at their end after the validation, with few exceptions.
         self.validated = tuple(state.get("validated", (self.step, math.nan)))
-        if state.get("nll_rule") != NLL_RULE:  # the best of then has another measure: the next validation starts anew
+        scored = self._validation_set()
+        if state.get("nll_rule") != NLL_RULE or not _agree(tuple(state.get("validation_set", scored)), tuple(scored)):
+            # The best of then has another measure: the next validation starts anew.
             self.best, self.validated = math.inf, (self.step, math.nan)
         if self.ranks.main:
             _truncate_log(self.out / LOG_FILE, self.step)

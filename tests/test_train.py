@@ -569,6 +569,22 @@ def test_the_best_by_another_rule_gives_way_at_the_next_validation(tmp_path):
     assert -1e3 < state_of(out)["best"] == flow.provenance["validation_nll"]
 
 
+@pytest.mark.parametrize("change", ["nothing", "fewer scored", "other molecules", "moved atom"])
+def test_the_best_on_another_validation_set_gives_way_too(tmp_path, change):
+    out, valid, size = tmp_path / "run", VALID, {}
+    train(tiny(out=str(out), steps=4), TRAIN, VALID)
+    torch.save(state_of(out) | {"best": -1e6}, out / "state.pt")
+    if change == "fewer scored":
+        size = {"validation_size": 2}
+    elif change == "other molecules":
+        valid = TRAIN[: len(VALID)]
+    elif change == "moved atom":
+        valid = [item.copy() for item in VALID]
+        valid[0].positions[0, 0] += 1e-3
+    train(tiny(out=str(out), **size), TRAIN, valid, resume=True)
+    assert (state_of(out)["best"] == -1e6) == (change == "nothing")
+
+
 @pytest.mark.parametrize("objective", ["flow_matching", "nll"])
 def test_the_validation_nll_is_accurate(objective, monkeypatch):
     """Against a tight path and four times the nodes, with the same noise and the same probe."""
