@@ -483,15 +483,21 @@ def verdicts(system: str, results: pd.DataFrame, base: float) -> list[str]:
 
 
 def race(results: pd.DataFrame, method: str, size: int) -> str:
-    """Says when flow matching first validated as well as all of maximum likelihood did, in runs on the same samples."""
+    """Says when flow matching was first as good as all of maximum likelihood, in runs on the same samples.
+
+    Validations have the same noise along a run, but not in another run: the ends are compared by the exact test, and
+    what came before by how far its validation was from the best.
+    """
     part = results[(results.method == method) & (results["size"] == size) & results.curve.map(bool)]
-    fast, slow = (part[part.objective == key].set_index(["seed", "processor"]).curve for key in OBJECTIVES)
+    fast, slow = (part[part.objective == key].set_index(["seed", "processor"]) for key in OBJECTIVES)
     times, runs = [], fast.index.intersection(slow.index)  # also on one kind of processor
     for run in runs:
-        seconds, best = min(slow[run], key=lambda point: point[1])
-        times += [(when, seconds) for when, value in fast[run] if value <= best][:1]
-    words = f"flow matching validates as well as maximum likelihood at its best in {len(times)} of {len(runs)} runs"
-    quicker = ", after {:.0f} s instead of {:.0f} s".format(*np.mean(times, axis=0)) if times else ""
+        ahead = slow.gap[run] - fast.gap[run]
+        seconds, _ = min(slow.curve[run], key=lambda point: point[1])
+        least = min(value for _, value in fast.curve[run])
+        times += [(when, seconds) for when, value in fast.curve[run] if value - least <= ahead][:1]
+    words = f"flow matching becomes as good as maximum likelihood at its best in {len(times)} of {len(runs)} runs"
+    quicker = ", after at most {:.0f} s instead of {:.0f} s".format(*np.mean(times, axis=0)) if times else ""
     return f"{words}{quicker}" if len(runs) else ""
 
 
