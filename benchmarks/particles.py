@@ -458,13 +458,12 @@ def verdicts(system: str, results: pd.DataFrame, base: float) -> list[str]:
     for size in SIZES[system]:
         column = combined[combined.index.get_level_values(2) == size].sort_values("mean")
         if len(column) > 1:
-            method, objective, _ = column.index[0]
-            words = f"best of {len(column)} rows with {size} samples: {method} by {OBJECTIVES[objective]}"
-            others = column[column.index.get_level_values(0) != method]
-            if len(others):
-                errors = column["sem"].fillna(alone)[[column.index[0], others.index[0]]]
-                if others["mean"].iat[0] - column["mean"].iat[0] < 2 * np.hypot(*errors):
-                    words += f", not to be told apart from {others.index[0][0]} by {OBJECTIVES[others.index[0][1]]}"
+            names = [f"{method} by {OBJECTIVES[objective]}" for method, objective, _ in column.index]
+            words = f"best of {len(column)} rows with {size} samples: {names[0]}"
+            errors = column["sem"].fillna(alone)
+            near = column["mean"] - column["mean"].iat[0] < 2 * np.hypot(errors, errors.iat[0])
+            if near.sum() > 1:
+                words += ", not to be told apart from " + " and ".join(np.array(names)[near][1:])
             lines.append(words)
     gap = over_seeds(system, results, "gap").loc["E-NF", FLOW_MATCHING, most]
     if math.isfinite(gap["mean"]):
