@@ -446,6 +446,9 @@ the wall, by number of samples, validations included, of the runs on {clock(resu
 The paper's 30.4 is far below the entropy of this system at equilibrium, so it cannot be an NLL on equilibrium samples
 of exp(-U): its data was a single biased chain that is not to be had. The paper's figures stand here for their order;
 the values are not comparable.
+
+A GNF stays on a plateau, the field of the Gaussian, for hundreds of steps: whether it leaves it within the budget is
+most of what its rows show.
 """
     return "\n".join([text, *(f"* {line}" for line in verdicts(system, results, base))])
 
