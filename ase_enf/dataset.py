@@ -93,6 +93,11 @@ class MoleculeSet:
         shift = (*types.mean(axis=0).tolist(), float(charges.mean()) + 0.5)
         return shift, (spread,) * types.shape[-1] + (spread / width,)
 
+    def feature_std(self, scale: Sequence[float]) -> float:
+        """Returns the root mean square, over types and charge, of their deviations from the mean, times ``scale``."""
+        values = np.concatenate([_doubles(self.types), _doubles(self.charges)], axis=1) * np.asarray(scale)
+        return float(np.sqrt(values.var(axis=0).mean()))
+
 
 def _doubles(values: Tensor) -> np.ndarray:
     """Returns float64 for sums that are those of any number of threads, as those of torch are not."""

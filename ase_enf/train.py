@@ -39,8 +39,9 @@ from ase_enf.flow import Solver, SolverError
 from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF, ENFConfig, load, package_version, resolve_device
 from ase_enf.molecules import Batch, check_whole, one_or_many, species_of
-from ase_enf.objectives import OBJECTIVES, FlowMatching, NegativeLogLikelihood, Objective
+from ase_enf.objectives import OBJECTIVES, TIMES, FlowMatching, NegativeLogLikelihood, Objective
 from ase_enf.optimizers import OPTIMIZERS, build_optimizers, resolve_optimizer
+from ase_enf.parameterisation import PARAMETERISATIONS
 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE, LOG_FILE = (
     "state.pt", "model.safetensors", "last.safetensors", "config.json", "log.csv",
@@ -74,7 +75,17 @@ RESUME_MAY_CHANGE = (
     "out", "device", "precision", "compile", "kernel", "decay", "matrix_decay",
 )  # fmt: skip
 # What weights to start from bring with them.
-MODEL_FIELDS = ("features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer")
+MODEL_FIELDS = (
+    "parameterisation",
+    "features",
+    "dimension",
+    "network",
+    "hidden",
+    "layers",
+    "attention",
+    "radial",
+    "dequantizer",
+)
 # Sums over the same data differ by less between machines.
 SAME = 1e-9
 STATE_KEYS = {
@@ -129,7 +140,9 @@ class TrainConfig:
         feature_spread: Separation of one-hot types (and spread of charges) inside the flow, where positions have unit
             variance; below one the positions are decided first on the way from noise to data.
         objective: "flow_matching" or "nll".
-        time_power: Flow matching draws t = u^time_power.
+        parameterisation: How the network's output becomes a velocity; see ``ENFConfig``.
+        times: How flow matching draws t from a uniform u: "power", t = u^time_power, or "beta", t = 1 − u^(1/time_power).
+        time_power: See ``times``.
         decay: Part of the steps at the end over which the learning rate falls to zero, by half a cosine; 1 for all.
         regularisation: λ of the kinetic and Jacobian terms of "nll".
         tolerance: rtol and atol of dopri5 for "nll".
@@ -177,6 +190,8 @@ class TrainConfig:
     dequantizer: str = "fixed"
     feature_spread: float = 0.3
     objective: str = "flow_matching"
+    parameterisation: str = "velocity"
+    times: str = "power"
     time_power: float = 1.3
     decay: float = 1.0
     regularisation: float = 1e-3
@@ -214,6 +229,8 @@ class TrainConfig:
         for name, known in (
             ("objective", OBJECTIVES),
             ("optimizer", OPTIMIZERS),
+            ("parameterisation", PARAMETERISATIONS),
+            ("times", TIMES),
             ("precision", PRECISIONS),
             ("kernel", KERNELS),
         ):
@@ -383,7 +400,6 @@ class _Trainer:
             else:
                 model = self._refitted(initial) if initial else ENF(self._model_config(species))
         self.model = model.to(self.device).requires_grad_(True).train()
-        self.model.provenance["objective"] = config.objective  # the best way to integrate it depends on that
         plain = config.objective == "nll" or config.compile or config.precision != "float32"
         # The threads of the kernel and those of torch's own operations get in each other's way.
         plain = plain or (config.kernel == "auto" and torch.get_num_threads() > 1)
@@ -703,7 +719,9 @@ class _Trainer:
 
     def _resumed_config(self, state: dict[str, Any]) -> TrainConfig:
         """Returns the settings to go on with, in which what was fine-tuned stays that."""
-        before = {"optimizer": "adamw", "initial": None} | state["config"]  # runs of before there was a choice
+        before = {"optimizer": "adamw", "initial": None, "parameterisation": "velocity", "times": "power"} | state[
+            "config"
+        ]  # runs of before there was a choice
         config = dataclasses.replace(self.config, initial=before["initial"])
         if config.initial:
             before |= model_fields(state["model_config"])
@@ -758,7 +776,7 @@ class _Trainer:
         if self.config.objective == "nll":
             solver = Solver("dopri5", rtol=self.config.tolerance, atol=self.config.tolerance)
             return NegativeLogLikelihood(solver, self.config.regularisation, self.config.adjoint)
-        return FlowMatching(self.config.time_power)
+        return FlowMatching(self.config.times, self.config.time_power)
 
     def _counts(self, features: str) -> dict[str, dict[Any, int]]:
         """Returns how many atoms, and which compositions, the training set has how often."""
@@ -769,7 +787,9 @@ class _Trainer:
 
     def _refitted(self, initial: ENF) -> ENF:
         """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
-        model = ENF(dataclasses.replace(initial.config, **self._counts(initial.features)), initial.provenance)
+        path = "linear" if self.config.objective == "flow_matching" else None
+        config = dataclasses.replace(initial.config, path=path, **self._counts(initial.features))
+        model = ENF(config, initial.provenance)
         model.load_state_dict(initial.state_dict())
         return model
 
@@ -792,6 +812,9 @@ class _Trainer:
             position_scale=self.data.position_scale(),
             feature_shift=shift,
             feature_scale=scale,
+            parameterisation=config.parameterisation,
+            feature_std=self.data.feature_std(scale) if config.parameterisation == "denoising" and scale else 1.0,
+            path="linear" if config.objective == "flow_matching" else None,
         )
 
     def _device(self) -> torch.device:
@@ -874,7 +897,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         whole = STATE_KEYS <= state.keys()
         for name in ("config", "model_config", "best_provenance"):
             state[name] = dict(json.loads(state[name]))
-        state["model_config"] = ENFConfig(**state["model_config"])
+        path = "linear" if state["config"].get("objective") == "flow_matching" else None  # older states do not say it
+        state["model_config"] = ENFConfig(**{"path": path} | state["model_config"])
     except OSError:
         raise
     except Exception:  # whatever the unpickler stumbles over; torch's own advice is to load it unsafely
