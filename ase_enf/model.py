@@ -195,6 +195,7 @@ class ENF(nn.Module):
         super().__init__()
         self.config = config
         self.provenance = dict(provenance or {})
+        self._features: dict[tuple[Any, ...], Tensor] = {}
         self.name = "unnamed"  # of the file it came from, see load
         self.size_prior = base.SizePrior(config.sizes)
         network = build_network(
@@ -454,7 +455,11 @@ class ENF(nn.Module):
             handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
 
     def _feature(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.device)
+        """Returns numbers as a tensor like the weights; kept, because making it would halt a GPU."""
+        key = (tuple(values), self.dtype, self.device)
+        if key not in self._features:
+            self._features[key] = torch.tensor(values, dtype=self.dtype, device=self.device)
+        return self._features[key]
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:

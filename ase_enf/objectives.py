@@ -32,8 +32,15 @@ class Objective(Protocol):
 
 
 def _normal(like: Tensor, *shape: int, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise drawn on the CPU, so that every device sees the same."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(like)
+    """Gaussian noise by a generator of its own (of the CPU, so that every device sees the same), or by the device's."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=device).to(like)
+
+
+def _uniform(like: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1), drawn like :func:`_normal`."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(size, generator=generator, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class FlowMatching:
             data = model.encode(batch, noise)
             z_x = center(_normal(like, *data.x.shape, generator=generator), data.mask)
             z_h = _normal(like, *data.h.shape, generator=generator) * data.mask.unsqueeze(-1)
-            t = self.draw_times(torch.rand(size, generator=generator, dtype=torch.float32)).to(like)
+            t = self.draw_times(_uniform(like, size, generator)).to(like)
             along = t[:, None, None]
             x_t = torch.lerp(data.x, z_x, along)
             h_t = torch.lerp(data.h, z_h, along)
