@@ -109,8 +109,8 @@ def part_of(path: Path, suffix: str = "") -> Path:
         suffix: Ending that the name must have.
 
     Example:
-        >>> part_of(Path("m.extxyz"), ".extxyz").suffixes
-        ['.extxyz', '.part', '.extxyz']
+        >>> part_of(Path("m.extxyz"), ".extxyz").suffix
+        '.extxyz'
     """
     token = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name[:150]}.{token}.part{suffix}")

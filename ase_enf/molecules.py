@@ -64,6 +64,7 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
     Raises:
         TypeError: If it is, or an item is, something else.
+        ValueError: If an item has an atomic number of no element.
 
     Example:
         >>> len(one_or_many(Atoms("H2O", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])))
@@ -79,7 +80,18 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
             raise TypeError(
                 f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read"
             )
+        _check_numbers(item, index)
     return many
+
+
+def _check_numbers(atoms: Atoms, index: int) -> None:
+    """Raises ``ValueError`` for atomic numbers that ASE takes and has no name for."""
+    unknown = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers >= len(chemical_symbols))]
+    if len(unknown):
+        raise ValueError(
+            f"structure {index}: has the atomic number {unknown[0]}; elements are 1 to {len(chemical_symbols) - 1}, "
+            "correct it"
+        )
 
 
 def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
@@ -143,9 +155,11 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
         dimension: 3, or 2 for a flow in the xy plane.
 
     Raises:
-        ValueError: For a periodic cell, fewer than two atoms, non-finite coordinates, two atoms on one point, atoms off
-            the xy plane of a two-dimensional flow, or an element the flow does not know.
+        ValueError: For an atomic number of no element, a periodic cell, fewer than two atoms, non-finite coordinates,
+            two atoms on one point, atoms off the xy plane of a two-dimensional flow, or an element the flow does not
+            know.
     """
+    _check_numbers(atoms, index)
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
     if atoms.pbc.any():
         raise ValueError(

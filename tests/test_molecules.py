@@ -178,3 +178,11 @@ def test_canonical_order_of_a_symmetric_molecule_is_one_up_to_isometry(name):
         shuffled = atoms[generator.permutation(len(atoms))]
         shuffled.rotate(360 * generator.random(), generator.standard_normal(3))
         assert np.allclose(distances(shuffled), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [-1, 119, 1000])
+def test_atomic_numbers_of_no_element_name_the_structure(number):
+    odd = Atoms([1, number], [(0, 0, 0), (0, 0, 1)])
+    for refuses in (one_or_many, lambda many: to_batch(many, ["H"])):
+        with pytest.raises(ValueError, match=f"^structure 1: has the atomic number {number}; .*, correct it$"):
+            refuses([molecule("H2"), odd])
