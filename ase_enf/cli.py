@@ -47,7 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(training="train" in words).parse_args(words)
+    with _speakable():
+        options, unknown = _parser(training="train" in words).parse_known_args(words)
+        if unknown:  # by the command's own parser, which knows where its help is
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs a command and returns the exit code."""
     with warnings.catch_warnings(), _terminable():
         warnings.showwarning = _show_warning
         try:
@@ -69,6 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
             return _USAGE
     return 0
+
+
+@contextlib.contextmanager
+def _speakable() -> Iterator[None]:
+    """Lets a terminal that knows ASCII alone show "?" for what it has no letter for, instead of an error."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -127,6 +149,16 @@ def _say(text: str) -> None:
     print(f"ase-enf: {text}", file=sys.stderr)
 
 
+def _number(count: int, noun: str) -> str:
+    """Returns a count with its noun.
+
+    Example:
+        >>> _number(1, "molecule"), _number(2, "molecule")
+        ('1 molecule', '2 molecules')
+    """
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def _show_warning(message: Warning | str, *_: object) -> None:
     _say(f"warning: {' '.join(str(message).split())}")
 
@@ -169,7 +201,7 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
     command = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -347,7 +379,7 @@ def _generate(options: argparse.Namespace) -> None:
     written = write_structures(options.output, watched())
     if options.gallery:
         _draw_gallery(shown, options.gallery)
-    _say(f"wrote {written} molecules to {options.output}")
+    _say(f"wrote {_number(written, 'molecule')} to {options.output}")
 
 
 def _own_device(device: str) -> str:
@@ -407,12 +439,14 @@ def _score(options: argparse.Namespace) -> None:
     else:
         write_structures(options.output, with_scores(atoms, table, flow.name))
     if options.output:
-        _say(f"wrote {len(table)} scores to {options.output}")
+        _say(f"wrote {_number(len(table), 'score')} to {options.output}")
     if table.log_likelihood.isna().any():
         raise ValueError("not every structure could be scored; see the warning above")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    import numpy as np
+
     from ase_enf import metrics, plot
     from ase_enf.files import require_folder
 
@@ -433,7 +467,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.histogram:
         plot.distance_histogram(seen, reference, options.histogram)
     if options.gallery:
-        _draw_gallery(atoms[:24], options.gallery)
+        _draw_gallery([item for item in atoms if np.isfinite(item.positions).all()][:24], options.gallery)
     for row in table.itertuples():
         print(f"{row.metric:34s} {row.value:8.4f} ± {row.stderr:.4f}  of {row.denominator:<9d} {row.definition}")
     print(", ".join(f"{key} {value}" for key, value in table.attrs.items()))
@@ -441,6 +475,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _reference(name: str) -> Any:
     """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
+    from ase_enf.files import check_source
     from ase_enf.metrics import REFERENCES
 
     if name in REFERENCES:
@@ -452,6 +487,7 @@ def _reference(name: str) -> Any:
         raise FileNotFoundError(
             f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
         )
+    check_source(path)
     return _read_smiles(path) if path.suffix in SMILES else _read(name)
 
 
@@ -644,7 +680,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.model}: {description}")
     card = named.with_suffix(".md")
     if card.is_file():
-        print(f"\n{card.read_text()}", end="")
+        print("\n" + card.read_text(encoding="utf-8"), end="")
 
 
 def _described(header: dict[str, Any]) -> str:
@@ -679,7 +715,7 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --resume takes the folder that an earlier --out named")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is no JSON ({error}); start the run again in another folder") from None
 
@@ -719,7 +755,7 @@ def _draw_gallery(atoms: Sequence[Atoms], path: str) -> None:
     from ase_enf.plot import gallery
 
     gallery(atoms, path)
-    _say(f"drew {len(atoms)} molecules in {path}")
+    _say(f"drew {_number(len(atoms), 'molecule')} in {path}")
 
 
 if __name__ == "__main__":

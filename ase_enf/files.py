@@ -70,6 +70,21 @@ def _regular(path: Path) -> bool:
         return True
 
 
+def check_source(path: str | os.PathLike[str]) -> None:
+    """Raises for what can be read only once, or never ends: formats are told by the beginning of a file.
+
+    Raises:
+        ValueError: If the path is a pipe or a device.
+
+    Example:
+        >>> check_source("/dev/null")
+        Traceback (most recent call last):
+        ValueError: /dev/null: is a pipe or a device, which cannot be read twice; save it to a file and name that
+    """
+    if not (Path(path).is_dir() or _regular(Path(path))):
+        raise ValueError(f"{path}: is a pipe or a device, which cannot be read twice; save it to a file and name that")
+
+
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Returns where the content of a path is or would be: a symbolic link stands for the file it points to.
 

@@ -191,7 +191,7 @@ def _write_all(part: Path, path: Path, many: list[Atoms]) -> int:
 
 def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
-    with open(part, "w") as handle:
+    with open(part, "w", encoding="utf-8") as handle:
         for item in atoms:
             with _explained(path):
                 write(handle, item, format="extxyz")

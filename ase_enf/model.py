@@ -450,9 +450,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder, of a run for instance.
         ValueError: If the file is truncated, foreign, or of a newer format.
     """
     path = Path(path)
+    if path.is_dir() and path != Path():
+        inside = sorted(path.glob("*.safetensors"))
+        raise IsADirectoryError(
+            f"{path}: is a folder; name a weights file{f', such as {inside[-1]}' if inside else ' (.safetensors)'}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
     try:

@@ -473,6 +473,69 @@ def test_version_and_help(here, capsys):
         assert run(command, "--help") == 0
 
 
+def test_an_unknown_option_points_at_the_help_of_its_command(here, capsys):
+    for command in (["generate", "qm9"], ["score", "qm9", "good.extxyz"], ["evaluate", "good.extxyz"], ["info"]):
+        assert run(*command, "--stable") == 2
+        said = capsys.readouterr().err
+        expected = f"error: unrecognized arguments: --stable; see ase-enf {command[0]} --help\n"
+        assert said == f"ase-enf {command[0]}: {expected}"
+
+
+def test_one_molecule_is_no_plural(here, tmp_path, capsys):
+    words = ["-n", 1, "-o", tmp_path / "m.extxyz", "--gallery", tmp_path / "m.png", *FAST]
+    assert run("generate", "joint.safetensors", *words) == 0
+    said = capsys.readouterr().err
+    assert "wrote 1 molecule to" in said and "drew 1 molecule in" in said
+
+
+def test_a_folder_is_told_from_weights(here, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert f"{tmp_path}/run: is a folder; name a weights file (.safetensors)" in error_of(capsys, "info", tmp_path / "run")
+    for name in ("model", "last"):
+        shutil.copy("joint.safetensors", tmp_path / "run" / f"{name}.safetensors")
+    for words in (["info"], ["generate", "-o", tmp_path / "m.extxyz"]):
+        said = error_of(capsys, words[0], tmp_path / "run", *words[1:])
+        assert f"is a folder; name a weights file, such as {tmp_path}/run/model.safetensors" in said
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["evaluate", "good.extxyz", "--reference"], ["score", "qm9"]])
+def test_what_cannot_be_read_twice_is_refused(here, tmp_path, capsys, words):
+    os.mkfifo(tmp_path / "pipe.smi")
+    for path in (tmp_path / "pipe.smi", "/dev/null"):
+        said = error_of(capsys, *words, path)
+        assert f"{path}: is a pipe or a device, which cannot be read twice; save it to a file and name that" in said
+
+
+def test_a_file_without_a_readable_smiles_is_refused(here, tmp_path, capsys):
+    (tmp_path / "prose.smi").write_text("It was a bright\ncold day in April\n")
+    said = error_of(capsys, "evaluate", "good.extxyz", "--reference", tmp_path / "prose.smi")
+    assert "RDKit cannot read any of the 2 different SMILES of the reference, such as 'It'" in said
+
+
+def test_a_position_that_is_not_finite_is_a_failure_and_not_drawn(here, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert run("evaluate", "nan.extxyz", "-o", out, "--gallery", tmp_path / "g.png") == 0
+    values = {row["metric"]: row["value"] for row in json.loads(out.read_text())["rows"]}
+    assert values["molecule_stability"] == 0.5 and "drew 1 molecule in" in capsys.readouterr().err
+
+
+def test_a_smiles_as_formula_is_one_line(here, capsys):
+    said = error_of(capsys, "generate", "given.safetensors", "--formula", "CCO")
+    assert "formula 'CCO': is a SMILES, and a formula counts every atom, hydrogens too; write C2H6O for CCO" in said
+
+
+@pytest.mark.parametrize("words", [["info", "qm9"], ["train", "--help"], ["evaluate", "good.extxyz"]])
+def test_a_terminal_that_knows_ascii_alone(here, words):
+    done = process(*words, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and "?" in done.stdout and done.stdout.isascii(), done.stderr
+
+
+def test_the_package_is_a_command(here, tmp_path):
+    done = process("--version", module="ase_enf")
+    assert done.returncode == 0 and done.stdout.startswith("ase-enf ")
+    assert process("create", module="ase_enf").stderr.startswith("ase-enf: error: argument COMMAND: invalid choice")
+
+
 GENERATE = ["generate", "joint.safetensors", "-o", "out.extxyz"]
 TRAIN = ["train", "--out", "run", "--device", "cpu", "--steps", "1"]
 BAD = {
@@ -653,12 +716,10 @@ def test_a_defect_keeps_its_traceback(here, tmp_path, monkeypatch):
         run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz")
 
 
-def process(*words: str) -> subprocess.CompletedProcess[str]:
+def process(*words: str, module: str = "ase_enf.cli", **settings: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(ase_enf.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "ase_enf.cli", *words], capture_output=True, text=True, env=environment
-    )
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | settings
+    return subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, env=environment)
 
 
 def test_a_process_that_succeeds(here, tmp_path):

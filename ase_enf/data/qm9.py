@@ -40,7 +40,7 @@ from ase_enf.data import DataError, DataNotFoundError, compact
 from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable
 from ase_enf.data.fetch import REMOTES, cache_folder, download, hide
 from ase_enf.data.raw import N_MOLECULES, is_raw, raw_files, read_raw
-from ase_enf.files import brief
+from ase_enf.files import brief, check_source
 
 if TYPE_CHECKING:
     from ase.db.row import AtomsRow
@@ -214,6 +214,7 @@ def _locate(path: str | Path | None) -> Path:
         source = Path(named).expanduser()
         if not source.exists():
             raise DataNotFoundError(f"{source}: no such file or folder of QM9; {_REMEDY}")
+        check_source(source)
         return source
     source = cache_folder() / REMOTES["archive"].name
     if not source.exists():
