@@ -318,7 +318,7 @@ def _plain_type(hint: Any) -> type:
 def _add_info(commands: Any) -> None:
     command = _command(commands, "info", "What a model is and how it was trained.", _info)
     command.add_argument(
-        "model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out"
+        "model", nargs="?", default=None, help="a shipped name or a path; a line on each shipped model when left out"
     )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
 
@@ -664,7 +664,8 @@ def _info(options: argparse.Namespace) -> None:
     from ase_enf.model import PRETRAINED, read_header, shipped
 
     if options.model is None:
-        print("\n".join(shipped()))
+        for name in shipped():
+            print(_in_short(name, read_header(PRETRAINED / f"{name}.safetensors")))
         return
     named = PRETRAINED / f"{options.model}.safetensors"
     header = read_header(named if named.is_file() else options.model)
@@ -681,6 +682,19 @@ def _info(options: argparse.Namespace) -> None:
     card = named.with_suffix(".md")
     if card.is_file():
         print("\n" + card.read_text(encoding="utf-8"), end="")
+
+
+def _in_short(name: str, header: dict[str, Any]) -> str:
+    """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
+    from ase_enf.model import PRETRAINED
+
+    config, card = header["config"], PRETRAINED / f"{name}.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    said = re.search(r"^In short: (.*)\.$", text, re.MULTILINE)
+    purpose = said.group(1) if said else f"features {config['features']}"
+    sizes = sorted({int(size) for size in config["sizes"]})
+    span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return f"{name:16s} {' '.join(config['species']) or 'any elements'}, {span} atoms: {purpose}"
 
 
 def _described(header: dict[str, Any]) -> str:

@@ -198,6 +198,18 @@ class ENF(nn.Module):
         self.dynamics = Dynamics(network)
         self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
 
+    def __repr__(self) -> str:
+        """Says in two lines what the flow is; ``print(flow.dynamics)`` lists its modules."""
+        config, sizes = self.config, list(self.size_prior.counts)
+        trained = f", {self.provenance['objective']}" if "objective" in self.provenance else ""
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"ENF {self.name!r}: features {config.features}, {' '.join(self.species) or 'any elements'}, {sizes[0]} to "
+            f"{sizes[-1]} atoms{trained}\n"
+            f"    {config.network}, {config.layers} layers x {config.hidden}, {weights:,} weights, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        )
+
     @property
     def species(self) -> tuple[str, ...]:
         """Elements the flow knows; empty for positions only."""

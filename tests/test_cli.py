@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 import ase_enf
 from ase_enf import cli
-from ase_enf.model import ENF, ENFConfig, load
+from ase_enf.model import ENF, ENFConfig, load, shipped
 
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "8", "--validation-size", "4", "--log-every", "1"]
@@ -460,7 +461,11 @@ def test_info(here, capsys):
     assert run("info", "joint.safetensors", "--json") == 0
     header = json.loads(capsys.readouterr().out)
     assert header["config"]["hidden"] == 8 and header["provenance"] == {"data": "nothing", "step": 3}
-    assert run("info") == 0  # the shipped names
+    assert run("info") == 0  # the shipped ones
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == shipped() and all(len(line) < 140 for line in lines)
+    for line in lines:
+        assert re.search(r" \d+( to \d+)? atoms: .*(stable|effective sample size) ?\d*", line), line
 
 
 def test_version_and_help(here, capsys):
@@ -490,7 +495,9 @@ def test_one_molecule_is_no_plural(here, tmp_path, capsys):
 
 def test_a_folder_is_told_from_weights(here, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    assert f"{tmp_path}/run: is a folder; name a weights file (.safetensors)" in error_of(capsys, "info", tmp_path / "run")
+    assert f"{tmp_path}/run: is a folder; name a weights file (.safetensors)" in error_of(
+        capsys, "info", tmp_path / "run"
+    )
     for name in ("model", "last"):
         shutil.copy("joint.safetensors", tmp_path / "run" / f"{name}.safetensors")
     for words in (["info"], ["generate", "-o", tmp_path / "m.extxyz"]):

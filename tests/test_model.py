@@ -285,6 +285,15 @@ def test_save_and_load_give_the_same_number(
     assert [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]  # no temporary file is left
 
 
+def test_a_flow_says_in_two_lines_what_it_is(saved):
+    flow, path = saved
+    weights = sum(p.numel() for p in flow.parameters())
+    assert repr(load(path, device="cpu")).splitlines() == [
+        "ENF 'model': features joint, H C O, 2 to 9 atoms".replace("'model'", repr(path.parent.name)),
+        f"    egnn, 2 layers x 8, {weights:,} weights, float32 on cpu",
+    ]
+
+
 def test_header_is_readable_without_the_weights(saved):
     flow, path = saved
     header = read_header(path)
