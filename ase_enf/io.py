@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
+import shutil
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,11 @@ from ase.io.extxyz import (
     per_config_properties,
 )
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+from ase.io.trajectory import TrajectoryWriter
 from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
-from ase_enf.files import brief, replaced, require_folder
+from ase_enf.files import brief, real_path, replaced, require_folder
 
 # What of ours ase.db can select by; everything else of ours is in the row's data alone.
 _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")
@@ -39,6 +44,9 @@ _STREAMED = (".extxyz", ".xyz")
 _COMPRESSED = (".gz", ".bz2", ".xz")
 KEEP_INFO = (*_STREAMED, ".db", ".traj")
 """Endings whose formats keep ``info``."""
+
+COMMIT_SECONDS = 1.0
+_SQLITE = b"SQLite format 3\0"
 
 # ASE writes the elements or the number of atoms of the first structure for all.
 _ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
@@ -122,6 +130,173 @@ def _ending(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
 
 
+class GrowingFile:
+    """A file of structures that keeps what was added to it, whatever ends the work.
+
+    ``.extxyz`` and ``.xyz`` are written structure by structure, and rows of a ``.db`` are committed every second: even
+    a killed process leaves all but the last of them. Any other format is written when the file is closed, also by an
+    exception. Nothing is there before the first structure; an old file is replaced by the first one, or continued.
+
+    Args:
+        path: Where to; see :func:`write_structures`.
+        append: Whether an old file is continued: ``.extxyz``, ``.xyz``, ``.db`` or ``.traj``.
+        whole: Whether an old file stays until the new one is complete, and an exception leaves it as it was, as must be
+            where it is the source of what is written.
+
+    Raises:
+        ValueError: If structures cannot be written, or added, to such a file.
+
+    Warns:
+        UserWarning: When it is closed, if the format does not keep all of the structures.
+
+    Example:
+        >>> import tempfile
+        >>> from ase.build import molecule
+        >>> with tempfile.TemporaryDirectory() as folder, GrowingFile(f"{folder}/m.extxyz") as file:
+        ...     file.add(molecule("H2O"))
+        ...     (file.path.read_text().splitlines()[0], file.count)
+        ('3', 1)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], append: bool = False, whole: bool = False) -> None:
+        self.path = check_output(path)
+        if append:
+            check_append(self.path)
+        self.count = 0  # structures that are in the file
+        self.can_append = self.path.suffix in KEEP_INFO
+        self._append = append
+        self._whole = whole and not append
+        self._lost: dict[str, None] = {}
+        self._waiting: list[Atoms] = []  # of a format that is written at the end
+        self._database: Any = None
+        self._uncommitted, self._committed_at = 0, 0.0
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def add(self, atoms: Atoms) -> None:
+        """Adds one structure.
+
+        Raises:
+            ValueError: See :func:`write_structures`.
+            OSError: If there is no room for it; what was added before stays.
+        """
+        if self._whole:
+            self._waiting.append(atoms)
+        elif self.path.suffix == ".db":
+            self._add_row(atoms)
+        elif self.path.suffix in _STREAMED:
+            self._add_frame(_storable(atoms, self.path, self._lost))
+        else:
+            check_output(self.path, len(self._waiting) + 1)
+            self._waiting.append(_storable(atoms, self.path, self._lost))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._database is not None:
+            self._commit()
+        if self._whole:
+            self.count = write_structures(self.path, self._waiting) if kind is None else 0
+        elif self._waiting:
+            suffix = "".join(self.path.suffixes)
+            with replaced(self.path, suffix) as part, _explained(self.path):
+                if self._append and self.path.exists():
+                    shutil.copyfile(self.path, part)
+                    with TrajectoryWriter(part, mode="a") as trajectory:  # write(append=True) would lose them
+                        for atoms in self._waiting:
+                            trajectory.write(atoms)
+                else:
+                    write(part, self._waiting)
+            self.count = len(self._waiting)
+        _warn_of(self._lost, self.path)
+
+    def _add_frame(self, atoms: Atoms) -> None:
+        text = io.StringIO()
+        with _explained(self.path):
+            write(text, atoms, format="extxyz")
+            fresh = not self.count and not self._append
+            with open(self.path, "wb" if fresh else "ab", buffering=0) as handle:
+                end = handle.tell()
+                try:
+                    if end and not self.count and not _ends_line(self.path):
+                        handle.write(b"\n")
+                    _write_whole(handle, text.getvalue().encode())
+                except BaseException:
+                    handle.truncate(end)
+                    if fresh:
+                        real_path(self.path).unlink()
+                    raise
+        self.count += 1
+
+    def _add_row(self, atoms: Atoms) -> None:
+        from ase.db import connect
+
+        keys, data = _row(atoms)
+        with _explained(self.path):
+            if self._database is None:
+                if not self.count and not self._append:
+                    for ending in ("", "-journal"):  # a journal of the old content would be taken for one of the new
+                        real_path(self.path).with_name(real_path(self.path).name + ending).unlink(missing_ok=True)
+                self._database = connect(self.path)
+                self._database.__enter__()
+                self._committed_at = time.monotonic()
+            try:
+                self._database.write(atoms, key_value_pairs=keys, data=data)
+            except BaseException as error:
+                with suppress(sqlite3.Error):
+                    self._database.__exit__(type(error), error, None)  # takes back half a row, and what is with it
+                self._database, self._uncommitted = None, 0
+                if not self.count and not self._append:
+                    real_path(self.path).unlink(missing_ok=True)
+                raise
+        self._uncommitted += 1
+        if time.monotonic() - self._committed_at > COMMIT_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        database, self._database = self._database, None
+        with _explained(self.path):
+            database.__exit__(None, None, None)
+        self.count, self._uncommitted = self.count + self._uncommitted, 0
+
+
+def check_append(path: str | os.PathLike[str]) -> None:
+    """Raises ``ValueError`` for a file to which no structures can be added.
+
+    Example:
+        >>> check_append("m.pdb")
+        Traceback (most recent call last):
+        ValueError: m.pdb: structures cannot be added to such a file; use .extxyz, .xyz, .db, .traj
+    """
+    path = Path(path)
+    if path.suffix not in KEEP_INFO:
+        raise ValueError(f"{path}: structures cannot be added to such a file; use {', '.join(KEEP_INFO)}")
+    if path.suffix == ".db" and path.exists():
+        with path.open("rb") as handle:
+            if handle.read(len(_SQLITE)) not in (_SQLITE, b""):
+                raise ValueError(f"{path}: is no ASE database; nothing can be added to it")
+
+
+def _ends_line(path: Path) -> bool:
+    """Whether the last line of a file that is not empty is complete."""
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        return handle.read(1) == b"\n"
+
+
+def _write_whole(handle: FileIO, content: bytes) -> None:
+    """Writes all of the content without a buffer, by a single call of the system if that takes it all."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[handle.write(rest) :]
+
+
+def _warn_of(lost: Iterable[str], path: Path) -> None:
+    """Names what a format did not keep."""
+    if named := ", ".join(lost):
+        remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
+        warnings.warn(f"{path}: this format {named}; use {remedy} to keep it", stacklevel=3)
+
+
 def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> int:
     """Writes structures in the format of the file's ending; the file appears when it is complete.
 
@@ -163,9 +338,7 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
             count = _write_stream(part, path, (_storable(item, path, lost) for item in atoms))
         else:
             count = _write_all(part, path, [_storable(item, path, lost) for item in atoms])
-    if lost:
-        remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
-        warnings.warn(f"{path}: this format {', '.join(lost)}; use {remedy} to keep it", stacklevel=2)
+    _warn_of(lost, path)
     return count
 
 

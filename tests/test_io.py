@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import sqlite3
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +21,9 @@ from ase.io import read, write
 from ase.io.formats import ioformats
 from ase.spacegroup import Spacegroup
 
+import ase_enf
 from ase_enf.data import qm9
-from ase_enf.io import check_output, check_structures, write_structures
+from ase_enf.io import GrowingFile, check_output, check_structures, write_structures
 
 INFO = {
     "enf_model": "tiny",
@@ -529,3 +533,101 @@ def test_the_target_of_a_link_is_written(tmp_path, ending):
         assert (tmp_path / f"m.{ending}").is_symlink()
         assert len(qm9.load(tmp_path / "real" / f"target.{ending}")) == len(many)
     assert os.listdir(tmp_path / "real") == [f"target.{ending}"] and len(os.listdir(tmp_path)) == 2
+
+
+KILLED = """
+import os, sys
+from ase.build import molecule
+from ase_enf import io
+io.COMMIT_SECONDS = 0.0
+with io.GrowingFile(sys.argv[1]) as file:
+    for index in range(5):
+        atoms = molecule("H2O")
+        atoms.info = {"index": index}
+        file.add(atoms)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db"])
+def test_a_killed_process_leaves_what_it_has_written(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    environment = os.environ | {"PYTHONPATH": str(Path(ase_enf.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment)
+    assert done.returncode == -9
+    assert [atoms.info["index"] for atoms in qm9.load(path)] == [0, 1, 2, 3, 4]
+    with GrowingFile(path, append=True) as file:
+        file.add(water(index=5))
+    assert [atoms.info["index"] for atoms in qm9.load(path)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_structure_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, monkeypatch, error):
+    def partly(handle, content):
+        handle.write(content[: len(content) // 2])
+        raise error
+
+    path = tmp_path / "m.extxyz"
+    with pytest.raises(type(error)), GrowingFile(path) as file:
+        file.add(water(index=0))
+        monkeypatch.setattr("ase_enf.io._write_whole", partly)
+        file.add(water(index=1))
+    assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(path)] == [0]
+    with pytest.raises(type(error)), GrowingFile(tmp_path / "n.extxyz") as file:
+        file.add(water(index=0))
+    assert file.count == 0 and os.listdir(tmp_path) == ["m.extxyz"]
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), KeyboardInterrupt()])
+def test_a_row_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ase_enf.io.COMMIT_SECONDS", 0.0)
+    with pytest.raises((OSError, KeyboardInterrupt)), GrowingFile(tmp_path / "m.db") as file:
+        file.add(water(index=0))
+        monkeypatch.setattr(SQLite3Database, "write", fail)
+        file.add(water(index=1))
+    assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(tmp_path / "m.db")] == [0]
+    with pytest.raises((OSError, KeyboardInterrupt)), GrowingFile(tmp_path / "n.db") as file:
+        file.add(water(index=0))
+    assert file.count == 0 and os.listdir(tmp_path) == ["m.db"]
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "db", "traj"])
+def test_nothing_is_there_without_a_structure_and_an_old_file_stays(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path):
+        raise KeyboardInterrupt
+    assert not os.listdir(tmp_path)
+    write_structures(path, [water()])
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path, whole=True) as file:
+        file.add(water())
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and file.count == 0
+    for whole in (True, False):
+        with GrowingFile(path, whole=whole) as file:
+            file.add(water())
+            file.add(water())
+        assert file.count == 2 and len(qm9.load(path)) == 2
+
+
+def test_a_growing_file_follows_links_and_completes_lines(tmp_path):
+    (tmp_path / "real").mkdir()
+    target = tmp_path / "real" / "m.extxyz"
+    target.write_text("1\n\nH 0 0 0")
+    (tmp_path / "m.extxyz").symlink_to(target)
+    with GrowingFile(tmp_path / "m.extxyz", append=True) as file:
+        file.add(water())
+    assert [len(atoms) for atoms in qm9.load(target)] == [1, 3] and (tmp_path / "m.extxyz").is_symlink()
+
+
+def test_what_a_growing_file_does_not_keep_is_named_once(tmp_path):
+    with pytest.warns(UserWarning) as caught, GrowingFile(tmp_path / "m.extxyz") as file:
+        for _ in range(2):
+            file.add(water(virial=np.zeros(6)))
+    (message,) = (str(warning.message) for warning in caught)
+    assert message == f"{tmp_path}/m.extxyz: this format keeps no info['virial']; use .db to keep it"
