@@ -206,15 +206,15 @@ class Sampler:
             )
 
     def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
-        """Yields the molecules ``indices`` in order; ``soon``: the first without waiting for a batch."""
+        """Yields the molecules ``indices`` in order; ``soon``: the first alone, the next without waiting for many."""
         self.integrations = self.failures = 0
-        window = self.batch_size * WINDOW_BATCHES
+        largest = self.batch_size * WINDOW_BATCHES
+        done, window = 0, 1 if soon else largest
         with tqdm(total=len(indices), disable=not progress, unit="molecule", dynamic_ncols=True) as bar:
-            if soon:
-                yield from self._window(indices[:1], bar)
-                indices = indices[1:]
-            for k in range(0, len(indices), window):
-                yield from self._window(indices[k : k + window], bar)
+            while done < len(indices):
+                yield from self._window(indices[done : done + window], bar)
+                done += window
+                window = min(2 * max(window, self.batch_size), largest)
         if self.failures:
             warnings.warn(
                 f"{self.failures} of {self.integrations} integrations failed and were drawn again", stacklevel=2
