@@ -157,6 +157,8 @@ def _machine() -> str:
 
 
 def _alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would interrupt it
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
