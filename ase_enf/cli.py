@@ -839,8 +839,8 @@ def _in_short(name: str, header: dict[str, Any]) -> str:
 
     config, card = header["config"], PRETRAINED / f"{name}.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    said = re.search(r"^In short: (.*)\.$", text, re.MULTILINE)
-    purpose = said.group(1) if said else f"features {config['features']}"
+    said = (line.removeprefix("In short: ").removesuffix(".") for line in text.splitlines() if "In short: " in line)
+    purpose = next(said, f"features {config['features']}")
     sizes = sorted({int(size) for size in config["sizes"]})
     span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
     return f"{name:16s} {' '.join(config['species']) or 'any elements'}, {span} atoms: {purpose}"
