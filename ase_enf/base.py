@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ase_enf.geometry import subspace_dim
 
 LOG_2PI = math.log(2.0 * math.pi)
+MOST_MOLECULES = 10**15
 
 
 def position_log_prob(z: Tensor, mask: Tensor) -> Tensor:
@@ -68,6 +70,19 @@ def sample_latent(
     return x - x.mean(axis=0), z[:, dimension:]
 
 
+def check_counts(name: str, counts: Mapping[Any, int]) -> None:
+    """Raises ``ValueError`` for a count of molecules that is negative or beyond any data set.
+
+    Example:
+        >>> check_counts("sizes", {3: 10**400})
+        Traceback (most recent call last):
+        ValueError: sizes: the count of 3 is not between 0 and 10^15
+    """
+    for key, count in counts.items():
+        if not 0 <= count <= MOST_MOLECULES:
+            raise ValueError(f"{name}: the count of {key} is not between 0 and 10^15")
+
+
 class SizePrior:
     """Categorical distribution p_M of the number of atoms: counts of the training set divided by their sum.
 
@@ -75,7 +90,7 @@ class SizePrior:
         counts: Size → count.
 
     Raises:
-        ValueError: If there is no count.
+        ValueError: If there is no count, or one that is negative or beyond any data set.
 
     Example:
         >>> prior = SizePrior({3: 1, 5: 3})
@@ -86,6 +101,7 @@ class SizePrior:
     def __init__(self, counts: Mapping[int, int]) -> None:
         if not counts or min(counts.values()) < 0 or sum(counts.values()) == 0:
             raise ValueError(f"size prior: counts {dict(counts)} hold no molecule")
+        check_counts("sizes", counts)
         self.counts = {int(size): int(count) for size, count in sorted(counts.items()) if count}
         self._sizes = np.array(list(self.counts))
         self._probabilities = np.array(list(self.counts.values()), dtype=float) / sum(self.counts.values())

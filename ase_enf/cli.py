@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import types
 import typing
 import warnings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from ase import Atoms
 
+    from ase_enf.io import GrowingFile
     from ase_enf.model import ENF
     from ase_enf.train import TrainConfig
 
@@ -30,6 +32,7 @@ TABLES = (".csv", ".json", ".md")
 PICTURES = (".png", ".pdf", ".svg")
 SMILES = (".smi", ".smiles", ".txt")
 _SOURCES = {"train": str, "valid": str, "split": bool, "n_atoms": int | None}  # what DATA_FILE holds
+_QUIET = 60.0  # seconds after which long work says how far it is where there is no terminal
 _USAGE, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
@@ -47,7 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(training="train" in words).parse_args(words)
+    with _speakable():
+        options, unknown = _parser(training="train" in words).parse_known_args(words)
+        if unknown:  # by the command's own parser, which knows where its help is
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs a command and returns the exit code."""
     with warnings.catch_warnings(), _terminable():
         warnings.showwarning = _show_warning
         try:
@@ -69,6 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
             return _USAGE
     return 0
+
+
+@contextlib.contextmanager
+def _speakable() -> Iterator[None]:
+    """Lets a terminal that knows ASCII alone show "?" for what it has no letter for, instead of an error."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -127,6 +152,16 @@ def _say(text: str) -> None:
     print(f"ase-enf: {text}", file=sys.stderr)
 
 
+def _number(count: int, noun: str) -> str:
+    """Returns a count with its noun.
+
+    Example:
+        >>> _number(1, "molecule"), _number(2, "molecule")
+        ('1 molecule', '2 molecules')
+    """
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def _show_warning(message: Warning | str, *_: object) -> None:
     _say(f"warning: {' '.join(str(message).split())}")
 
@@ -169,7 +204,7 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
     command = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -189,6 +224,12 @@ def _add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) 
     command.add_argument("--batch-size", type=int, default=batch_size, help="structures computed together")
 
 
+def _add_replacing(command: argparse.ArgumentParser, append: str | None = None) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    if append:
+        command.add_argument("--append", action="store_true", help=f"add to a file that is there ({append})")
+
+
 def _add_generate(commands: Any) -> None:
     command = _command(commands, "generate", "Draw molecules from a flow and write them.", _generate)
     _add_model(command)
@@ -201,6 +242,7 @@ def _add_generate(commands: Any) -> None:
         help="the molecules are those from K to K + n - 1 of the seed; a request can be met in parts",
     )
     command.add_argument("-o", "--output", default="molecules.extxyz", help=".extxyz, .db or any ending ASE writes")
+    _add_replacing(command, ".extxyz, .xyz, .db, .traj")
     command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
     command.add_argument("--closed-shell", action="store_true", help="draw radicals (odd numbers of electrons) again")
@@ -222,6 +264,10 @@ def _add_score(commands: Any) -> None:
     command.add_argument(
         "-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures"
     )
+    _add_replacing(command, ".csv, .extxyz, .xyz, .db, .traj")
+    command.add_argument(
+        "--start", type=int, default=0, metavar="K", help="leave out the first K structures; work can be done in parts"
+    )
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
     command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
@@ -241,6 +287,7 @@ def _add_evaluate(commands: Any) -> None:
         "--reference", default=None, help="qm9, a file of SMILES (.smi, .txt), or a file of structures"
     )
     command.add_argument("-o", "--output", default=None, help=".json, .csv or .md")
+    _add_replacing(command)
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 structures")
     command.add_argument("--histogram", default=None, metavar="PNG", help="distances against the reference's")
 
@@ -286,7 +333,7 @@ def _plain_type(hint: Any) -> type:
 def _add_info(commands: Any) -> None:
     command = _command(commands, "info", "What a model is and how it was trained.", _info)
     command.add_argument(
-        "model", nargs="?", default=None, help="a shipped name or a path; all shipped names when left out"
+        "model", nargs="?", default=None, help="a shipped name or a path; a line on each shipped model when left out"
     )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
 
@@ -296,6 +343,7 @@ def _add_convert(commands: Any) -> None:
     command = _command(commands, "convert-en-flows", text, _convert)
     command.add_argument("checkpoint", help=".npz of the arrays, or the torch checkpoint; read without pickle")
     command.add_argument("-o", "--output", required=True, help="the .safetensors to write")
+    _add_replacing(command)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -304,18 +352,36 @@ def _convert(options: argparse.Namespace) -> None:
 
     if require_folder(options.output).suffix != ".safetensors":
         raise ValueError(f"{options.output}: weights are written as .safetensors; choose that ending")
+    _check_free(options, options.output)
     convert_en_flows(options.checkpoint).save(options.output)
     _say(f"wrote {options.output}")
 
 
+def _check_free(options: argparse.Namespace, *paths: str | None) -> None:
+    """Raises ``FileExistsError`` for files that are there, unless they may be replaced or continued.
+
+    The first path is what ``--append`` continues.
+    """
+    append = getattr(options, "append", None)
+    if append and options.overwrite:
+        raise ValueError("--append adds to a file and --overwrite replaces it; choose one")
+    for path in paths:
+        if path and Path(path).exists() and not (options.overwrite or (append and path == paths[0])):
+            more = ", --append adds to it" if append is not None and path == paths[0] else ""
+            raise FileExistsError(f"{path}: is there already; --overwrite replaces it{more}, or name another file")
+
+
 def _generate(options: argparse.Namespace) -> None:
     from ase_enf.generate import check_counts, igenerate
-    from ase_enf.io import check_output, write_structures
+    from ase_enf.io import GrowingFile, check_append, check_output
     from ase_enf.model import load
 
     check_output(options.output, options.n)
+    if options.append:
+        check_append(options.output)
     _check_picture(options.gallery)
     check_counts(options.n, options.seed, options.batch_size, options.start)
+    _check_free(options, options.output, options.gallery)
     flow = load(options.model, device=_own_device(options.device), dtype=options.dtype)
     flow.use_kernel(options.kernel)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -332,22 +398,20 @@ def _generate(options: argparse.Namespace) -> None:
         "closed_shell": options.closed_shell,
     }
     stream = igenerate(flow, count, start=options.start + start, **request) if count else iter(())
-    shown: list[Atoms] = []
-
-    def watched() -> typing.Iterator[Atoms]:
-        for atoms in _gathered(stream, rank, world):
-            if len(shown) < 24:
-                shown.append(atoms)
-            yield atoms
-
     if rank:
         for _ in _gathered(stream, rank, world):
             pass
         return
-    written = write_structures(options.output, watched())
+    shown: list[Atoms] = []
+    file = GrowingFile(options.output, options.append)
+    with _kept(file, "molecule", options.n, options.start, by_number=True), file:
+        for atoms in _minutely(_gathered(stream, rank, world), options.n, "molecule"):
+            file.add(atoms)
+            if len(shown) < 24:
+                shown.append(atoms)
     if options.gallery:
         _draw_gallery(shown, options.gallery)
-    _say(f"wrote {written} molecules to {options.output}")
+    _say(f"wrote {_number(file.count, 'molecule')} to {options.output}")
 
 
 def _own_device(device: str) -> str:
@@ -377,42 +441,160 @@ def _gathered(stream: typing.Iterator[Atoms], rank: int, world: int) -> typing.I
         dist.destroy_process_group()
 
 
-def _score(options: argparse.Namespace) -> None:
-    from ase_enf.files import require_folder
-    from ase_enf.io import KEEP_INFO, check_output, check_structures, keeps_info, write_structures
-    from ase_enf.model import load
-    from ase_enf.score import score, with_scores
+@contextlib.contextmanager
+def _kept(file: GrowingFile | _GrowingTable, noun: str, total: int, start: int, by_number: bool) -> Iterator[None]:
+    """Says what is kept of work that ends early, and how to go on."""
+    try:
+        yield
+    except BaseException:
+        if file.count:
+            there = f"{file.count} of {_number(total, noun)} {'is' if file.count == 1 else 'are'} in {file.path}"
+            rest = f" -n {total - file.count}" if by_number else ""
+            output = "--append" if file.can_append else "-o ANOTHER"
+            _say(f"{there}; go on with --start {start + file.count}{rest} {output}")
+        raise
 
-    suffix = Path(options.output).suffix if options.output else ""
-    if suffix in TABLES:
-        require_folder(options.output)
-    elif options.output:
-        check_output(options.output)
-        if not keeps_info(options.output):
-            raise ValueError(
-                f"{options.output}: that format keeps no scores; use {', '.join(TABLES)} for a table or "
-                f"{', '.join(KEEP_INFO)} for structures"
-            )
+
+def _minutely(stream: Iterator[Atoms], total: int, noun: str) -> Iterator[Atoms]:
+    """Yields what comes, and says once a minute how far that is where no terminal shows a bar."""
+    said = time.monotonic()
+    for count, item in enumerate(stream, start=1):
+        yield item
+        if not sys.stderr.isatty() and time.monotonic() - said >= _QUIET and count < total:
+            _say(f"{count} of {_number(total, noun)}")
+            said = time.monotonic()
+
+
+class _GrowingTable:
+    """A table in a file, or on standard output, that keeps what was added to it, whatever ends the work.
+
+    CSV is written part by part; JSON and Markdown when the file is closed.
+    """
+
+    def __init__(self, path: str | None, append: bool = False) -> None:
+        self.path = path
+        self.count = 0  # rows that are in it
+        self._append = append
+        self._parts: list[pd.DataFrame] = []
+        self.can_append = bool(path) and path.endswith(".csv")
+        if append and not self.can_append:
+            raise ValueError(f"{path}: nothing can be added to such a table; use .csv")
+
+    def __enter__(self) -> _GrowingTable:
+        return self
+
+    def add(self, part: pd.DataFrame) -> None:
+        """Adds rows."""
+        if self.path is None:
+            print(part.to_csv(index=False, header=not self.count), end="", flush=True)
+        elif not self.can_append:
+            self._parts.append(part)
+            return
+        else:
+            going_on = bool(self.count) or (self._append and Path(self.path).exists())
+            with open(self.path, "a" if going_on else "w", encoding="utf-8", newline="") as file:
+                file.write(part.to_csv(index=False, header=not going_on))
+        self.count += len(part)
+
+    def __exit__(self, *_: object) -> None:
+        if self._parts:
+            _write_table(self.path, *self._parts)
+            self.count = sum(map(len, self._parts))
+
+
+def _score(options: argparse.Namespace) -> None:
+    from ase_enf.io import check_structures
+    from ase_enf.model import load
+    from ase_enf.score import check_request, with_scores
+
+    _check_free(options, options.output)
+    file = _score_output(options)
     atoms = _read(options.structures)
-    if options.output and suffix not in TABLES:
-        check_structures(options.output, atoms)
+    total = len(atoms) - options.start
+    if not (options.start >= 0 and total > 0):
+        raise ValueError(f"--start {options.start}: {options.structures} holds {_number(len(atoms), 'structure')}")
+    as_table = isinstance(file, _GrowingTable)
+    if not as_table:
+        check_structures(file.path, atoms)
     flow = load(options.model, device=options.device, dtype=options.dtype)
     flow.use_kernel(options.kernel)
-    names = ("trace", "probes", "draws", "seed", "solver", "steps", "tolerance", "batch_size")
-    table = score(flow, atoms, **{name: getattr(options, name) for name in names})
-    if not options.output:
-        print(table.to_csv(index=False), end="")
-    elif suffix in TABLES:
-        _write_table(table, options.output)
-    else:
-        write_structures(options.output, with_scores(atoms, table, flow.name))
+    checked = ("trace", "probes", "draws", "batch_size", "tolerance")
+    request = {name: getattr(options, name) for name in (*checked, "seed", "solver", "steps")}
+    seeds = [options.seed] * len(atoms)
+    check_request(flow, atoms, seeds=seeds, **{name: request[name] for name in checked})
+    finite = True
+    with _kept(file, "score", total, options.start, by_number=False), file:
+        for first, table in _scored(flow, atoms, options.start, request):
+            part = atoms[first : first + len(table)]
+            rows = [_identified(table, part, first, options.structures)]
+            for item in rows if as_table else with_scores(part, table, flow.name):
+                file.add(item)
+            finite = finite and table.log_likelihood.notna().all()
     if options.output:
-        _say(f"wrote {len(table)} scores to {options.output}")
-    if table.log_likelihood.isna().any():
+        _say(f"wrote {_number(file.count, 'score')} to {options.output}")
+    if not finite:
         raise ValueError("not every structure could be scored; see the warning above")
 
 
+def _score_output(options: argparse.Namespace) -> GrowingFile | _GrowingTable:
+    """Returns where scores go, if they can go there."""
+    from ase_enf.files import require_folder
+    from ase_enf.io import KEEP_INFO, GrowingFile, keeps_info
+
+    if not options.output:
+        if options.append:
+            raise ValueError("--append adds to a file; name it by -o")
+        return _GrowingTable(None)
+    if Path(options.output).suffix in TABLES:
+        require_folder(options.output)
+        return _GrowingTable(options.output, options.append)
+    file = GrowingFile(options.output, options.append, whole=_same_file(options.output, options.structures))
+    if not keeps_info(options.output):
+        raise ValueError(
+            f"{options.output}: that format keeps no scores; use {', '.join(TABLES)} for a table or "
+            f"{', '.join(KEEP_INFO)} for structures"
+        )
+    if options.start and not options.append and _same_file(options.output, options.structures):
+        raise ValueError(f"--start {options.start}: would leave the first structures of {options.output} out of it")
+    return file
+
+
+def _same_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
+def _scored(flow: ENF, atoms: list[Atoms], start: int, request: dict[str, Any]) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Yields the place of the first structure of every batch and the scores of it, in order."""
+    from tqdm import tqdm
+
+    from ase_enf.score import score
+
+    total, size, said = len(atoms) - start, request["batch_size"], time.monotonic()
+    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="structure", dynamic_ncols=True) as bar:
+        for place in range(start, len(atoms), size):
+            table = score(flow, atoms[place : place + size], **request, progress=False, first=place)
+            yield place, table
+            bar.update(len(table))
+            done = place - start + len(table)
+            if bar.disable and time.monotonic() - said >= _QUIET and done < total:
+                _say(f"{done} of {_number(total, 'structure')}")
+                said = time.monotonic()
+
+
+def _identified(table: pd.DataFrame, atoms: list[Atoms], first: int, file: str) -> pd.DataFrame:
+    """Returns a table with the place of each structure in its file, the file and the SMILES by the distance table."""
+    from ase_enf.chem import to_smiles
+
+    try:
+        smiles = [to_smiles(item) or "" for item in atoms]
+    except ImportError:  # a machine that only scores needs no RDKit
+        smiles = [""] * len(atoms)
+    return table.assign(index=range(first, first + len(table)), file=file, smiles=smiles)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
+    import numpy as np
+
     from ase_enf import metrics, plot
     from ase_enf.files import require_folder
 
@@ -424,16 +606,17 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.output}: a report is written as {', '.join(TABLES)}; choose one of these endings")
     if options.histogram and not options.reference:
         raise ValueError("--histogram compares with a reference; add --reference qm9 or a file of structures")
+    _check_free(options, options.output, options.gallery, options.histogram)
     atoms = _read(options.structures)
     reference = None if options.reference is None else metrics.as_reference(_reference(options.reference))
     seen = metrics.survey(atoms)
     table = metrics.evaluate(seen, reference)
     if options.output:
-        _write_table(table, options.output)
+        _write_table(options.output, table)
     if options.histogram:
         plot.distance_histogram(seen, reference, options.histogram)
     if options.gallery:
-        _draw_gallery(atoms[:24], options.gallery)
+        _draw_gallery([item for item in atoms if np.isfinite(item.positions).all()][:24], options.gallery)
     for row in table.itertuples():
         print(f"{row.metric:34s} {row.value:8.4f} ± {row.stderr:.4f}  of {row.denominator:<9d} {row.definition}")
     print(", ".join(f"{key} {value}" for key, value in table.attrs.items()))
@@ -441,6 +624,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _reference(name: str) -> Any:
     """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
+    from ase_enf.files import check_source
     from ase_enf.metrics import REFERENCES
 
     if name in REFERENCES:
@@ -452,6 +636,7 @@ def _reference(name: str) -> Any:
         raise FileNotFoundError(
             f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
         )
+    check_source(path)
     return _read_smiles(path) if path.suffix in SMILES else _read(name)
 
 
@@ -628,7 +813,8 @@ def _info(options: argparse.Namespace) -> None:
     from ase_enf.model import PRETRAINED, read_header, shipped
 
     if options.model is None:
-        print("\n".join(shipped()))
+        for name in shipped():
+            print(_in_short(name, read_header(PRETRAINED / f"{name}.safetensors")))
         return
     named = PRETRAINED / f"{options.model}.safetensors"
     header = read_header(named if named.is_file() else options.model)
@@ -644,7 +830,20 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.model}: {description}")
     card = named.with_suffix(".md")
     if card.is_file():
-        print(f"\n{card.read_text()}", end="")
+        print("\n" + card.read_text(encoding="utf-8"), end="")
+
+
+def _in_short(name: str, header: dict[str, Any]) -> str:
+    """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
+    from ase_enf.model import PRETRAINED
+
+    config, card = header["config"], PRETRAINED / f"{name}.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    said = (line.removeprefix("In short: ").removesuffix(".") for line in text.splitlines() if "In short: " in line)
+    purpose = next(said, f"features {config['features']}")
+    sizes = sorted({int(size) for size in config["sizes"]})
+    span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return f"{name:16s} {' '.join(config['species']) or 'any elements'}, {span} atoms: {purpose}"
 
 
 def _described(header: dict[str, Any]) -> str:
@@ -679,7 +878,7 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --resume takes the folder that an earlier --out named")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is no JSON ({error}); start the run again in another folder") from None
 
@@ -691,18 +890,20 @@ def _write_json(path: Path, content: Any) -> None:
         handle.write(f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def _write_table(table: pd.DataFrame, output: str) -> None:
+def _write_table(output: str, *parts: pd.DataFrame) -> None:
+    """Writes the rows of one table or of parts of it in the format of the file's ending."""
     from ase_enf.files import atomic_write
 
-    suffix = Path(output).suffix
+    suffix, columns = Path(output).suffix, parts[0].columns
     if suffix == ".csv":
-        text = table.to_csv(index=False)
+        text = "".join(part.to_csv(index=False, header=part is parts[0]) for part in parts)
     elif suffix == ".json":
-        rows = json.loads(table.to_json(orient="records", double_precision=15))
-        text = json.dumps({"rows": rows, **table.attrs}, indent=2) + "\n"
+        rows = [row for part in parts for row in json.loads(part.to_json(orient="records", double_precision=15))]
+        text = json.dumps({"rows": rows, **parts[0].attrs}, indent=2) + "\n"
     else:
-        header = f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}\n"
-        text = header + "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
+        rows = [row for part in parts for row in part.itertuples(index=False)]
+        text = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+        text += "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
     with atomic_write(output) as handle:
         handle.write(text.encode())
 
@@ -719,7 +920,7 @@ def _draw_gallery(atoms: Sequence[Atoms], path: str) -> None:
     from ase_enf.plot import gallery
 
     gallery(atoms, path)
-    _say(f"drew {len(atoms)} molecules in {path}")
+    _say(f"drew {_number(len(atoms), 'molecule')} in {path}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ase_enf.files import brief
-from ase_enf.model import ENF, ENFConfig
+from ase_enf.model import ENF, ENFConfig, build_empty
 
 # Sizes of the 100,000 training molecules of QM9, which the published p_M counts.
 QM9_SIZES = {
@@ -21,6 +21,8 @@ QM9_SIZES = {
 }  # fmt: skip
 SPECIES = ("H", "C", "N", "O", "F")
 
+# The two files of a published run, and how the names in each go on when both are one.
+_PARTS = {"flow.npy": ("transformations.", "flow."), "dequantizer.npy": ("net_fn.", "dequantizer.")}
 _ACTNORM = "flow.transformations.0."
 _DYNAMICS = "flow.transformations.1.odefunc.dynamics.egnn."
 _DEQUANTIZER = "dequantizer.net_fn.egnn."
@@ -44,19 +46,20 @@ def convert_en_flows(path: str | os.PathLike[str]) -> ENF:
     (M − 1) n dimensions, where the published code counts M n.
 
     Args:
-        path: An ``.npz`` of the arrays, or the checkpoint that torch wrote; names as in the published modules.
+        path: What was published: the folder of ``flow.npy`` and ``dequantizer.npy``, or one of these two beside the
+            other; or an ``.npz`` of all arrays, or a checkpoint that torch wrote of them, named as in the modules.
 
     Returns:
         A float32 flow in evaluation mode.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file, or only one of the two.
         ValueError: If the file is damaged or holds other modules.
     """
     arrays = read_arrays(path)
     try:
-        model = ENF(_config(arrays), {"source": "published with Satorras et al. 2021", "file": Path(path).name})
-        model.load_state_dict(_state(arrays, model.state_dict()), strict=True)
+        model = build_empty(_config(arrays), {"source": "published with Satorras et al. 2021", "file": Path(path).name})
+        model.load_state_dict(_state(arrays, model.state_dict()), strict=True, assign=True)
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"{path}: is no checkpoint of the published QM9 E-NF ({brief(error)}); convert one with argmax_variational "
@@ -67,15 +70,27 @@ def convert_en_flows(path: str | os.PathLike[str]) -> ENF:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads named arrays from an ``.npz`` or a torch checkpoint, without executing anything in it.
+    """Reads named arrays in any form of :func:`convert_en_flows`, without executing anything in it.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is neither.
+        FileNotFoundError: If there is no such file, or only one of two.
+        ValueError: If it is no checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        return {name: value for part in _PARTS for name, value in _read_file(path / part).items()}
+    arrays = _read_file(path)
+    missing = [part for part, (_, prefix) in _PARTS.items() if not any(name.startswith(prefix) for name in arrays)]
+    if len(missing) == 1:  # one of the two; the other is beside it
+        arrays |= _read_file(path.with_name(missing[0]))
+    return arrays
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Returns the arrays of one file, under the names of both together."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        pair = f"; the published weights are {' and '.join(_PARTS)} in one folder" if path.name in _PARTS else ""
+        raise FileNotFoundError(f"{path}: no such checkpoint{pair}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -85,7 +100,12 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path}: neither an .npz nor a torch checkpoint ({brief(error)}); fetch it again") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no plain state dict; save model.state_dict() with the published code")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {_joint_name(name.removeprefix("module.")): value for name, value in state.items()}
+
+
+def _joint_name(name: str) -> str:
+    """Returns the name in a checkpoint of both of an array of one."""
+    return next((prefix + name for begin, prefix in _PARTS.values() if name.startswith(begin)), name)
 
 
 def _config(arrays: Mapping[str, Tensor]) -> ENFConfig:

@@ -1,22 +1,33 @@
-"""Files that are whole or not there."""
+"""Files that appear under their name only when they are complete."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import os
+import re
+import socket
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+# What marks a temporary file of this package: machine, process, a random number.
+_PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")
 
 
 def require_folder(path: str | os.PathLike[str]) -> Path:
     """Returns ``path`` if a file can be written there: its folder exists and takes files.
 
+    A symbolic link stands for the file it points to.
+
     Raises:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder itself.
         PermissionError: If nothing can be written to the folder.
+        OSError: If the path is a device or a pipe, which no file can replace, or its folder takes no files.
 
     Example:
         >>> require_folder("nowhere/m.extxyz")
@@ -28,9 +39,61 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file, in it or elsewhere")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: the folder {path.parent} is not writable; allow it, or name another one")
+    if not _regular(path):
+        raise OSError(f"{path}: is a device or a pipe, and results are written to a file; name one")
+    folder = real_path(path).parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: points into the folder {folder}, which does not exist; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: the folder {folder} is not writable; allow it, or name another one")
+    _try_folder(path, folder)
     return path
+
+
+def _try_folder(path: Path, folder: Path) -> None:
+    """Raises ``OSError`` for a folder such as ``/proc``, which says that it can be written and takes no file."""
+    probe = part_of(folder / "probe")
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"{path}: the folder {folder} takes no files ({brief(error, probe)}); name another one") from None
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def _regular(path: Path) -> bool:
+    """Whether a path is free, or that of an ordinary file."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # nothing there
+        return True
+
+
+def check_source(path: str | os.PathLike[str]) -> None:
+    """Raises for what can be read only once, or never ends: formats are told by the beginning of a file.
+
+    Raises:
+        ValueError: If the path is a pipe or a device.
+
+    Example:
+        >>> check_source("/dev/null")
+        Traceback (most recent call last):
+        ValueError: /dev/null: is a pipe or a device, which cannot be read twice; save it to a file and name that
+    """
+    if not (Path(path).is_dir() or _regular(Path(path))):
+        raise ValueError(f"{path}: is a pipe or a device, which cannot be read twice; save it to a file and name that")
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Returns where the content of a path is or would be: a symbolic link stands for the file it points to.
+
+    Example:
+        >>> real_path("README.md").name
+        'README.md'
+    """
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -51,6 +114,90 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def part_of(path: Path, suffix: str = "") -> Path:
+    """Returns a name for the unfinished content of a path, in its folder.
+
+    It says which process writes it, so that what a killed one left behind can be told from work in progress.
+
+    Args:
+        path: The file in the end.
+        suffix: Ending that the name must have.
+
+    Example:
+        >>> part_of(Path("m.extxyz"), ".extxyz").suffix
+        '.extxyz'
+    """
+    token = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name[:150]}.{token}.part{suffix}")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes the unfinished files that killed processes of this machine left in a folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     remove_abandoned(Path(folder))
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in [entry.name for entry in entries]:
+            found = _PART.match(name)
+            if found and found.group(1) == _machine() and not _alive(int(found.group(2))):
+                with suppress(OSError):
+                    (folder / name).unlink()
+
+
+def _machine() -> str:
+    """Returns what tells the processes of this machine, or container, from those of another."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{socket.gethostname()}|{space}".encode()).hexdigest()[:8]
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would interrupt it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's
+        pass
+    return True
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
+    """Yields a temporary path beside a file, which takes its place at the end or is removed if anything fails.
+
+    Args:
+        path: The file to write or to replace; of a symbolic link, the file it points to.
+        suffix: Ending that the temporary path must have.
+
+    Yields:
+        The temporary path. What a library puts beside it under its name and more, such as a journal, goes with it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replaced(f"{folder}/a") as part:
+        ...         _ = part.write_text("whole")
+        ...     Path(folder, "a").read_text()
+        'whole'
+    """
+    target = real_path(path)
+    remove_abandoned(target.parent)
+    part = part_of(target, suffix)
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        for left in target.parent.glob(glob.escape(part.name) + "*"):
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).
@@ -60,6 +207,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
     Yields:
         A binary handle on a temporary file in the same folder, which is removed if anything fails.
+
+    Raises:
+        OSError: If it cannot be written, with the name of the file and not of the temporary one.
 
     Example:
         >>> import tempfile
@@ -71,22 +221,23 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as handle:
+    with replaced(path) as part:
+        try:
+            handle = part.open("xb")
+        except OSError as error:
+            raise type(error)(f"{path}: cannot be written ({brief(error, part)}); name another folder") from error
+        with handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def brief(error: Exception) -> str:
+def brief(error: Exception, hidden: Path | None = None) -> str:
     """Returns the kind of an error with the first line of what it says, for messages of one line.
 
     Args:
         error: Any error.
+        hidden: A temporary path that is to be left out of an ``OSError``'s words.
 
     Returns:
         ``"Kind: message"``.
@@ -95,4 +246,6 @@ def brief(error: Exception) -> str:
         >>> brief(EOFError("cut"))
         'EOFError: cut'
     """
+    if hidden is not None and isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

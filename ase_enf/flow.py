@@ -30,6 +30,9 @@ EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
 # the safe side where the steps are not small enough for it.
 PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0}
 
+# An adaptive solve takes some hundred evaluations; one of more than this does not end.
+MAX_EVALUATIONS = 10_000
+
 # Intervals of the quadrature of the trace.
 INTERVALS = 48
 
@@ -344,7 +347,7 @@ class ContinuousFlow:
         n = x.shape[-1]
 
         def augmented(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            self.nfe += 1
+            self._count(t)
             # The adjoint's forward runs without a graph; only inside one may y be part of it.
             attached = torch.is_grad_enabled() and state[0].requires_grad
             y = state[0] if attached else state[0].detach().requires_grad_(True)
@@ -373,7 +376,7 @@ class ContinuousFlow:
         n = x.shape[-1]
 
         def derivative(t: Tensor, y: Tensor) -> Tensor:
-            self.nfe += 1
+            self._count(t)
             return torch.cat(self.velocity(t, y[..., :n], y[..., n:]), dim=-1)
 
         times = times.to(x)
@@ -410,9 +413,16 @@ class ContinuousFlow:
         try:
             return integrate()
         except AssertionError as error:  # torchdiffeq asserts on underflow of dt and on non-finite values
-            reason = str(error).split(":")[0]  # what follows is a whole tensor
-            raise SolverError(
-                f"{self.solver.method} failed ({reason}); loosen rtol and atol (now {self.solver.rtol:g} and "
-                f"{self.solver.atol:g}) "
-                "or use a fixed-step method such as rk4"
-            ) from None
+            raise self._failure(str(error).split(":")[0]) from None  # what follows is a whole tensor
+
+    def _count(self, t: Tensor) -> None:
+        """Counts an evaluation, and ends a solve that would not end where ``python -O`` leaves assertions out."""
+        self.nfe += 1
+        if self.solver.adaptive and (self.nfe > MAX_EVALUATIONS or not math.isfinite(t.detach())):
+            raise self._failure("the step size vanishes or is not finite")
+
+    def _failure(self, reason: str) -> SolverError:
+        return SolverError(
+            f"{self.solver.method} failed ({reason}); loosen rtol and atol (now {self.solver.rtol:g} and "
+            f"{self.solver.atol:g}) or use a fixed-step method such as rk4"
+        )

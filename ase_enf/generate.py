@@ -101,8 +101,8 @@ def generate(
         >>> generate(flow, 1, formula="H2O")[0].get_chemical_formula()
         'H2O'
     """
-    request = (n, seed, n_atoms, formula, solver, steps, batch_size, device, progress)
-    return list(igenerate(flow, *request, churn=churn, closed_shell=closed_shell))
+    sampler = _sampler(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, 0, churn, closed_shell)
+    return list(sampler.stream(range(n), sys.stderr.isatty() if progress is None else progress))
 
 
 def igenerate(
@@ -122,6 +122,8 @@ def igenerate(
 ) -> Iterator[Atoms]:
     """Draws molecules one by one, in order and in constant memory; see :func:`generate`.
 
+    The first is integrated alone, so that it comes soon.
+
     Args:
         flow: See :func:`generate`, as all others but one.
         n: How many.
@@ -140,14 +142,32 @@ def igenerate(
     Returns:
         An iterator; arguments are checked before it is returned.
     """
+    sampler = _sampler(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, start, churn, closed_shell)
+    return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress, soon=True)
+
+
+def _sampler(
+    flow: ENF,
+    n: int,
+    seed: int,
+    n_atoms: int | None,
+    formula: str | None,
+    solver: str | Solver | None,
+    steps: int | None,
+    batch_size: int,
+    device: str | torch.device | None,
+    start: int,
+    churn: float | None,
+    closed_shell: bool,
+) -> Sampler:
+    """Returns a request, checked."""
     check_flow(flow)
     check_counts(n, seed, batch_size, start)
     chosen = resolve_solver(solver, steps, flow.sampling_solver)
     if churn is not None:
         chosen = replace(chosen, churn=churn)
     flow.check_churn(chosen)
-    sampler = Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell)
-    return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress)
+    return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell)
 
 
 class Sampler:
@@ -185,21 +205,27 @@ class Sampler:
                 f"such as {near}"
             )
 
-    def stream(self, indices: Sequence[int], progress: bool) -> Iterator[Atoms]:
-        """Yields the molecules ``indices`` in order."""
+    def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
+        """Yields the molecules ``indices`` in order; ``soon``: the first alone, the next without waiting for many."""
         self.integrations = self.failures = 0
-        window = self.batch_size * WINDOW_BATCHES
+        largest = self.batch_size * WINDOW_BATCHES
+        done, window = 0, 1 if soon else largest
         with tqdm(total=len(indices), disable=not progress, unit="molecule", dynamic_ncols=True) as bar:
-            for k in range(0, len(indices), window):
-                yield from self._window(indices[k : k + window], bar)
+            while done < len(indices):
+                yield from self._window(indices[done : done + window], bar)
+                done += window
+                window = min(2 * max(window, self.batch_size), largest)
         if self.failures:
             warnings.warn(
                 f"{self.failures} of {self.integrations} integrations failed and were drawn again", stacklevel=2
             )
 
-    def _window(self, indices: Sequence[int], bar: tqdm) -> list[Atoms]:
+    def _window(self, indices: Sequence[int], bar: tqdm) -> Iterator[Atoms]:
+        """Yields the molecules of a window in order, each as soon as those before it are there."""
         done: dict[int, Atoms] = {}
         waiting = [self._draft(index, attempt=0) for index in indices]
+        coming = iter(indices)
+        following = next(coming, None)
         while waiting:
             again = []
             for batch in self._same_size(waiting):
@@ -213,8 +239,10 @@ class Sampler:
                     else:
                         done[draft.index] = atoms
                         bar.update(1)
+                while following in done:
+                    yield done.pop(following)
+                    following = next(coming, None)
             waiting = again
-        return [done[index] for index in indices]
 
     def _draft(self, index: int, attempt: int, failures: int = 0) -> Draft:
         if failures == MAX_ATTEMPTS:
@@ -239,11 +267,17 @@ class Sampler:
         latent = base.sample_latent(noise, size, config.dimension, config.flow_features)
         return Draft(index, attempt, numbers, *latent, failures)
 
-    def _same_size(self, drafts: list[Draft]) -> Iterator[list[Draft]]:
-        for size in sorted({len(draft.x) for draft in drafts}):
-            members = [draft for draft in drafts if len(draft.x) == size]
-            for k in range(0, len(members), self.batch_size):
-                yield members[k : k + self.batch_size]
+    def _same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
+        """Returns batches of one size, that of the first draft first."""
+        by_size: dict[int, list[Draft]] = {}
+        for draft in drafts:
+            by_size.setdefault(len(draft.x), []).append(draft)
+        batches = [
+            members[k : k + self.batch_size]
+            for members in by_size.values()
+            for k in range(0, len(members), self.batch_size)
+        ]
+        return sorted(batches, key=lambda batch: batch[0].index)
 
     def _integrate(self, drafts: list[Draft]) -> list[Atoms | None]:
         """Returns a molecule for each draft, None where the integration failed."""

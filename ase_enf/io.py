@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
-import uuid
+import shutil
+import sqlite3
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import all_properties
 from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
-from ase.io.extxyz import SPECIAL_3_3_KEYS, key_val_dict_to_str, key_val_str_to_dict
+from ase.io.extxyz import (
+    REV_PROPERTY_NAME_MAP,
+    SPECIAL_3_3_KEYS,
+    key_val_dict_to_str,
+    key_val_str_to_dict,
+    per_config_properties,
+)
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+from ase.io.trajectory import TrajectoryWriter
 from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
-from ase_enf.files import brief, require_folder
+from ase_enf.files import brief, real_path, replaced, require_folder
 
 # What of ours ase.db can select by; everything else of ours is in the row's data alone.
 _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")
 _PREFIX = "enf_"
+_SCORE_KEYS = _KEYS[:3]
 _STREAMED = (".extxyz", ".xyz")
 _COMPRESSED = (".gz", ".bz2", ".xz")
 KEEP_INFO = (*_STREAMED, ".db", ".traj")
 """Endings whose formats keep ``info``."""
+
+COMMIT_SECONDS = 1.0
+_SQLITE = b"SQLite format 3\0"
 
 # ASE writes the elements or the number of atoms of the first structure for all.
 _ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
@@ -114,6 +130,173 @@ def _ending(path: Path) -> str:
     return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
 
 
+class GrowingFile:
+    """A file of structures that keeps what was added to it, whatever ends the work.
+
+    ``.extxyz`` and ``.xyz`` are written structure by structure, and rows of a ``.db`` are committed every second: even
+    a killed process leaves all but the last of them. Any other format is written when the file is closed, also by an
+    exception. Nothing is there before the first structure; an old file is replaced by the first one, or continued.
+
+    Args:
+        path: Where to; see :func:`write_structures`.
+        append: Whether an old file is continued: ``.extxyz``, ``.xyz``, ``.db`` or ``.traj``.
+        whole: Whether an old file stays until the new one is complete, and an exception leaves it as it was, as must be
+            where it is the source of what is written.
+
+    Raises:
+        ValueError: If structures cannot be written, or added, to such a file.
+
+    Warns:
+        UserWarning: When it is closed, if the format does not keep all of the structures.
+
+    Example:
+        >>> import tempfile
+        >>> from ase.build import molecule
+        >>> with tempfile.TemporaryDirectory() as folder, GrowingFile(f"{folder}/m.extxyz") as file:
+        ...     file.add(molecule("H2O"))
+        ...     (file.path.read_text().splitlines()[0], file.count)
+        ('3', 1)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], append: bool = False, whole: bool = False) -> None:
+        self.path = check_output(path)
+        if append:
+            check_append(self.path)
+        self.count = 0  # structures that are in the file
+        self.can_append = self.path.suffix in KEEP_INFO
+        self._append = append
+        self._whole = whole and not append
+        self._lost: dict[str, None] = {}
+        self._waiting: list[Atoms] = []  # of a format that is written at the end
+        self._database: Any = None
+        self._uncommitted, self._committed_at = 0, 0.0
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def add(self, atoms: Atoms) -> None:
+        """Adds one structure.
+
+        Raises:
+            ValueError: See :func:`write_structures`.
+            OSError: If there is no room for it; what was added before stays.
+        """
+        if self._whole:
+            self._waiting.append(atoms)
+        elif self.path.suffix == ".db":
+            self._add_row(atoms)
+        elif self.path.suffix in _STREAMED:
+            self._add_frame(_storable(atoms, self.path, self._lost))
+        else:
+            check_output(self.path, len(self._waiting) + 1)
+            self._waiting.append(_storable(atoms, self.path, self._lost))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._database is not None:
+            self._commit()
+        if self._whole:
+            self.count = write_structures(self.path, self._waiting) if kind is None else 0
+        elif self._waiting:
+            suffix = "".join(self.path.suffixes)
+            with replaced(self.path, suffix) as part, _explained(self.path):
+                if self._append and self.path.exists():
+                    shutil.copyfile(self.path, part)
+                    with TrajectoryWriter(part, mode="a") as trajectory:  # write(append=True) would lose them
+                        for atoms in self._waiting:
+                            trajectory.write(atoms)
+                else:
+                    write(part, self._waiting)
+            self.count = len(self._waiting)
+        _warn_of(self._lost, self.path)
+
+    def _add_frame(self, atoms: Atoms) -> None:
+        text = io.StringIO()
+        with _explained(self.path):
+            write(text, atoms, format="extxyz")
+            fresh = not self.count and not self._append
+            with open(self.path, "wb" if fresh else "ab", buffering=0) as handle:
+                end = handle.tell()
+                try:
+                    if end and not self.count and not _ends_line(self.path):
+                        handle.write(b"\n")
+                    _write_whole(handle, text.getvalue().encode())
+                except BaseException:
+                    handle.truncate(end)
+                    if fresh:
+                        real_path(self.path).unlink()
+                    raise
+        self.count += 1
+
+    def _add_row(self, atoms: Atoms) -> None:
+        from ase.db import connect
+
+        keys, data = _row(atoms)
+        with _explained(self.path):
+            if self._database is None:
+                if not self.count and not self._append:
+                    for ending in ("", "-journal"):  # a journal of the old content would be taken for one of the new
+                        real_path(self.path).with_name(real_path(self.path).name + ending).unlink(missing_ok=True)
+                self._database = connect(self.path)
+                self._database.__enter__()
+                self._committed_at = time.monotonic()
+            try:
+                self._database.write(atoms, key_value_pairs=keys, data=data)
+            except BaseException as error:
+                with suppress(sqlite3.Error):
+                    self._database.__exit__(type(error), error, None)  # takes back half a row, and what is with it
+                self._database, self._uncommitted = None, 0
+                if not self.count and not self._append:
+                    real_path(self.path).unlink(missing_ok=True)
+                raise
+        self._uncommitted += 1
+        if time.monotonic() - self._committed_at > COMMIT_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        database, self._database = self._database, None
+        with _explained(self.path):
+            database.__exit__(None, None, None)
+        self.count, self._uncommitted = self.count + self._uncommitted, 0
+
+
+def check_append(path: str | os.PathLike[str]) -> None:
+    """Raises ``ValueError`` for a file to which no structures can be added.
+
+    Example:
+        >>> check_append("m.pdb")
+        Traceback (most recent call last):
+        ValueError: m.pdb: structures cannot be added to such a file; use .extxyz, .xyz, .db, .traj
+    """
+    path = Path(path)
+    if path.suffix not in KEEP_INFO:
+        raise ValueError(f"{path}: structures cannot be added to such a file; use {', '.join(KEEP_INFO)}")
+    if path.suffix == ".db" and path.exists():
+        with path.open("rb") as handle:
+            if handle.read(len(_SQLITE)) not in (_SQLITE, b""):
+                raise ValueError(f"{path}: is no ASE database; nothing can be added to it")
+
+
+def _ends_line(path: Path) -> bool:
+    """Whether the last line of a file that is not empty is complete."""
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        return handle.read(1) == b"\n"
+
+
+def _write_whole(handle: FileIO, content: bytes) -> None:
+    """Writes all of the content without a buffer, by a single call of the system if that takes it all."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[handle.write(rest) :]
+
+
+def _warn_of(lost: Iterable[str], path: Path) -> None:
+    """Names what a format did not keep."""
+    if named := ", ".join(lost):
+        remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
+        warnings.warn(f"{path}: this format {named}; use {remedy} to keep it", stacklevel=3)
+
+
 def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> int:
     """Writes structures in the format of the file's ending; the file appears when it is complete.
 
@@ -148,28 +331,15 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
     """
     path = check_output(path, len(atoms) if isinstance(atoms, Sized) else 1)
     lost: dict[str, None] = {}  # in the order of their discovery
-    with _whole(path) as part:
+    with replaced(path, "".join(path.suffixes)) as part:  # ASE knows the format by the endings
         if path.suffix == ".db":
             count = _write_database(part, path, atoms)
         elif path.suffix in _STREAMED:
             count = _write_stream(part, path, (_storable(item, path, lost) for item in atoms))
         else:
             count = _write_all(part, path, [_storable(item, path, lost) for item in atoms])
-    if lost:
-        remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
-        warnings.warn(f"{path}: this format {', '.join(lost)}; use {remedy} to keep it", stacklevel=2)
+    _warn_of(lost, path)
     return count
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path of the same endings, renamed at the end."""
-    part = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # the whole name: the format of m.extxyz.gz is in it
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -177,8 +347,9 @@ def _explained(path: Path) -> Iterator[None]:
     """Turns every error of ASE's writers, which have their own for each format, into one line."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({brief(error)}); make room there, or name another folder") from error
+    except (OSError, sqlite3.OperationalError) as error:
+        reason = f"OSError: {error.strerror}" if isinstance(error, OSError) and error.strerror else brief(error)
+        raise OSError(f"{path}: cannot be written ({reason}); make room there, or name another folder") from error
     except Exception as error:
         message = f"{path}: ASE cannot write these structures in this format ({brief(error)}); use .extxyz or .db"
         raise ValueError(message) from error
@@ -193,7 +364,7 @@ def _write_all(part: Path, path: Path, many: list[Atoms]) -> int:
 
 def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
-    with open(part, "w") as handle:
+    with open(part, "w", encoding="utf-8") as handle:
         for item in atoms:
             with _explained(path):
                 write(handle, item, format="extxyz")
@@ -211,7 +382,7 @@ def _storable(atoms: Atoms, path: Path, lost: dict[str, None]) -> Atoms:
     arrays = [f"arrays[{name!r}]" for name in atoms.arrays if name not in _ASE_ARRAYS]
     if _ending(path) == ".traj":
         lost |= {f"keeps no {name}": None for name in arrays}
-        return atoms
+        return _with(atoms, _plain(atoms.info, "info"), atoms.arrays)  # a file with a date in it cannot be read again
     if atoms.info:
         lost["keeps no info (seed, model, scores …)"] = None
     lost |= {f"may lose {name}": None for name in [*arrays, *_constraints(atoms)]}  # some keep one or the other
@@ -227,21 +398,41 @@ def _extended(atoms: Atoms, lost: dict[str, None]) -> Atoms:
     """Returns what extended xyz reads back as these atoms: a copy where something would change."""
     kept = {FixAtoms.__name__, FixCartesian.__name__}
     lost |= {f"keeps no {kind}": None for kind in _constraints(atoms) if kind not in kept}
-    written = {key: _written(key, value) for key, value in _named(atoms.info, "info").items()}
-    lost |= {f"keeps no info[{key!r}]": None for key, value in written.items() if value is None}
+    results = getattr(atoms.calc, "results", {})
+    named = _named(atoms.info, "info")
+    known = [f"info[{key!r}]" for key in named if key in results]
+    known += [f"arrays[{name!r}]" for name in atoms.arrays if _property(name) in results]
+    lost |= {f"keeps no {name} beside the calculator's": None for name in known}
+    written = {key: _written(key, value) for key, value in named.items() if key not in results}
     info = {key: value for key, value in written.items() if value is not None}
-    arrays = {name: _column(name, array) for name, array in atoms.arrays.items()}
-    same = all(arrays[name] is array for name, array in atoms.arrays.items())
-    if same and all(info.get(key) is value for key, value in atoms.info.items()):
+    arrays = {name: _column(name, array) for name, array in atoms.arrays.items() if _property(name) not in results}
+    lost |= {f"keeps no info[{key!r}]": None for key, value in written.items() if value is None}
+    moved = [f"info[{key!r}]" for key in info if key in per_config_properties and key not in SPECIAL_3_3_KEYS]
+    moved += [f"arrays[{name!r}]" for name in arrays if _property(name) in all_properties]
+    lost |= {f"moves {name} to a calculator's results": None for name in moved}
+    return _with(atoms, info, arrays)
+
+
+def _with(atoms: Atoms, info: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Atoms:
+    """Returns the atoms with another ``info`` and other arrays: a copy where something differs."""
+    same_info = info.keys() == atoms.info.keys() and all(info[key] is value for key, value in atoms.info.items())
+    if same_info and arrays.keys() == atoms.arrays.keys() and all(arrays[k] is v for k, v in atoms.arrays.items()):
         return atoms
     copy = atoms.copy()
     copy.info, copy.arrays, copy.calc = info, arrays, atoms.calc
     return copy
 
 
+def _property(name: str) -> str:
+    """Returns under which name extended xyz reads a column."""
+    return REV_PROPERTY_NAME_MAP.get(name, name)
+
+
 def _column(name: str, array: NDArray[Any]) -> NDArray[Any]:
     """Returns what extended xyz reads back as an array of the atoms."""
-    if re.search(r"""[\s:=\\"'{}\[\]]|^$""", name) or name in _XYZ_COLUMNS:
+    if _property(name) in all_properties and array.dtype.kind not in "iuf":
+        problem = f"under the name of a result the type {array.dtype}"
+    elif re.search(r"""[\s:=\\"'{}\[\]]|^$""", name) or name in _XYZ_COLUMNS:
         problem = "a column of that name"
     elif array.ndim > 2 or 0 in array.shape[1:]:
         problem = f"the shape {array.shape}"
@@ -267,6 +458,8 @@ def _written(key: str, value: Any) -> Any:
         return None
     try:
         plain = value.symbol if isinstance(value, Spacegroup) else _plain(value, key)
+        if key in per_config_properties and np.asarray(plain).dtype.kind not in "iuf":
+            return None  # the file could not be read again: ASE takes it for a result
         if key in SPECIAL_3_3_KEYS:
             return _matrix(key, np.asarray(plain))
         if plain is None or isinstance(plain, str):
@@ -324,10 +517,8 @@ def _read_back(value: str | None) -> str | None:
 
 
 def _write_database(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
-    from ase.db import connect
-
     count = 0
-    with connect(part) as database:  # one transaction: row by row it is forty times slower
+    with _transaction(part, path) as database:
         for item in atoms:
             keys, data = _row(item)
             with _explained(path):
@@ -336,12 +527,32 @@ def _write_database(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     return count
 
 
+@contextmanager
+def _transaction(part: Path, path: Path) -> Iterator[Any]:
+    """Opens a database for rows that are committed together: one by one, writing takes forty times as long."""
+    from ase.db import connect
+
+    database = connect(part)
+    with _explained(path):
+        database.__enter__()
+    try:
+        yield database
+    except BaseException as error:
+        with suppress(sqlite3.Error):  # a full disk refuses the rollback too
+            database.__exit__(type(error), error, None)
+        raise
+    with _explained(path):
+        database.__exit__(None, None, None)
+
+
 def _row(atoms: Atoms) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the keys and the data of a row of a database."""
     info = _plain(atoms.info, "info")
     arrays = {name: array for name, array in atoms.arrays.items() if name not in _ASE_ARRAYS}
     own = {key: info[_PREFIX + key] for key in _KEYS if _PREFIX + key in info}
-    keys = {key: value for key, value in info.items() if not key.startswith(_PREFIX)} | own
+    # The same without prefix, as rows of a database have it, would be that of an earlier score.
+    earlier = _SCORE_KEYS if _PREFIX + _SCORE_KEYS[0] in info else ()
+    keys = {key: value for key, value in info.items() if not key.startswith(_PREFIX) and key not in earlier} | own
     data = {"info": info} | ({"arrays": _plain(arrays, "arrays")} if arrays else {})
     return {key: value for key, value in keys.items() if _is_key(key, value)}, data
 
@@ -363,7 +574,8 @@ def _plain(value: Any, name: str) -> Any:
     if hasattr(value, "todict"):
         return _plain(value.todict(), name)
     raise ValueError(
-        f"{name} = {_shown(value)}: a database holds no {type(value).__name__}; remove it, or make it numbers and texts"
+        f"{name} = {_shown(value)}: the file would hold no {type(value).__name__}; remove it, or make it numbers and "
+        "texts"
     )
 
 
@@ -381,9 +593,12 @@ def _shown(value: Any) -> str:
 
 
 def _is_key(key: str, value: Any) -> bool:
-    """Whether ase.db takes an entry as a key to select by."""
+    """Whether ase.db takes an entry as a key to select by, and its rows still work with an attribute of that name."""
     from ase.db.core import check
+    from ase.db.row import AtomsRow
 
+    if key.startswith("_") or hasattr(AtomsRow, key):
+        return False
     try:
         check({key: value})
     except ValueError:

@@ -39,7 +39,15 @@ import pandas as pd
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ase_enf.chem.bonds import Stability, bond_orders, n_fragments, pair_distances, size_groups, stability, structures
+from ase_enf.chem.bonds import (
+    Stability,
+    bond_orders,
+    n_fragments,
+    pair_distances,
+    size_groups,
+    stable_atoms,
+    structures,
+)
 from ase_enf.chem.convert import Reading, normalise_smiles, rdkit_version, read_graph
 
 N_BINS = 100
@@ -126,8 +134,8 @@ def evaluate(
         printed with the figures: the versions of RDKit, ASE and this package, the bond table and the reference.
 
     Raises:
-        ValueError: There are no structures, one is periodic or has a position that is not finite, or the reference
-            is unknown or empty.
+        ValueError: There are no structures, one is periodic or has an atomic number of no element, or the reference is
+            unknown, empty or unreadable.
         TypeError: An item is neither `Atoms` nor, in the reference, a SMILES.
 
     Reference:
@@ -161,10 +169,11 @@ def survey(atoms: Structures) -> Survey:
         atoms: One structure or several; a survey is returned as it is.
 
     Returns:
-        The survey; what it says of a structure does not depend on the others.
+        The survey; what it says of a structure does not depend on the others. One with a position that is not finite
+        has no stable atom, no fragment, no SMILES and no distances.
 
     Raises:
-        ValueError: There are no structures, one is periodic or has a position that is not finite.
+        ValueError: There are no structures, or one is periodic or has an atomic number of no element.
         TypeError: An item is not an `Atoms`.
 
     >>> from ase.build import molecule
@@ -180,13 +189,19 @@ def survey(atoms: Structures) -> Survey:
     fragments = np.zeros(len(listed), dtype=np.int64)
     distances = np.zeros((len(listed), N_BINS), dtype=np.int64)
     readings: list[Reading] = [Reading(None, None, False)] * len(listed)
-    for index, numbers, positions in size_groups(listed):
+    stable = np.zeros(len(listed), dtype=np.int64)
+    finite = np.array([place for place, item in enumerate(listed) if np.isfinite(item.positions).all()], dtype=np.int64)
+    for group, numbers, positions in size_groups([listed[place] for place in finite]):
+        index = finite[group]
         orders = bond_orders(numbers, positions)
+        stable[index] = stable_atoms(numbers, orders).sum(axis=1)
         fragments[index] = n_fragments(orders)
         distances[index] = distance_counts(positions)
         for place, elements, matrix in zip(index, numbers, orders, strict=True):
             readings[place] = read_graph(elements, matrix)
-    return Survey(stability(listed), fragments, tuple(readings), distances)
+    sizes = np.array([len(item) for item in listed], dtype=np.int64)
+    verdicts = Stability(stable, sizes, (stable == sizes) & (sizes > 0))
+    return Survey(verdicts, fragments, tuple(readings), distances)
 
 
 def atom_stability(atoms: Structures) -> Metric:
@@ -545,7 +560,7 @@ def as_reference(reference: str | Reference | Survey | Iterable[str] | Atoms | I
         The reference. SMILES that RDKit cannot read are kept as they are, with a warning that counts them.
 
     Raises:
-        ValueError: The name is unknown, or there is nothing in it.
+        ValueError: The name is unknown, or there is nothing in it that can be read.
         TypeError: It mixes SMILES and structures, or holds something else.
 
     >>> sorted(as_reference(["OCC", "C"]).smiles)
@@ -578,6 +593,11 @@ def _reference_of_structures(seen: Survey) -> Reference:
 def _reference_of_smiles(smiles: list[str]) -> Reference:
     normalised = {text: normalise_smiles(text) for text in set(smiles)}
     unread = [text for text, canonical in normalised.items() if canonical is None]
+    if len(unread) == len(normalised):
+        raise ValueError(
+            f"RDKit cannot read any of the {len(unread)} different SMILES of the reference, such as {min(unread)!r}: "
+            "give SMILES, or leave the reference out"
+        )
     if unread:
         warnings.warn(
             f"RDKit cannot read {len(unread)} of {len(normalised)} different SMILES of the reference, "

@@ -119,6 +119,7 @@ class ENFConfig:
             raise ValueError(f"hidden={self.hidden}, layers={self.layers}: both must be at least 1")
         if self.radial < 0 or (self.radial and self.network != "egnn"):
             raise ValueError(f"radial={self.radial}: must be at least 0, and 0 unless network is 'egnn'")
+        base.check_counts("compositions", self.compositions)
         if min(self.sizes, default=2) < 2:
             raise ValueError(f"sizes: {min(self.sizes)} atom(s) have no density on centred positions; the least is 2")
         if not all(math.isfinite(scale) and scale > 0 for scale in self.feature_scale):
@@ -210,6 +211,18 @@ class ENF(nn.Module):
         )
         self.dynamics = Dynamics(network, Parameterisation(config.parameterisation, config.feature_std))
         self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
+
+    def __repr__(self) -> str:
+        """Says in two lines what the flow is; ``print(flow.dynamics)`` lists its modules."""
+        config, sizes = self.config, list(self.size_prior.counts)
+        trained = f", {self.provenance['objective']}" if "objective" in self.provenance else ""
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"ENF {self.name!r}: features {config.features}, {' '.join(self.species) or 'any elements'}, {sizes[0]} to "
+            f"{sizes[-1]} atoms{trained}\n"
+            f"    {config.network}, {config.layers} layers x {config.hidden}, {weights:,} weights, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        )
 
     @property
     def species(self) -> tuple[str, ...]:
@@ -467,9 +480,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder, of a run for instance.
         ValueError: If the file is truncated, foreign, or of a newer format.
     """
     path = Path(path)
+    if path.is_dir() and path != Path():
+        inside = sorted(path.glob("*.safetensors"))
+        raise IsADirectoryError(
+            f"{path}: is a folder; name a weights file{f', such as {inside[-1]}' if inside else ' (.safetensors)'}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
     try:
@@ -484,7 +503,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         header = json.loads(text)
         newer = header.get("format", 0) > FORMAT_VERSION
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: has a damaged header ({error}); fetch or train it again") from None
     if newer:
         raise ValueError(
@@ -573,17 +592,55 @@ def load(
     header = read_header(path)
     try:
         config = ENFConfig(**header["config"])
-        model = ENF(config, header.get("provenance"))
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        model.load_state_dict(state, strict=True)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        check_extent(config, state)
+        model = build_empty(config, header.get("provenance"))
+        model.load_state_dict(state, strict=True, assign=True)
+    except (
+        *(AttributeError, KeyError, TypeError, ValueError),
+        *(OverflowError, RuntimeError, SafetensorError),
+    ) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"
         ) from None
     model.name = _model_name(path)
     return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
+
+
+def build_empty(config: ENFConfig, provenance: Mapping[str, Any] | None = None) -> ENF:
+    """Returns a flow without weights, for ``load_state_dict(..., assign=True)``.
+
+    It takes no memory, and no number from torch's generator.
+
+    Example:
+        >>> build_empty(ENFConfig(hidden=8, layers=1)).device
+        device(type='meta')
+    """
+    with torch.device("meta"):
+        return ENF(config, provenance)
+
+
+def check_extent(config: ENFConfig, state: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for a network larger than the weights that are there for it, before it is built.
+
+    Args:
+        config: What the flow is to be.
+        state: Its weights by name.
+
+    Example:
+        >>> check_extent(ENFConfig(layers=10**9), {"weight": torch.zeros(3)})
+        Traceback (most recent call last):
+        ValueError: hidden=64, layers=1000000000, radial=0: there are only 3 weights in 1 tensors
+    """
+    weights = sum(value.numel() for value in state.values())
+    tensors = config.layers if config.network == "kernel" else len(state)  # all others have several tensors a layer
+    if config.hidden * config.layers > weights or config.layers > tensors or config.radial > weights:
+        raise ValueError(
+            f"hidden={config.hidden}, layers={config.layers}, radial={config.radial}: there are only {weights} weights "
+            f"in {len(state)} tensors"
+        )
 
 
 def _model_name(path: Path) -> str:

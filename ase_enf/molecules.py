@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
     Raises:
         TypeError: If it is, or an item is, something else.
+        ValueError: If an item has an atomic number of no element.
 
     Example:
         >>> len(one_or_many(Atoms("H2O", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])))
@@ -79,7 +81,18 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
             raise TypeError(
                 f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read"
             )
+        _check_numbers(item, index)
     return many
+
+
+def _check_numbers(atoms: Atoms, index: int) -> None:
+    """Raises ``ValueError`` for atomic numbers that ASE takes and has no name for."""
+    unknown = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers >= len(chemical_symbols))]
+    if len(unknown):
+        raise ValueError(
+            f"structure {index}: has the atomic number {unknown[0]}; elements are 1 to {len(chemical_symbols) - 1}, "
+            "correct it"
+        )
 
 
 def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
@@ -95,11 +108,11 @@ def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
 
 
 def check_whole(name: str, value: Any, least: int) -> int:
-    """Returns a whole number, and raises a ``ValueError`` for another or one below ``least``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value}: must be a whole number") from None
+    """Returns a whole number, and raises a ``ValueError`` for anything else, arrays too, or one below ``least``."""
+    if not isinstance(value, numbers.Integral):
+        kind = "" if isinstance(value, numbers.Real | str) else f", not {type(value).__name__}"
+        raise ValueError(f"{name}={' '.join(str(value).split())[:60]}: must be a whole number{kind}")
+    number = int(value)
     if number < least:
         raise ValueError(f"{name}={number}: must be at least {least}")
     return number
@@ -112,13 +125,18 @@ def formula_numbers(formula: str) -> np.ndarray:
         formula: Text, or what ASE prints as one: ``atoms.symbols``, a ``Formula``.
 
     Raises:
-        ValueError: If ``formula`` is no formula, is empty, has a charge or more than ten thousand atoms.
+        ValueError: If ``formula`` is no formula, is empty, has a charge or more than ten thousand atoms, or is a text
+            that says more as a SMILES.
 
     Example:
         >>> formula_numbers("CH4").tolist()
         [6, 1, 1, 1, 1]
     """
     stripped = str(formula).strip()
+    if isinstance(formula, str) and _is_smiles(stripped):
+        raise ValueError(
+            f"formula {formula!r}: is a SMILES, and a formula counts every atom, hydrogens too; write C2H6O for CCO"
+        )
     if set(stripped) & set("+-"):
         raise ValueError(f"formula {formula!r}: flows know no charges; write the atoms alone, like C7H10O2")
     try:
@@ -133,6 +151,17 @@ def formula_numbers(formula: str) -> np.ndarray:
     return np.array(numbers)
 
 
+def _is_smiles(text: str) -> bool:
+    """Whether a text of symbols is a SMILES rather than a formula: no hydrogen, rings closed, an element repeated.
+
+    A formula would put the atoms of an element together (C2O), and leave a digit without its partner.
+    """
+    symbols = re.findall(r"Cl|Br|[BCNOPSFI]", text)
+    rings = re.findall(r"%\d\d|\d", text)
+    rest = re.sub(r"Cl|Br|[BCNOPSFI]|%\d\d|\d|[()=#]", "", text)
+    return not rest and len(set(symbols)) < len(symbols) and all(rings.count(ring) % 2 == 0 for ring in rings)
+
+
 def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension: int = 3) -> None:
     """Raises one clear line if ``atoms`` cannot be an input of a flow over ``species``.
 
@@ -143,9 +172,11 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
         dimension: 3, or 2 for a flow in the xy plane.
 
     Raises:
-        ValueError: For a periodic cell, fewer than two atoms, non-finite coordinates, two atoms on one point, atoms off
-            the xy plane of a two-dimensional flow, or an element the flow does not know.
+        ValueError: For an atomic number of no element, a periodic cell, fewer than two atoms, non-finite coordinates,
+            two atoms on one point, atoms off the xy plane of a two-dimensional flow, or an element the flow does not
+            know.
     """
+    _check_numbers(atoms, index)
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
     if atoms.pbc.any():
         raise ValueError(

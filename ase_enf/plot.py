@@ -54,6 +54,7 @@ class _Canvas(NamedTuple):
     colour: NDArray[np.float32]
 
 
+@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
 def gallery(
     atoms: Atoms | Iterable[Atoms],
     path: str | Path,
@@ -112,6 +113,7 @@ def gallery(
     return target
 
 
+@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
 def distance_histogram(
     atoms: Structures,
     reference: str | Reference | Iterable[Atoms],
@@ -191,6 +193,7 @@ def broadside(
     return turned - (turned.max(axis=0) + turned.min(axis=0)) / 2
 
 
+@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
 def draw(
     numbers: NDArray[np.integer],  # (M,)
     positions: NDArray[np.floating],  # (M, 3), Å

@@ -69,6 +69,7 @@ def score(
     batch_size: int = 32,
     device: str | torch.device | None = None,
     progress: bool | None = None,
+    first: int = 0,
 ) -> pd.DataFrame:
     """Scores structures by their log-likelihood in nats, with an error bar.
 
@@ -101,6 +102,7 @@ def score(
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
+        first: What warnings call the first structure, where a list is scored in parts.
 
     Returns:
         One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and, with fixed steps,
@@ -123,15 +125,13 @@ def score(
     check_flow(flow)
     many = one_or_many(atoms)
     seeds = [seed] * len(many) if np.ndim(seed) == 0 else list(seed)
-    _check(flow, many, trace, probes, draws, seeds, batch_size)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
+    check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance)
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
     scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
-    _warn(many, estimates, tolerance)
+    _warn(many, estimates, tolerance, first)
     rows = []
     for item, estimate in zip(many, estimates, strict=True):
         used = scorer.trace_of(len(item))
@@ -151,12 +151,12 @@ def score(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float) -> None:
+def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float, first: int) -> None:
     """Names the structures without a finite score, and those whose integration error stayed above the tolerance."""
 
     def say(places: list[int], words: str) -> None:
         if places:
-            names = ", ".join(f"{k} ({atoms[k].get_chemical_formula()})" for k in places[:5])
+            names = ", ".join(f"{first + k} ({atoms[k].get_chemical_formula()})" for k in places[:5])
             warnings.warn(f"{len(places)} structure(s) {words}: structure {names}", stacklevel=4)
 
     finite = [math.isfinite(estimate.log_likelihood) for estimate in estimates]
@@ -365,9 +365,17 @@ def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float
     return float(value), math.sqrt(variance)
 
 
-def _check(
-    flow: ENF, atoms: list[Atoms], trace: str, probes: int, draws: int, seeds: list[int], batch_size: int
+def check_request(
+    flow: ENF,
+    atoms: Sequence[Atoms],
+    trace: str,
+    probes: int,
+    draws: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    tolerance: float,
 ) -> None:
+    """Raises the ``ValueError`` that :func:`score` would raise, given a seed for each structure; computes nothing."""
     if not atoms:
         raise ValueError("no structures to score; the input is empty")
     if len(seeds) != len(atoms):
@@ -376,6 +384,8 @@ def _check(
         raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
     for name, value in (("probes", probes), ("draws", draws), ("batch_size", batch_size)):
         check_whole(name, value, 1)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
     for value in seeds:
         check_whole("seed", value, 0)
     for index, item in enumerate(atoms):

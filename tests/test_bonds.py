@@ -190,6 +190,12 @@ def test_periodic_structures_are_refused() -> None:
         stability([molecule("CH4"), bulk("Si")])
 
 
+@pytest.mark.parametrize("number", [-1, 119, 1000])
+def test_atomic_numbers_of_no_element_name_the_structure(number: int) -> None:
+    with pytest.raises(ValueError, match=f"structure 1 has the atomic number {number}: .*; correct it"):
+        stability([molecule("CH4"), Atoms([1, number], [(0, 0, 0), (0, 0, 1)])])
+
+
 def test_what_is_not_atoms_is_named() -> None:
     with pytest.raises(TypeError, match="structure 1 is a str"):
         structures([molecule("CH4"), "CH4"])

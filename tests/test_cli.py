@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 import ase_enf
 from ase_enf import cli
-from ase_enf.model import ENF, ENFConfig, load
+from ase_enf.model import ENF, ENFConfig, load, shipped
 
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "8", "--validation-size", "4", "--log-every", "1"]
@@ -147,20 +148,30 @@ def table(here):
 SCORE = ["score", "joint.safetensors", "good.extxyz", "--draws", 2, *FAST]
 
 
-def test_score_to_a_pipe(table, capsys):
+@pytest.fixture
+def written(table):
+    """The scores as they are written: each says of which structure it is."""
+    return table.assign(index=[0, 1], file="good.extxyz", smiles=["O", "C"])
+
+
+def test_score_to_a_pipe(written, capsys):
     assert run(*SCORE) == 0
     said = capsys.readouterr()
-    assert said.out == table.to_csv(index=False) and said.err == ""
+    assert said.out == written.to_csv(index=False) and said.err == ""
 
 
-def test_score_to_tables(table, tmp_path):
+def test_score_to_tables(table, written, tmp_path):
     for ending in ("csv", "json", "md"):
         assert run(*SCORE, "-o", tmp_path / f"s.{ending}") == 0
-    assert (tmp_path / "s.csv").read_text() == table.to_csv(index=False)
+    assert (tmp_path / "s.csv").read_text() == written.to_csv(index=False)
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert [row["log_likelihood"] for row in rows] == pytest.approx(table.log_likelihood.tolist(), rel=1e-12)
     lines = (tmp_path / "s.md").read_text().splitlines()
-    assert len(lines) == 4 and lines[0].startswith("| log_likelihood | stderr |") and " H2O |" in lines[2]
+    assert (
+        len(lines) == 4
+        and lines[0].startswith("| log_likelihood | stderr |")
+        and " H2O | 0 | good.extxyz | O |" in lines[2]
+    )
 
 
 def test_score_to_structures(table, tmp_path):
@@ -171,6 +182,149 @@ def test_score_to_structures(table, tmp_path):
     with connect(tmp_path / "s.db") as database:
         best = database.select(f"log_likelihood>{table.log_likelihood.mean()}")
         assert [row.formula for row in best] == [table.formula[table.log_likelihood.idxmax()]]
+
+
+def test_scores_come_batch_by_batch_and_go_on(written, here, tmp_path, capsys, monkeypatch):
+    words = [*SCORE, "--batch-size", 1]
+    assert run(*words, "-o", tmp_path / "whole.csv") == 0
+    assert run(*words, "-o", tmp_path / "parts.csv", "--start", 1) == 0
+    assert run(*words, "-o", tmp_path / "parts.csv", "--append", "--start", 1) == 0
+    capsys.readouterr()
+    lines = (tmp_path / "whole.csv").read_text().splitlines()
+    assert (tmp_path / "parts.csv").read_text().splitlines() == [lines[0], lines[2], lines[2]]
+    log_prob, calls = ENF.log_prob, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return log_prob(self, *arguments, **options)
+
+    refined = ["--tolerance", 1e9]  # one call a batch
+    for ending in ("csv", "extxyz", "db", "json", "traj"):
+        calls.clear()
+        monkeypatch.setattr(ENF, "log_prob", interrupted)
+        out = tmp_path / f"s.{ending}"
+        assert run(*words, *refined, "-o", out) == 130
+        remedy = "-o ANOTHER" if ending == "json" else "--append"
+        assert capsys.readouterr().err == (
+            f"ase-enf: 1 of 2 scores is in {out}; go on with --start 1 {remedy}\nase-enf: interrupted\n"
+        )
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+        if ending != "json":
+            assert run(*words, *refined, "-o", out, "--start", 1, "--append") == 0
+            capsys.readouterr()
+        if ending in ("csv", "json"):
+            text = out.read_text()
+            assert text.count("good.extxyz") == (1 if ending == "json" else 2)
+        else:
+            assert [str(atoms.symbols) for atoms in cli._read(str(out))] == ["OH2", "CH4"]
+            assert all("enf_log_likelihood" in atoms.info for atoms in cli._read(str(out)))
+
+
+def test_what_a_warning_calls_a_structure_is_its_place_in_the_file(here, capsys):
+    words = ["--batch-size", 1, "--tolerance", 1e-12, "--draws", 1, *FAST]
+    assert run("score", "joint.safetensors", "good.extxyz", *words) == 0
+    said = capsys.readouterr().err
+    assert ": structure 0 (H2O)" in said and ": structure 1 (CH4)" in said
+
+
+def test_a_file_scored_in_place_stays_whole(here, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "mine.extxyz"
+    shutil.copy("good.extxyz", path)
+    before = path.read_bytes()
+    words = ["score", "joint.safetensors", path, "-o", path, "--overwrite", "--draws", 1, *FAST]
+    assert "would leave the first structures" in error_of(capsys, *words, "--start", 1)
+    log_prob, calls = ENF.log_prob, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return log_prob(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ENF, "log_prob", interrupted)
+        assert run(*words, "--batch-size", 1, "--tolerance", 1e9) == 130
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["mine.extxyz"]
+    assert run(*words) == 0
+    assert all("enf_log_likelihood" in atoms.info for atoms in read(path, index=":"))
+
+
+def test_nothing_is_overwritten_silently(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(ENF, "sample")  # said before anything is computed
+    monkeypatch.delattr(ENF, "log_prob")
+    generate, evaluate = ["generate", "joint.safetensors", "-n", 2], ["evaluate", "good.extxyz"]
+    pictured = [*generate, "-o", tmp_path / "n.traj", "--gallery"]
+    compared = [*evaluate, "--reference", "qm9", "--histogram"]
+    for name, words in {
+        "m.extxyz": [*generate, "-o"], "m.db": [*generate, "-o"], "m.png": pictured, "s.csv": [*SCORE, "-o"],
+        "s.extxyz": [*SCORE, "-o"], "r.json": [*evaluate, "-o"], "g.png": [*evaluate, "--gallery"], "h.png": compared,
+        "w.safetensors": ["convert-en-flows", "nothing.npz", "-o"],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text("mine")
+        said = error_of(capsys, *words, tmp_path / name)
+        added = ", --append adds to it" if name in ("m.extxyz", "m.db", "s.csv", "s.extxyz") else ""
+        assert f"{tmp_path / name}: is there already; --overwrite replaces it{added}, or name another" in said
+        assert (tmp_path / name).read_text() == "mine"
+    assert "choose one" in error_of(capsys, *generate, "-o", tmp_path / "m.extxyz", "--append", "--overwrite")
+    assert "is no ASE database; nothing can be added" in error_of(
+        capsys, *generate, "-o", tmp_path / "m.db", "--append"
+    )
+    for words in ([*generate, "-o", tmp_path / "m.cif"], [*SCORE, "-o", tmp_path / "s.json"]):
+        assert "added to such a" in error_of(capsys, *words, "--append")
+    assert "name it by -o" in error_of(capsys, *SCORE, "--append")
+    assert "good.extxyz holds 2 structures" in error_of(capsys, *SCORE, "--start", 2)
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db", "traj"])
+def test_a_request_goes_on_where_it_was_interrupted(here, tmp_path, capsys, monkeypatch, ending):
+    words = ["generate", "joint.safetensors", "--seed", 5, "--dtype", "float64", "--batch-size", 1, *FAST]
+    whole, out = tmp_path / "whole.extxyz", tmp_path / f"m.{ending}"
+    assert run(*words, "-n", 30, "-o", whole) == 0
+    sample, calls = ENF.sample, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) > 9:  # the first, and one window of eight
+            raise KeyboardInterrupt
+        return sample(self, *arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(ENF, "sample", interrupted)
+        assert run(*words, "-n", 30, "-o", out) == 130
+    said = capsys.readouterr().err
+    found = re.fullmatch(
+        rf"ase-enf: (\d+) of 30 molecules are in {out}; go on with (--start \1 -n (\d+) --append)\n"
+        "ase-enf: interrupted\n",
+        said,
+    )
+    assert found and int(found.group(1)) + int(found.group(3)) == 30 and int(found.group(1)) >= 1
+    assert len(cli._read(str(out))) == int(found.group(1))
+    assert run(*words, *found.group(2).split(), "-o", out) == 0
+    for ours, theirs in zip(cli._read(str(out)), read(whole, index=":"), strict=True):
+        assert ours.numbers.tolist() == theirs.numbers.tolist() and ours.info == theirs.info
+        assert np.allclose(ours.positions, theirs.positions, atol=1e-7)
+    assert sorted(os.listdir(tmp_path)) == sorted([f"m.{ending}", "whole.extxyz"])
+
+
+def test_overwriting_is_possible(here, tmp_path):
+    for name in ("m.extxyz", "m.db", "m.traj"):
+        words = ["generate", "joint.safetensors", "-o", tmp_path / name, *FAST]
+        assert run(*words, "-n", 3) == 0 and run(*words, "-n", 2, "--overwrite") == 0
+        assert len(cli._read(str(tmp_path / name))) == 2
+        assert run(*words, "-n", 2, "--start", 2, "--append") == 0
+        assert [atoms.info["enf_index"] for atoms in cli._read(str(tmp_path / name))] == [0, 1, 2, 3]
+
+
+def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_QUIET", 0.0)
+    assert run("generate", "joint.safetensors", "-n", 3, "-o", tmp_path / "m.extxyz", *FAST) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == ["ase-enf: 1 of 3 molecules", "ase-enf: 2 of 3 molecules"]
+    assert run(*SCORE, "--batch-size", 1) == 0
+    assert capsys.readouterr().err == "ase-enf: 1 of 2 structures\n"
 
 
 def test_score_of_an_exact_model(here, capsys):
@@ -412,7 +566,7 @@ def test_a_database_keeps_the_keys_of_its_user(here, tmp_path):
     path = tmp_path / "mine.db"
     with connect(path) as database:
         database.write(molecule("H2O"), name="water", pka=14.0, data={"spec": [1, 2, 3]})
-    assert run("score", "given.safetensors", path, "-o", path, *FAST) == 0
+    assert run("score", "given.safetensors", path, "-o", path, "--overwrite", *FAST) == 0
     with connect(path) as database:
         (row,) = database.select("pka>3")
     assert row.name == "water" and row.data["info"]["spec"] == [1, 2, 3] and np.isfinite(row.log_likelihood)
@@ -460,7 +614,11 @@ def test_info(here, capsys):
     assert run("info", "joint.safetensors", "--json") == 0
     header = json.loads(capsys.readouterr().out)
     assert header["config"]["hidden"] == 8 and header["provenance"] == {"data": "nothing", "step": 3}
-    assert run("info") == 0  # the shipped names
+    assert run("info") == 0  # the shipped ones
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == shipped() and all(len(line) < 140 for line in lines)
+    for line in lines:
+        assert re.search(r" \d+( to \d+)? atoms: .*(stable|effective sample size) ?\d*", line), line
 
 
 def test_version_and_help(here, capsys):
@@ -471,6 +629,71 @@ def test_version_and_help(here, capsys):
     assert all(command in said for command in ("generate", "score", "evaluate", "train", "info"))
     for command in ("generate", "score", "evaluate", "info"):
         assert run(command, "--help") == 0
+
+
+def test_an_unknown_option_points_at_the_help_of_its_command(here, capsys):
+    for command in (["generate", "qm9"], ["score", "qm9", "good.extxyz"], ["evaluate", "good.extxyz"], ["info"]):
+        assert run(*command, "--stable") == 2
+        said = capsys.readouterr().err
+        expected = f"error: unrecognized arguments: --stable; see ase-enf {command[0]} --help\n"
+        assert said == f"ase-enf {command[0]}: {expected}"
+
+
+def test_one_molecule_is_no_plural(here, tmp_path, capsys):
+    words = ["-n", 1, "-o", tmp_path / "m.extxyz", "--gallery", tmp_path / "m.png", *FAST]
+    assert run("generate", "joint.safetensors", *words) == 0
+    said = capsys.readouterr().err
+    assert "wrote 1 molecule to" in said and "drew 1 molecule in" in said
+
+
+def test_a_folder_is_told_from_weights(here, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert f"{tmp_path}/run: is a folder; name a weights file (.safetensors)" in error_of(
+        capsys, "info", tmp_path / "run"
+    )
+    for name in ("model", "last"):
+        shutil.copy("joint.safetensors", tmp_path / "run" / f"{name}.safetensors")
+    for words in (["info"], ["generate", "-o", tmp_path / "m.extxyz"]):
+        said = error_of(capsys, words[0], tmp_path / "run", *words[1:])
+        assert f"is a folder; name a weights file, such as {tmp_path}/run/model.safetensors" in said
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["evaluate", "good.extxyz", "--reference"], ["score", "qm9"]])
+def test_what_cannot_be_read_twice_is_refused(here, tmp_path, capsys, words):
+    os.mkfifo(tmp_path / "pipe.smi")
+    for path in (tmp_path / "pipe.smi", "/dev/null"):
+        said = error_of(capsys, *words, path)
+        assert f"{path}: is a pipe or a device, which cannot be read twice; save it to a file and name that" in said
+
+
+def test_a_file_without_a_readable_smiles_is_refused(here, tmp_path, capsys):
+    (tmp_path / "prose.smi").write_text("It was a bright\ncold day in April\n")
+    said = error_of(capsys, "evaluate", "good.extxyz", "--reference", tmp_path / "prose.smi")
+    assert "RDKit cannot read any of the 2 different SMILES of the reference, such as 'It'" in said
+
+
+def test_a_position_that_is_not_finite_is_a_failure_and_not_drawn(here, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert run("evaluate", "nan.extxyz", "-o", out, "--gallery", tmp_path / "g.png") == 0
+    values = {row["metric"]: row["value"] for row in json.loads(out.read_text())["rows"]}
+    assert values["molecule_stability"] == 0.5 and "drew 1 molecule in" in capsys.readouterr().err
+
+
+def test_a_smiles_as_formula_is_one_line(here, capsys):
+    said = error_of(capsys, "generate", "given.safetensors", "--formula", "CCO")
+    assert "formula 'CCO': is a SMILES, and a formula counts every atom, hydrogens too; write C2H6O for CCO" in said
+
+
+@pytest.mark.parametrize("words", [["info", "qm9"], ["train", "--help"], ["evaluate", "good.extxyz"]])
+def test_a_terminal_that_knows_ascii_alone(here, words):
+    done = process(*words, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and "?" in done.stdout and done.stdout.isascii(), done.stderr
+
+
+def test_the_package_is_a_command(here, tmp_path):
+    done = process("--version", module="ase_enf")
+    assert done.returncode == 0 and done.stdout.startswith("ase-enf ")
+    assert process("create", module="ase_enf").stderr.startswith("ase-enf: error: argument COMMAND: invalid choice")
 
 
 GENERATE = ["generate", "joint.safetensors", "-o", "out.extxyz"]
@@ -653,12 +876,10 @@ def test_a_defect_keeps_its_traceback(here, tmp_path, monkeypatch):
         run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz")
 
 
-def process(*words: str) -> subprocess.CompletedProcess[str]:
+def process(*words: str, module: str = "ase_enf.cli", **settings: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(ase_enf.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "ase_enf.cli", *words], capture_output=True, text=True, env=environment
-    )
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | settings
+    return subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, env=environment)
 
 
 def test_a_process_that_succeeds(here, tmp_path):

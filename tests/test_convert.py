@@ -158,6 +158,38 @@ def test_canonical_smiles_leave_out_stereochemistry() -> None:
     assert canonical_smiles(left) == canonical_smiles(right)
 
 
+# Neutral molecules whose closed shell has formal charges, by RDKit's own embedding.
+CHARGED = ("C[N+](=O)[O-]", "[C-]#[O+]", "C[N+]#[C-]", "C=[N+]=[N-]", "CN=[N+]=[N-]", "C[N+](C)(C)[O-]")
+
+
+@pytest.mark.parametrize("smiles", CHARGED)
+def test_neutral_molecules_with_formal_charges_are_perceived(smiles: str) -> None:
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(mol, randomSeed=1)
+    AllChem.UFFOptimizeMolecule(mol)
+    atoms = Atoms([a.GetAtomicNum() for a in mol.GetAtoms()], mol.GetConformer().GetPositions())
+    assert to_smiles(atoms, "rdkit") == normalise_smiles(smiles)
+
+
+@pytest.mark.parametrize(("name", "smiles"), [("CH3NO2", "C[N+](=O)[O-]"), ("O3", "O=[O+][O-]"), ("CH3", "[CH3]")])
+def test_formal_charges_come_before_radicals(name: str, smiles: str) -> None:
+    assert to_smiles(molecule(name), "rdkit") == smiles
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_atom_of_no_element_has_no_smiles(method: str) -> None:
+    assert to_smiles(Atoms("X"), method) is None
+
+
+def test_labels_of_atoms_are_left_out() -> None:
+    for smiles in ("[2H]OC", "[13CH3:4]O", "[H:1]OC", "C[18O][3H]"):
+        assert normalise_smiles(smiles) == "CO"
+    assert normalise_smiles("[H]/N=C/C") == "CC=N"  # a hydrogen that says no more than the side of a bond
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="unknown method 'xyz2mol': choose one of 'table'"):
         to_smiles(molecule("CH4"), "xyz2mol")

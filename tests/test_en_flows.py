@@ -68,6 +68,33 @@ def test_torch_checkpoint_is_the_same(arrays, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("parallel", ["", "module."])
+def test_the_two_files_of_a_run_are_taken_as_published(arrays, tmp_path, parallel, capsys):
+    np.savez(tmp_path / "w.npz", **arrays)
+    folder = tmp_path / "en_flows_pretrained"
+    folder.mkdir()
+    for part in ("flow", "dequantizer"):
+        own = {name.removeprefix(f"{part}."): torch.from_numpy(value) for name, value in arrays.items() if part in name}
+        own = {name: value for name, value in own.items() if not name.startswith(("flow.", "dequantizer."))}
+        torch.save({parallel + name: value for name, value in own.items()}, folder / f"{part}.npy")
+    merged = convert_en_flows(tmp_path / "w.npz").state_dict()
+    for path in (folder, folder / "flow.npy", folder / "dequantizer.npy"):
+        converted = convert_en_flows(path).state_dict()
+        assert merged.keys() == converted.keys() and all(torch.equal(merged[name], converted[name]) for name in merged)
+    (folder / "dequantizer.npy").unlink()
+    for path in (folder, folder / "flow.npy"):
+        assert main(["convert-en-flows", str(path), "-o", str(tmp_path / "w.safetensors")]) == 2
+        said = capsys.readouterr().err
+        assert "dequantizer.npy: no such checkpoint; the published weights are flow.npy and dequantizer.npy in" in said
+
+
+def test_converting_leaves_the_global_generator_alone(arrays, tmp_path):
+    np.savez(tmp_path / "w.npz", **arrays)
+    before = torch.get_rng_state()
+    convert_en_flows(tmp_path / "w.npz")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_command_line(arrays, tmp_path, capsys):
     np.savez(tmp_path / "w.npz", **arrays)
     assert main(["convert-en-flows", str(tmp_path / "w.npz"), "-o", str(tmp_path / "w.safetensors")]) == 0

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import ase_enf
 from ase_enf.files import atomic_write, require_folder
+
+ROOT = str(Path(ase_enf.__file__).parents[1])
 
 
 def test_a_file_appears_when_it_is_written_to_the_end(tmp_path):
@@ -79,3 +85,60 @@ def test_paths_that_cannot_be_written_are_refused_beforehand(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda path, mode: not (str(path) == str(tmp_path) and mode & os.W_OK))
     with pytest.raises(PermissionError, match=f"^{tmp_path}/a: the folder {tmp_path} is not writable; .* another one$"):
         require_folder(tmp_path / "a")
+
+
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a").symlink_to("real/target")
+    for content in (b"new", b"newer"):
+        with atomic_write(tmp_path / "a") as handle:
+            handle.write(content)
+        assert (tmp_path / "a").is_symlink() and (tmp_path / "real" / "target").read_bytes() == content
+    assert os.listdir(tmp_path / "real") == ["target"]
+    (tmp_path / "b").symlink_to("nowhere/target")
+    with pytest.raises(FileNotFoundError, match="/b: points into the folder .*/nowhere, which does not exist; create"):
+        require_folder(tmp_path / "b")
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file_of_its_folder(tmp_path):
+    code = (
+        "import os, sys; from ase_enf.files import atomic_write, replaced\n"
+        "with replaced(sys.argv[1] + '/m.db', '.db') as part, atomic_write(sys.argv[1] + '/state.pt') as handle:\n"
+        "    for end in ('', '-journal'): open(str(part) + end, 'w').close()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": ROOT})
+    assert len(os.listdir(tmp_path)) == 3
+    mine = [".bashrc", ".m.db.part", "m.db", ".notes.part.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("of a user")
+    with atomic_write(tmp_path / "a") as first:  # one at work is left alone
+        with atomic_write(tmp_path / "b"):
+            pass
+        first.write(b"whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*mine, "a", "b"]) and (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_unfinished_files_of_another_machine_are_left_alone(tmp_path):
+    name = f".a.{'0' * 8}-{2**22 + 1}-{'1' * 8}.part"
+    (tmp_path / name).write_text("")
+    with atomic_write(tmp_path / "b"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [name, "b"]
+
+
+def test_devices_and_pipes_are_no_files_to_write(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match=f"^{path}: is a device or a pipe, .*; name one$"):
+            require_folder(path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="this system has no /proc")
+def test_a_folder_that_takes_no_files_is_named_without_hidden_names():
+    with pytest.raises(OSError, match=r"^/proc/x: the folder /proc takes no files \(.*\); name another one$") as caught:
+        require_folder("/proc/x")
+    assert ".part" not in str(caught.value)
+    with pytest.raises(OSError, match=r"^/proc/x: cannot be written ") as caught, atomic_write("/proc/x"):
+        pass
+    assert ".part" not in str(caught.value)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
+import subprocess
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from ase.formula import Formula
 from ase.io import read, write
 
+import ase_enf
 from ase_enf import base
 from ase_enf.flow import Solver, SolverError, resolve_solver
 from ase_enf.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
@@ -275,6 +279,56 @@ def test_igenerate_is_lazy_and_in_order(joint, monkeypatch):
     assert 9 <= sum(drawn) <= 16  # the molecules of two windows at most, of a billion
 
 
+def test_the_first_molecule_of_a_stream_comes_alone_and_the_next_by_the_batch(joint, monkeypatch):
+    drawn = []
+    sample = ENF.sample
+    monkeypatch.setattr(ENF, "sample", lambda self, z, *rest: (drawn.append(len(z)), sample(self, z, *rest))[1])
+    stream = igenerate(joint, 200, seed=1, solver=FAST, batch_size=16)
+    following = [next(stream)]
+    assert drawn == [1]
+    following.append(next(stream))
+    assert len(drawn) == 2  # its own batch, not the whole window
+    several = [*following, *itertools.islice(stream, 30)]
+    drawn.clear()
+    whole = generate(joint, 32, seed=1, solver=FAST, batch_size=16)
+    assert max(drawn) > 1 and len(drawn) <= 5  # a list waits for nothing: batches of each of the three sizes
+    assert [a.info["enf_index"] for a in several] == [a.info["enf_index"] for a in whole] == list(range(32))
+    assert_same(several, whole)
+
+
+UNENDING = """
+import sys, torch
+from ase_enf.flow import ContinuousFlow, SolverError
+from ase_enf.generate import GenerationError, generate
+from ase_enf.model import ENF, ENFConfig
+assert not __debug__  # assertions are left out
+flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
+with torch.no_grad():
+    for parameter in flow.parameters():
+        parameter.fill_(torch.nan)
+try:
+    generate(flow, 1, formula="H2O", solver="dopri5")
+except GenerationError as error:
+    print(error)
+x = torch.randn(1, 3, 3)
+try:
+    explosion = lambda t, x, h: (20 * x * x.square().sum(), h)
+    ContinuousFlow(explosion, torch.ones(1, 3, dtype=torch.bool)).forward(x, x[..., :0])
+except SolverError as error:
+    print(error)
+"""
+
+
+def test_a_solve_that_assertions_alone_would_end_is_an_error_without_them():
+    words = [sys.executable, "-O", "-c", UNENDING]
+    root = str(Path(ase_enf.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=100)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("molecule 0 (seed 0) failed 10 times with dopri5; use more steps")
+    assert second.startswith("dopri5 failed (the step size vanishes or is not finite); loosen rtol")
+
+
 def fail(monkeypatch, bad, how):
     """Makes the integration of the latents that ``bad`` recognises fail."""
     sample = ENF.sample
@@ -429,7 +483,15 @@ def test_the_name_stays_a_function():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"n": 2.5}, "n=2.5: must be a whole"), ({"seed": 1.5}, "seed=1.5"), ({"n_atoms": 3.0}, "n_atoms=3.0")],
+    [
+        ({"n": 2.5}, "n=2.5: must be a whole"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"n_atoms": 3.0}, "n_atoms=3.0"),
+        ({"seed": np.array(3)}, "^seed=3: must be a whole number, not ndarray$"),
+        ({"seed": np.eye(3, dtype=int)}, r"^seed=\[\[1 0 0\] .*: must be a whole number, not ndarray$"),
+        ({"n": torch.tensor(1)}, r"^n=tensor\(1\): must be a whole number, not Tensor$"),
+        ({"seed": None}, "^seed=None: must be a whole number, not NoneType$"),
+    ],
 )
 def test_numbers_are_whole(make_flow, options, words):
     with pytest.raises(ValueError, match=words):

@@ -51,7 +51,21 @@ ALLOWED = {
     "io": {"files"},
     "en_flows": {"files", "model"},
     # L5
-    "cli": {"data", "en_flows", "files", "flow", "generate", "io", "metrics", "model", "plot", "score", "train"},
+    "cli": {
+        "chem",
+        "data",
+        "en_flows",
+        "files",
+        "flow",
+        "generate",
+        "io",
+        "metrics",
+        "model",
+        "plot",
+        "score",
+        "train",
+    },
+    "__main__": {"cli"},
     # side: never torch
     "data": {"data", "files"},
     "chem": {"chem"},

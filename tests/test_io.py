@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import sqlite3
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLength
 from ase.db import connect
+from ase.db.sqlite import SQLite3Database
 from ase.io import read, write
 from ase.io.formats import ioformats
 from ase.spacegroup import Spacegroup
 
+import ase_enf
 from ase_enf.data import qm9
-from ase_enf.io import check_output, check_structures, write_structures
+from ase_enf.io import GrowingFile, check_output, check_structures, write_structures
 
 INFO = {
     "enf_model": "tiny",
@@ -389,3 +397,237 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("ase_enf.io.write", full)
     with pytest.raises(OSError, match=r"m\.extxyz: cannot be written .*No space left.*make room"):
         write_structures(tmp_path / "m.extxyz", [water()])
+
+
+COMPUTED = (
+    "charge",
+    "mass",
+    "volume",
+    "symbols",
+    "fmax",
+    "smax",
+    "natoms",
+    "formula",
+    "count_atoms",
+    "toatoms",
+    "get",
+    "_data",
+)
+
+
+@pytest.mark.parametrize("key", COMPUTED)
+def test_keys_of_a_database_come_back_though_ase_computes_a_property_of_that_name(tmp_path, key):
+    assert round_trip(tmp_path / "m.db", water(**{key: -1})).info == {key: -1}
+
+
+@pytest.mark.parametrize("key", ["charge", "mass", "volume", "symbols"])
+def test_keys_in_a_database_of_others_hide_behind_no_property(tmp_path, key):
+    with connect(tmp_path / "theirs.db") as database:
+        database.write(molecule("H2O"), key_value_pairs={key: -1})
+    assert connect(tmp_path / "theirs.db").get(1).key_value_pairs != {key: -1}
+    assert qm9.load(tmp_path / "theirs.db")[0].info == {key: -1}
+
+
+def test_info_of_a_database_keeps_its_types_and_keys_that_were_changed_count(tmp_path):
+    assert round_trip(tmp_path / "m.db", water(flag=True, gap=5.0)).info["flag"] is True
+    with connect(tmp_path / "m.db") as database:
+        database.update(1, gap=6.0, more="x")
+    assert qm9.load(tmp_path / "m.db")[0].info == {"flag": True, "gap": 6.0, "more": "x"}
+
+
+@pytest.mark.parametrize("ending", ["db", "extxyz", "traj"])
+@pytest.mark.parametrize("start", ["db", "extxyz", "traj"])
+def test_a_new_score_leaves_nothing_of_an_earlier_one(tmp_path, start, ending):
+    scored = water(enf_log_likelihood=1.0, enf_log_likelihood_stderr=0.5, enf_log_likelihood_kind="bound")
+    again = round_trip(tmp_path / f"a.{start}", scored)
+    assert again.info == scored.info
+    again.info["enf_log_likelihood"] = 2.0
+    del again.info["enf_log_likelihood_stderr"]
+    back = round_trip(tmp_path / f"b.{ending}", again)
+    assert back.info == {"enf_log_likelihood": 2.0, "enf_log_likelihood_kind": "bound"}
+    if ending == "db":
+        (row,) = connect(tmp_path / "b.db").select()
+        assert row.key_value_pairs == {"log_likelihood": 2.0, "log_likelihood_kind": "bound"}
+
+
+def test_keys_without_prefix_of_an_earlier_score_are_no_keys_of_a_new_one(tmp_path):
+    atoms = water(log_likelihood=1.0, log_likelihood_stderr=0.5, enf_log_likelihood=2.0)  # as from a row of ASE's
+    write_structures(tmp_path / "m.db", [atoms])
+    (row,) = connect(tmp_path / "m.db").select()
+    assert row.key_value_pairs == {"log_likelihood": 2.0}
+
+
+def computed(**results):
+    atoms = water()
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def test_what_stands_beside_a_result_of_a_calculator_is_named_and_the_result_is_written(tmp_path):
+    atoms = computed(energy=-5.0, charges=np.ones(3))
+    atoms.info |= {"energy": -1.0, "after": 1}
+    atoms.set_array("charges", np.zeros(3))
+    check_structures(tmp_path / "m.extxyz", [atoms])
+    with pytest.warns(UserWarning, match=r"keeps no info\['energy'\] beside the calculator's, .*arrays\['charges'\]"):
+        write_structures(tmp_path / "m.extxyz", [atoms])
+    (back,) = qm9.load(tmp_path / "m.extxyz")
+    assert back.get_potential_energy() == -5.0 and back.calc.results["charges"].tolist() == [1, 1, 1]
+    assert back.info == {"after": 1} and atoms.info["energy"] == -1.0
+
+
+def test_what_extended_xyz_takes_for_a_result_is_named(tmp_path):
+    atoms = water(energy=-1.0, after=1)
+    atoms.set_array("forces", np.ones((3, 3)))
+    with pytest.warns(UserWarning, match=r"moves info\['energy'\] to .*results, moves arrays\['forces'\] to"):
+        write_structures(tmp_path / "m.extxyz", [atoms])
+    (back,) = qm9.load(tmp_path / "m.extxyz")
+    assert back.get_potential_energy() == -1.0 and back.get_forces().tolist() == np.ones((3, 3)).tolist()
+
+
+def test_what_is_no_result_is_not_written_under_the_name_of_one(tmp_path):
+    with pytest.warns(UserWarning, match=r"keeps no info\['dipole'\]"):
+        write_structures(tmp_path / "m.extxyz", [water(dipole="large", after=1)])
+    assert qm9.load(tmp_path / "m.extxyz")[0].info == {"after": 1}  # ASE could not read it otherwise
+    atoms = water()
+    atoms.set_array("forces", np.array(["a", "b", "c"]))
+    with pytest.raises(ValueError, match=r"^arrays\['forces'\]: extended xyz cannot hold .*remove or rename"):
+        check_structures(tmp_path / "m.extxyz", [atoms])
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2020, 1, 1), {1}, b"x", {"deep": [datetime.date(2020, 1, 1)]}])
+@pytest.mark.parametrize("name", ["m.traj", "m.db"])
+def test_what_a_file_could_not_give_back_is_refused(tmp_path, name, value):
+    for refuses in (write_structures, check_structures):
+        with pytest.raises(ValueError, match=r"^info\['mine'\].*; remove it") as caught:
+            refuses(tmp_path / name, [water(mine=value)])
+        assert "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["write", "commit"])
+def test_a_full_disk_leaves_nothing_of_a_database(tmp_path, monkeypatch, when):
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    method = "write" if when == "write" else "__exit__"
+    original = getattr(SQLite3Database, method)
+
+    def failing(self, *arguments, **options):
+        (part,) = tmp_path.glob(".m.db*.part.db")
+        (tmp_path / f"{part.name}-journal").write_text("as sqlite leaves it")
+        full()
+
+    monkeypatch.setattr(SQLite3Database, method, failing)
+    with pytest.raises(OSError, match=r"m\.db: cannot be written .*disk is full.*; make room there, or name") as caught:
+        write_structures(tmp_path / "m.db", [water()])
+    assert ".part" not in str(caught.value) and not os.listdir(tmp_path)
+    monkeypatch.setattr(SQLite3Database, method, original)
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "db", "traj"])
+def test_the_target_of_a_link_is_written(tmp_path, ending):
+    (tmp_path / "real").mkdir()
+    (tmp_path / f"m.{ending}").symlink_to(tmp_path / "real" / f"target.{ending}")
+    for many in ([water()], [water(), water()]):  # a new target, and one that is there
+        write_structures(tmp_path / f"m.{ending}", many)
+        assert (tmp_path / f"m.{ending}").is_symlink()
+        assert len(qm9.load(tmp_path / "real" / f"target.{ending}")) == len(many)
+    assert os.listdir(tmp_path / "real") == [f"target.{ending}"] and len(os.listdir(tmp_path)) == 2
+
+
+KILLED = """
+import os, sys
+from ase.build import molecule
+from ase_enf import io
+io.COMMIT_SECONDS = 0.0
+with io.GrowingFile(sys.argv[1]) as file:
+    for index in range(5):
+        atoms = molecule("H2O")
+        atoms.info = {"index": index}
+        file.add(atoms)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db"])
+def test_a_killed_process_leaves_what_it_has_written(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    environment = os.environ | {"PYTHONPATH": str(Path(ase_enf.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment)
+    assert done.returncode == -9
+    assert [atoms.info["index"] for atoms in qm9.load(path)] == [0, 1, 2, 3, 4]
+    with GrowingFile(path, append=True) as file:
+        file.add(water(index=5))
+    assert [atoms.info["index"] for atoms in qm9.load(path)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_structure_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, monkeypatch, error):
+    def partly(handle, content):
+        handle.write(content[: len(content) // 2])
+        raise error
+
+    path = tmp_path / "m.extxyz"
+    with pytest.raises(type(error)), GrowingFile(path) as file:
+        file.add(water(index=0))
+        monkeypatch.setattr("ase_enf.io._write_whole", partly)
+        file.add(water(index=1))
+    assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(path)] == [0]
+    with pytest.raises(type(error)), GrowingFile(tmp_path / "n.extxyz") as file:
+        file.add(water(index=0))
+    assert file.count == 0 and os.listdir(tmp_path) == ["m.extxyz"]
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), KeyboardInterrupt()])
+def test_a_row_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ase_enf.io.COMMIT_SECONDS", 0.0)
+    with pytest.raises((OSError, KeyboardInterrupt)), GrowingFile(tmp_path / "m.db") as file:
+        file.add(water(index=0))
+        monkeypatch.setattr(SQLite3Database, "write", fail)
+        file.add(water(index=1))
+    assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(tmp_path / "m.db")] == [0]
+    with pytest.raises((OSError, KeyboardInterrupt)), GrowingFile(tmp_path / "n.db") as file:
+        file.add(water(index=0))
+    assert file.count == 0 and os.listdir(tmp_path) == ["m.db"]
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "db", "traj"])
+def test_nothing_is_there_without_a_structure_and_an_old_file_stays(tmp_path, ending):
+    path = tmp_path / f"m.{ending}"
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path):
+        raise KeyboardInterrupt
+    assert not os.listdir(tmp_path)
+    write_structures(path, [water()])
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), GrowingFile(path, whole=True) as file:
+        file.add(water())
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and file.count == 0
+    for whole in (True, False):
+        with GrowingFile(path, whole=whole) as file:
+            file.add(water())
+            file.add(water())
+        assert file.count == 2 and len(qm9.load(path)) == 2
+
+
+def test_a_growing_file_follows_links_and_completes_lines(tmp_path):
+    (tmp_path / "real").mkdir()
+    target = tmp_path / "real" / "m.extxyz"
+    target.write_text("1\n\nH 0 0 0")
+    (tmp_path / "m.extxyz").symlink_to(target)
+    with GrowingFile(tmp_path / "m.extxyz", append=True) as file:
+        file.add(water())
+    assert [len(atoms) for atoms in qm9.load(target)] == [1, 3] and (tmp_path / "m.extxyz").is_symlink()
+
+
+def test_what_a_growing_file_does_not_keep_is_named_once(tmp_path):
+    with pytest.warns(UserWarning) as caught, GrowingFile(tmp_path / "m.extxyz") as file:
+        for _ in range(2):
+            file.add(water(virial=np.zeros(6)))
+    (message,) = (str(warning.message) for warning in caught)
+    assert message == f"{tmp_path}/m.extxyz: this format keeps no info['virial']; use .db to keep it"

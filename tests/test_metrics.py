@@ -135,6 +135,38 @@ def test_a_structure_without_atoms_is_counted_as_a_failure() -> None:
         assert report.value[metric] == 0.5
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_position_that_is_not_finite_is_counted_as_a_failure(value: float) -> None:
+    broken = molecule("H2O")
+    broken.positions[1, 2] = value
+    whole = [molecule("CH4"), molecule("CH3OH")]
+    report = evaluate([whole[0], broken, whole[1]], reference=[whole[0]]).set_index("metric")
+    for metric in ("molecule_stability", "connected", "validity_largest_fragment", "validity_strict"):
+        assert (report.value[metric], report.denominator[metric]) == (pytest.approx(2 / 3), 3)
+    assert (report.value["atom_stability"], report.denominator["atom_stability"]) == (pytest.approx(11 / 14), 14)
+    assert report.value["distance_js"] == pytest.approx(metrics.distance_js(whole, whole[:1]).value)
+    assert evaluate(broken).set_index("metric").value["molecule_stability"] == 0
+    assert metrics.as_reference([broken, whole[0]]).smiles == {"C"}
+
+
+def test_an_atom_of_no_element_is_no_molecule() -> None:
+    for atoms in (Atoms("X"), Atoms("XH", [(0, 0, 0), (0, 0, 1)])):
+        report = evaluate(atoms, ["C"]).set_index("metric")
+        for metric in ("molecule_stability", "validity_largest_fragment", "validity_strict", "novelty_strict_of_all"):
+            assert report.value[metric] == 0
+
+
+@pytest.mark.parametrize("smiles", ["[2H]C", "[13CH4]", "[CH4:7]", "[2H]C([2H])([3H])[1H:2]", "[14CH3:1][H]"])
+def test_a_reference_that_marks_atoms_is_known(smiles: str) -> None:
+    assert metrics.novelty([molecule("CH4")], [smiles]).value == 0
+
+
+def test_metrics_do_not_depend_on_how_numpy_treats_underflow(mixed: list[Atoms]) -> None:
+    with np.errstate(all="raise"):
+        careful = evaluate(mixed, reference=mixed)
+    assert careful.equals(evaluate(mixed, reference=mixed))
+
+
 def test_nothing_valid_gives_nan_over_nothing_and_zero_over_all() -> None:
     report = evaluate([molecule("CH3")]).set_index("metric")
     assert math.isnan(report.value["validity_stable"])
@@ -265,7 +297,13 @@ def test_unreadable_smiles_of_a_reference_are_reported() -> None:
         (lambda: evaluate(molecule("CH4"), ["C", 1]), TypeError, "SMILES strings only or Atoms only"),
         (lambda: evaluate([molecule("CH4"), None]), TypeError, "structure 1 is a NoneType"),
         (lambda: evaluate([bulk("Si")]), ValueError, "structure 0 .* is periodic"),
-        (lambda: evaluate([molecule("CH4"), Atoms("H", [(0, 0, np.nan)])]), ValueError, "structure 1 .* NaN"),
+        (
+            lambda: evaluate([molecule("CH4"), Atoms([119])]),
+            ValueError,
+            "structure 1 has the atomic number 119: .*; c",
+        ),
+        (lambda: evaluate(Atoms([-1])), ValueError, "structure 0 has the atomic number -1: .*; correct it"),
+        (lambda: evaluate(molecule("CH4"), ["C(", "name"]), ValueError, r"cannot read any of the 2 .* 'C\(': give"),
         (lambda: metrics.validity(molecule("CH4"), "edm"), ValueError, "unknown definition 'edm': choose one of"),
         (lambda: metrics.uniqueness(molecule("CH4"), over="some"), ValueError, "choose 'valid' or 'all'"),
     ],

@@ -7,7 +7,9 @@ import functools
 import json
 import math
 import os
+import random
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -283,6 +285,15 @@ def test_save_and_load_give_the_same_number(
     assert [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]  # no temporary file is left
 
 
+def test_a_flow_says_in_two_lines_what_it_is(saved):
+    flow, path = saved
+    weights = sum(p.numel() for p in flow.parameters())
+    assert repr(load(path, device="cpu")).splitlines() == [
+        "ENF 'model': features joint, H C O, 2 to 9 atoms".replace("'model'", repr(path.parent.name)),
+        f"    egnn, 2 layers x 8, {weights:,} weights, float32 on cpu",
+    ]
+
+
 def test_header_is_readable_without_the_weights(saved):
     flow, path = saved
     header = read_header(path)
@@ -416,6 +427,66 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it(saved, spoil):
         load(path, device="cpu")
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
+
+
+def _endless(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"layers": 10**9})
+
+
+def _wide(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"hidden": 10**9, "layers": 1})
+
+
+def _many_functions(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"radial": 10**9})
+
+
+def _astronomic(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"sizes": {"3": 10**400}})
+
+
+def _astronomic_formula(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"compositions": {"H2O": 10**400}})
+
+
+def _infinite(path, flow):
+    _with_header(path, flow, config=read_header(path)["config"] | {"sizes": {"3": float("inf")}})
+
+
+def _deep(path, flow):
+    save_file({"weight": torch.zeros(3)}, path, metadata={METADATA_KEY: "[" * 100_000})
+
+
+@pytest.mark.parametrize(
+    "spoil", [_endless, _wide, _many_functions, _astronomic, _astronomic_formula, _infinite, _deep]
+)
+def test_absurd_files_are_refused_at_once(saved, spoil):
+    flow, path = saved
+    spoil(path, flow)
+    start = time.perf_counter()
+    with pytest.raises(ValueError) as caught:
+        load(path, device="cpu")
+    assert time.perf_counter() - start < 1
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 500 + len(str(path))
+
+
+@pytest.mark.parametrize("network", ["egnn", "gnn", "simple", "kernel"])
+def test_every_network_comes_back_though_it_is_built_without_weights(network, make_flow, tmp_path):
+    flow = make_flow("none", network=network, hidden=3, layers=5).float()
+    flow.save(tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors", device="cpu").state_dict()
+    assert again.keys() == flow.state_dict().keys()
+    assert all(torch.equal(again[name], value.cpu()) for name, value in flow.state_dict().items())
+
+
+def test_loading_leaves_global_random_numbers_alone(saved):
+    def states():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    before = states()
+    load(saved[1], device="cpu")
+    assert states() == before
 
 
 @pytest.mark.parametrize("name", ["qm99", "no/such/file.safetensors", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.data import chemical_symbols
+from ase.formula import Formula
 
 from ase_enf.molecules import (
     Batch,
@@ -178,3 +181,25 @@ def test_canonical_order_of_a_symmetric_molecule_is_one_up_to_isometry(name):
         shuffled = atoms[generator.permutation(len(atoms))]
         shuffled.rotate(360 * generator.random(), generator.standard_normal(3))
         assert np.allclose(distances(shuffled), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [-1, 119, 1000])
+def test_atomic_numbers_of_no_element_name_the_structure(number):
+    odd = Atoms([1, number], [(0, 0, 0), (0, 0, 1)])
+    for refuses in (one_or_many, lambda many: to_batch(many, ["H"])):
+        with pytest.raises(ValueError, match=f"^structure 1: has the atomic number {number}; .*, correct it$"):
+            refuses([molecule("H2"), odd])
+
+
+@pytest.mark.parametrize("smiles", ["CCO", "C1CC1", "CC(C)O", "OCCO", "CC#N", "NN", "C%10CC%10", "ClCCl"])
+def test_a_smiles_is_no_formula(smiles):
+    with pytest.raises(ValueError, match="is a SMILES, and a formula counts every atom, hydrogens too; write C2H6O"):
+        formula_numbers(smiles)
+
+
+@pytest.mark.parametrize(
+    "formula", ["CO", "C2O", "CO2", "CH3CH2OH", "C2N2", "CF4", "C3O2", "CHCl3", "HCN", "CaCO3", "N2"]
+)
+def test_formulas_are_no_smiles(formula):
+    assert Formula(formula).count() == Counter(chemical_symbols[z] for z in formula_numbers(formula))
+    assert formula_numbers(Atoms("CCO").symbols).tolist() == [6, 6, 8]

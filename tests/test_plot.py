@@ -118,3 +118,11 @@ def test_pyplot_is_never_imported_and_matplotlib_only_when_drawing(tmp_path: Pat
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_do_not_depend_on_how_numpy_treats_underflow(tmp_path: Path) -> None:
+    atoms = [molecule(name) for name in ("CH3CHO", "C6H6", "CH3", "H2", "SiH4")] + [Atoms("H")]
+    with np.errstate(all="raise"):
+        careful = gallery(atoms, tmp_path / "a.png", dpi=40).read_bytes()
+        distance_histogram(atoms, atoms[:1], tmp_path / "h.png", dpi=40)
+    assert careful == gallery(atoms, tmp_path / "b.png", dpi=40).read_bytes()

@@ -122,7 +122,7 @@ class SizeGroup(NamedTuple):
 
 
 def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
-    """One `Atoms` or several as a list, checked to be molecules (non-periodic).
+    """One `Atoms` or several as a list, checked to be molecules (non-periodic) of elements that there are.
 
     Args:
         atoms: One structure or an iterable of them.
@@ -132,7 +132,7 @@ def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
     Raises:
         TypeError: An item is not an `Atoms`; its place is named.
-        ValueError: A structure is periodic; its place is named.
+        ValueError: A structure is periodic or has an atomic number below 0 or above 118; its place is named.
 
     >>> from ase.build import molecule
     >>> len(structures(molecule("CH4")))
@@ -146,6 +146,12 @@ def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
     for place, item in enumerate(listed):
         if not isinstance(item, Atoms):
             raise TypeError(f"structure {place} is a {type(item).__name__}, not an ase.Atoms")
+        unknown = item.numbers[(item.numbers < 0) | (item.numbers >= _ELEMENTS)]
+        if len(unknown):
+            raise ValueError(
+                f"structure {place} has the atomic number {unknown[0]}: elements are 1 to {_ELEMENTS - 1}, and 0 is "
+                "ASE's X; correct it"
+            )
         if item.pbc.any():
             raise ValueError(
                 f"structure {place} ({item.get_chemical_formula()}) is periodic: bonds are defined for molecules only; "

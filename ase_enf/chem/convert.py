@@ -49,8 +49,9 @@ def to_mol(atoms: Atoms, method: str = "table") -> Mol:
 
     Args:
         atoms: A molecule, positions in Å. It is not modified.
-        method: "table" (the published distance table), "rdkit" (`rdDetermineBonds`, neutral, without stereochemistry)
-            or "openbabel" (`ConnectTheDots`, `PerceiveBondOrders`).
+        method: "table" (the published distance table), "rdkit" (`rdDetermineBonds`, neutral in all, with formal charges
+            where they make a closed shell and radicals where not, without stereochemistry) or "openbabel"
+            (`ConnectTheDots`, `PerceiveBondOrders`).
 
     Returns:
         An `rdkit.Chem.Mol` with a 3D conformer.
@@ -89,7 +90,7 @@ def to_smiles(atoms: Atoms, method: str = "table") -> str | None:
         method: "table", "rdkit" or "openbabel", see `to_mol`.
 
     Returns:
-        The SMILES; None when no bond orders are found or RDKit cannot sanitise them.
+        The SMILES; None when no bond orders are found, RDKit cannot sanitise them, or an atom is ASE's dummy "X".
 
     Raises:
         TypeError: `atoms` is not an `Atoms`.
@@ -103,7 +104,7 @@ def to_smiles(atoms: Atoms, method: str = "table") -> str | None:
         mol = to_mol(atoms, method)
     except PerceptionError:
         return None
-    sound = sanitise(mol)
+    sound = None if 0 in atoms.numbers else sanitise(mol)
     return None if sound is None else canonical_smiles(sound)
 
 
@@ -155,7 +156,7 @@ def read_graph(
     >>> read_graph(np.array([8, 1, 2]), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]]))
     Reading(smiles='[He].[OH]', largest='[OH]', complete=False)
     """
-    mol = sanitise(bond_graph(numbers, orders))
+    mol = None if 0 in numbers else sanitise(bond_graph(numbers, orders))  # RDKit takes X for any element
     if mol is None or mol.GetNumAtoms() == 0:
         return Reading(None, None, False)
     smiles = canonical_smiles(mol)
@@ -188,7 +189,7 @@ def sanitise(mol: Mol) -> Mol | None:
 
 
 def canonical_smiles(mol: Mol) -> str:
-    """The canonical SMILES of a sanitised molecule, hydrogens implicit and without stereochemistry.
+    """The canonical SMILES of a sanitised molecule, hydrogens implicit, without stereochemistry, isotopes or labels.
 
     Args:
         mol: A sanitised molecule. It is not modified.
@@ -203,7 +204,19 @@ def canonical_smiles(mol: Mol) -> str:
     from rdkit import Chem
 
     with _quiet_rdkit():
-        return Chem.MolToSmiles(Chem.RemoveHs(mol), isomericSmiles=False)
+        return Chem.MolToSmiles(Chem.RemoveHs(_unmarked(mol)), isomericSmiles=False)
+
+
+def _unmarked(mol: Mol) -> Mol:
+    """The molecule without what tells one of its atoms from another of the element: such hydrogens would stay."""
+    from rdkit import Chem
+
+    plain = Chem.Mol(mol)
+    Chem.RemoveStereochemistry(plain)
+    for atom in plain.GetAtoms():
+        atom.SetIsotope(0)
+        atom.SetAtomMapNum(0)
+    return plain
 
 
 def normalise_smiles(smiles: str) -> str | None:
@@ -213,16 +226,16 @@ def normalise_smiles(smiles: str) -> str | None:
         smiles: Any SMILES.
 
     Returns:
-        The canonical SMILES without stereochemistry, or None where RDKit cannot read it.
+        The canonical SMILES without stereochemistry, isotopes and labels, or None where RDKit cannot read it.
 
-    >>> normalise_smiles("OCC"), normalise_smiles("C(")
-    ('CCO', None)
+    >>> normalise_smiles("OCC"), normalise_smiles("[2H]C"), normalise_smiles("C(")
+    ('CCO', 'C', None)
     """
     from rdkit import Chem
 
     with _quiet_rdkit():
         mol = Chem.MolFromSmiles(smiles)
-        return None if mol is None else Chem.MolToSmiles(mol, isomericSmiles=False)
+    return None if mol is None else canonical_smiles(mol)
 
 
 def largest_fragment(mol: Mol) -> str:
@@ -265,18 +278,21 @@ def _table_mol(atoms: Atoms) -> Mol:
 
 
 def _rdkit_mol(atoms: Atoms) -> Mol:
+    from rdkit import Chem
     from rdkit.Chem import rdDetermineBonds
 
-    unbonded = np.zeros((len(atoms), len(atoms)), dtype=np.int8)
-    mol = _with_conformer(bond_graph(atoms.numbers, unbonded), atoms)
-    with _quiet_rdkit():
-        try:
-            rdDetermineBonds.DetermineBonds(
-                mol, charge=0, allowChargedFragments=False, embedChiral=False, maxIterations=_MAX_ITERATIONS
-            )
-        except (ValueError, RuntimeError) as error:  # MolSanitizeException is a ValueError
-            raise PerceptionError(f"RDKit finds no bonds for {atoms.get_chemical_formula()}: {error}") from error
-    return mol
+    unbonded = _with_conformer(bond_graph(atoms.numbers, np.zeros((len(atoms), len(atoms)), dtype=np.int8)), atoms)
+    for charged in (True, False):  # nitro groups need formal charges; radicals are found only without
+        mol = Chem.Mol(unbonded)
+        with _quiet_rdkit():
+            try:
+                rdDetermineBonds.DetermineBonds(
+                    mol, charge=0, allowChargedFragments=charged, embedChiral=False, maxIterations=_MAX_ITERATIONS
+                )
+                return mol
+            except (ValueError, RuntimeError) as error:  # MolSanitizeException is a ValueError
+                reason = error
+    raise PerceptionError(f"RDKit finds no bonds for {atoms.get_chemical_formula()}: {reason}") from reason
 
 
 def _openbabel_mol(atoms: Atoms) -> Mol:

@@ -29,7 +29,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
@@ -40,7 +40,10 @@ from ase_enf.data import DataError, DataNotFoundError, compact
 from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable
 from ase_enf.data.fetch import REMOTES, cache_folder, download, hide
 from ase_enf.data.raw import N_MOLECULES, is_raw, raw_files, read_raw
-from ase_enf.files import brief
+from ase_enf.files import brief, check_source
+
+if TYPE_CHECKING:
+    from ase.db.row import AtomsRow
 
 __all__ = ["cache_folder", "download", "load", "published_split", "read_excluded", "save_npz"]
 
@@ -211,6 +214,7 @@ def _locate(path: str | Path | None) -> Path:
         source = Path(named).expanduser()
         if not source.exists():
             raise DataNotFoundError(f"{source}: no such file or folder of QM9; {_REMEDY}")
+        check_source(source)
         return source
     source = cache_folder() / REMOTES["archive"].name
     if not source.exists():
@@ -394,10 +398,24 @@ def _database_images(source: Path) -> Iterator[Atoms]:
                 if _are_arrays(rest.get("arrays"), len(atoms)):
                     for name, array in rest.pop("arrays").items():
                         atoms.set_array(name, np.array(array))
-                atoms.info |= {**info, **rest, **row.key_value_pairs}
+                atoms.info |= {**info, **rest, **_own_keys(row, info)}
                 yield atoms
     except Exception as error:  # sqlite's errors, and ASE's for a table that is not its own
         raise DataError(f"{source}: cannot be read as an ASE database ({brief(error)}); write it again") from error
+
+
+def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a row as they were written, without those that ``info`` holds already.
+
+    ASE computes properties such as ``row.charge``, which hide a key of that name. Keys that `ase_enf.io` made of an
+    entry ``enf_...`` are that entry.
+    """
+    keys = {key: vars(row)[key] for key in row.key_value_pairs}
+    return {
+        key: value
+        for key, value in keys.items()
+        if f"enf_{key}" not in info and not (key in info and np.array_equal(info[key], value))
+    }
 
 
 def _are_arrays(value: Any, n: int) -> bool:
