@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import signal
 import sys
 import types
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from ase_enf.model import ENF
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig
 
 DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
 TABLES = (".csv", ".json", ".md")
@@ -110,7 +109,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     from ase_enf.flow import SolverError
     from ase_enf.generate import GenerationError
-    from ase_enf.train import TrainingError
+    from ase_enf.training.loop import TrainingError
 
     return (
         ValueError,
@@ -261,17 +260,30 @@ def _add_train(commands: Any, complete: bool) -> None:
             command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **about)
         else:
             command.add_argument(_flag(name), type=kind, **about)
+    for old, new in _renamed_fields().items():
+        command.add_argument(_flag(old), action=_Renamed, const=_flag(new), nargs="?", help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    """Says what an option of earlier versions is called today."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now called {self.const}")
+
+
+def _renamed_fields() -> dict[str, str]:
+    from ase_enf.training.config import RENAMED
+
+    return RENAMED
 
 
 def _train_fields() -> list[tuple[str, type, Any, str]]:
     """Returns name, type, default and description of every field of TrainConfig."""
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig, field_help
 
-    hints = typing.get_type_hints(TrainConfig)
-    described = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", TrainConfig.__doc__ or "", re.MULTILINE))
-    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in described.items()}
+    hints, texts = typing.get_type_hints(TrainConfig), field_help()
     return [
-        (field.name, _plain_type(hints[field.name]), field.default, texts.get(field.name, ""))
+        (field.name, _plain_type(hints[field.name]), field.default, texts[field.name].replace("%", "%%"))
         for field in dataclasses.fields(TrainConfig)
     ]
 
@@ -470,7 +482,8 @@ def _read_smiles(path: Path) -> list[str]:
 
 def _train(options: argparse.Namespace) -> None:
     from ase_enf.files import make_folder
-    from ase_enf.train import check_new_run, check_ours, train
+    from ase_enf.training.folder import check_new_run, check_ours
+    from ase_enf.training.loop import train
 
     typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
@@ -496,17 +509,17 @@ def _train(options: argparse.Namespace) -> None:
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that begins."""
     from ase_enf.model import load
-    from ase_enf.train import TrainConfig, model_fields
+    from ase_enf.training.config import TrainConfig, model_fields
 
     sources = _new_sources(options)
     if "out" not in typed:
         raise ValueError("--out is missing; name the folder of the run")
     config = TrainConfig(**typed)
-    own = model_fields(load(config.initial, device="cpu").config) if config.initial else {}
+    own = model_fields(load(config.init_from, device="cpu").config) if config.init_from else {}
     for name, value in own.items():
         if typed.get(name, value) != value:
             raise ValueError(
-                f"{_flag(name)}={typed[name]}: the model of --initial {config.initial} has {value}; leave it out"
+                f"{_flag(name)}={typed[name]}: the model of --init-from {config.init_from} has {value}; leave it out"
             )
     return config, sources
 
@@ -527,7 +540,8 @@ def _resolved(paths: dict[str, str]) -> dict[str, str]:
 
 def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that goes on."""
-    from ase_enf.train import CONFIG_FILE, RESUME_MAY_CHANGE
+    from ase_enf.training.config import RESUME_MAY_CHANGE
+    from ase_enf.training.folder import CONFIG_FILE
 
     folder = Path(options.resume)
     if "out" in typed:
@@ -536,7 +550,7 @@ def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainC
     if (options.qm9_split or options.n_atoms) and not anew:
         raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
     saved = _saved_config(folder / CONFIG_FILE)
-    may_change = set(RESUME_MAY_CHANGE) - {"initial"}
+    may_change = set(RESUME_MAY_CHANGE) - {"init_from"}
     fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
     if fixed:
         raise ValueError(f"{_flag(fixed[0])} cannot change when a run is resumed; leave it out")
@@ -558,11 +572,12 @@ def _moved(sources: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 def _saved_config(path: Path) -> TrainConfig:
     from ase_enf.model import package_version
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig, migrated
 
     saved = _read_json(path)
     if not (isinstance(saved, dict) and saved):
         raise ValueError(f"{path}: holds no settings of a run; start the run again in another folder")
+    saved = migrated(saved)
     if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(
             f"{path}: {unknown[0]!r} is no setting of this ase-enf {package_version()}; take it out, or upgrade"
@@ -593,7 +608,8 @@ def _is_sources(content: Any) -> bool:
 
 def _check_apart(sources: dict[str, Any], folder: Path) -> None:
     """Raises ``ValueError`` for data that are a file which the run writes."""
-    from ase_enf.train import BEST_FILE, CONFIG_FILE, LAST_FILE, LOG_FILE, STATE_FILE
+    from ase_enf.training.folder import BEST_FILE, CONFIG_FILE, LAST_FILE, STATE_FILE
+    from ase_enf.training.log import LOG_FILE
 
     for name in (BEST_FILE, CONFIG_FILE, DATA_FILE, LAST_FILE, LOG_FILE, STATE_FILE):
         if str((folder / name).resolve()) in (sources["train"], sources["valid"]):
@@ -603,7 +619,7 @@ def _check_apart(sources: dict[str, Any], folder: Path) -> None:
 def _report_run(model: ENF, folder: Path) -> None:
     """Says how far a run has come, and where its weights are."""
     from ase_enf.model import read_header
-    from ase_enf.train import BEST_FILE, LAST_FILE
+    from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
     best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
     stopped = last["step"] < last["total_steps"]

@@ -1,0 +1,224 @@
+"""From settings and structures to a run: data sets, model, objective, optimizers; new, fine-tuned or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch.nn.parallel import DistributedDataParallel
+
+from ase_enf.dataset import MoleculeSet
+from ase_enf.files import atomic_write, make_folder
+from ase_enf.flow import Solver
+from ase_enf.model import ENF, ENFConfig, load
+from ase_enf.molecules import species_of
+from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
+from ase_enf.training.distributed import Ranks
+from ase_enf.training.folder import CONFIG_FILE, check_new_run
+from ase_enf.training.log import LOG_FILE, truncate_log
+from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood, Objective
+from ase_enf.training.optimizers import Clipper, build_optimizers, moving_average
+from ase_enf.training.run import Run, Step
+from ase_enf.training.state import agree, read_state, restore, resumed_config
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """Returns what is minimised."""
+    if config.objective == "nll":
+        solver = Solver("dopri5", rtol=config.ode_tolerance, atol=config.ode_tolerance)
+        return NegativeLogLikelihood(solver, config.regularisation, config.adjoint)
+    return FlowMatching(config.time_power)
+
+
+def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...]) -> ENFConfig:
+    """Returns the configuration of a new flow: its sizes, compositions and scales are those of the data."""
+    shift, scale = data.feature_standardisation(config.type_scale) if config.features == "joint" else ((), ())
+    return ENFConfig(
+        features=config.features,
+        species=species,
+        **_counts(data, config.features),
+        dimension=config.dimension,
+        network=config.network,
+        hidden=config.hidden,
+        layers=config.layers,
+        attention=config.attention,
+        radial=config.radial if config.network == "egnn" else 0,
+        dequantizer=config.dequantizer,
+        position_scale=data.position_scale(),
+        feature_shift=shift,
+        feature_scale=scale,
+    )
+
+
+def begin(
+    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], ranks: Ranks, source: str | None
+) -> Run:
+    """Returns a run at step 0, and starts its folder when all that it needs has been found good."""
+    if config.out:
+        check_new_run(config.out)
+    _check_not_empty(train_atoms, valid_atoms)
+    initial = _initial(config) if config.init_from else None
+    if initial is not None:
+        config = dataclasses.replace(config, **model_fields(initial.config))
+        species = initial.species
+    else:
+        species = () if config.features == "none" else species_of(train_atoms)
+    data, valid = _data_sets(config, train_atoms, valid_atoms, species)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
+        model = _refitted(initial, data) if initial else ENF(model_config(config, data, species))
+    run = _assemble(config, data, valid, model, ranks, source)
+    _start_folder(run)
+    return run
+
+
+def resume(
+    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], ranks: Ranks, source: str | None
+) -> Run:
+    """Returns the run of ``config.out`` where it was saved, if settings and data are its own."""
+    if not config.out:
+        raise ValueError("resume=True needs config.out, the folder of the run")
+    state = read_state(Path(config.out))
+    _check_not_empty(train_atoms, valid_atoms)
+    config, known = resumed_config(config, state, ranks.world), state["model_config"]
+    data, valid = _data_sets(config, train_atoms, valid_atoms, known.species)
+    _check_same_data(config, known, data)
+    with torch.random.fork_rng(devices=[]):
+        model = ENF(known)
+    run = _assemble(config, data, valid, model, ranks, source)
+    restore(run, state)
+    if ranks.main:
+        truncate_log(run.out / LOG_FILE, run.noted)
+        _save_config(run)  # a longer run, interrupted, goes on as the longer run
+    return run
+
+
+def _check_not_empty(train_atoms: list[Atoms], valid_atoms: list[Atoms]) -> None:
+    if not train_atoms:
+        raise ValueError("no structures to train on; the training set is empty")
+    if not valid_atoms:
+        raise ValueError("no structures to validate on; the validation set is empty")
+
+
+def _initial(config: TrainConfig) -> ENF:
+    """Loads the weights to start from."""
+    initial = load(config.init_from, device="cpu")
+    learned = initial.features == "joint" and initial.config.dequantizer == "learned"
+    if learned and config.objective == "flow_matching":
+        raise ValueError(
+            f"init_from={config.init_from!r}: its learned q collapses under flow matching; train it with "
+            "objective='nll'"
+        )
+    return initial
+
+
+def _data_sets(
+    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], species: tuple[str, ...]
+) -> tuple[MoleculeSet, MoleculeSet]:
+    """Returns training and validation set; what is wrong with a structure says which set it is in."""
+    data = _molecules("training set", train_atoms, species, config.dimension)
+    for index, item in enumerate(valid_atoms if species and not config.init_from else ()):
+        if foreign := sorted(set(item.symbols) - set(species)):
+            raise ValueError(
+                f"validation set: structure {index} ({item.get_chemical_formula()}): element(s) "
+                f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
+            )
+    return data, _molecules("validation set", valid_atoms, species, config.dimension)
+
+
+def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], dimension: int) -> MoleculeSet:
+    try:
+        return MoleculeSet(atoms, species, dimension)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
+    """Returns how many atoms, and which compositions, the training set has how often."""
+    return {
+        "sizes": dict(sorted(Counter(data.sizes.tolist()).items())),
+        "compositions": dict(sorted(data.compositions.items())) if features == "given" else {},
+    }
+
+
+def _refitted(initial: ENF, data: MoleculeSet) -> ENF:
+    """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
+    model = ENF(dataclasses.replace(initial.config, **_counts(data, initial.features)), initial.provenance)
+    model.load_state_dict(initial.state_dict())
+    return model
+
+
+def _check_same_data(config: TrainConfig, known: ENFConfig, data: MoleculeSet) -> None:
+    """Makes sure that the data would give the model of the run again."""
+    counts = _counts(data, known.features)
+    expected = dataclasses.replace(known, **counts) if config.init_from else model_config(config, data, known.species)
+    if not agree(dataclasses.asdict(expected), dataclasses.asdict(known)):
+        raise ValueError(
+            f"{config.out}: the run was made for another model or other data; resume with those of the run"
+        )
+
+
+def _assemble(
+    config: TrainConfig, data: MoleculeSet, valid: MoleculeSet, model: ENF, ranks: Ranks, source: str | None
+) -> Run:
+    """Puts model, objective and optimizers together, on the device."""
+    device = ranks.device(config.device)
+    model = model.to(device).requires_grad_(True).train()
+    model.provenance["objective"] = config.objective  # the best way to integrate it depends on that
+    torch_only = config.objective == "nll" or config.compile or config.precision != "float32"
+    # The threads of the kernel and those of torch's own operations get in each other's way.
+    torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
+    model.use_kernel(BACKENDS["torch" if torch_only else config.backend])
+    objective = build_objective(config)
+    averages = (moving_average(model, config.ema_decay),)
+    optimizer = build_optimizers(
+        model.dynamics.network,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        config.optimizer,
+        config.learning_rate,
+        config.muon_learning_rate,
+        config.muon_weight_decay,
+        config.weight_decay,
+        amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
+    )
+    stepper: torch.nn.Module = Step(model, objective)
+    if config.compile:
+        model.dynamics.network.compile()
+    if ranks.world > 1:
+        stepper = DistributedDataParallel(stepper)
+    return Run(
+        config=config,
+        ranks=ranks,
+        device=device,
+        source=source,
+        data=data,
+        valid=valid,
+        model=model,
+        objective=objective,
+        stepper=stepper,
+        averages=averages,
+        optimizer=optimizer,
+        clip=Clipper(),
+    )
+
+
+def _start_folder(run: Run) -> None:
+    """Writes the first files of a run."""
+    if run.out is None:
+        return
+    run.ranks.wait()  # nobody writes before everybody has looked
+    if run.ranks.main:
+        make_folder(run.out)
+        _save_config(run)
+        truncate_log(run.out / LOG_FILE, -1)
+
+
+def _save_config(run: Run) -> None:
+    with atomic_write(run.out / CONFIG_FILE) as handle:
+        handle.write(f"{json.dumps(dataclasses.asdict(run.config), indent=2)}\n".encode())
