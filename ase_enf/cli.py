@@ -51,12 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             options.run(options)
-        except _Terminated:
-            _say("terminated")
-            return _TERMINATED
-        except KeyboardInterrupt:
-            _say("interrupted")
-            return _INTERRUPTED
+        except KeyboardInterrupt as end:
+            terminated = isinstance(end, _Terminated)
+            _say("; ".join(["terminated" if terminated else "interrupted", *getattr(end, "__notes__", ())]))
+            return _TERMINATED if terminated else _INTERRUPTED
         except BrokenPipeError:
             # The reader of a pipe has enough; flushing at exit would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -554,7 +552,7 @@ def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainC
     fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
     if fixed:
         raise ValueError(f"{_flag(fixed[0])} cannot change when a run is resumed; leave it out")
-    config = dataclasses.replace(saved, **{"time_limit": None, **typed, "out": str(folder)})
+    config = dataclasses.replace(saved, **typed, out=str(folder))
     sources = _new_sources(options) if anew else _moved(_saved_sources(folder / DATA_FILE), options)
     for name in ("train", "valid"):
         if not Path(sources[name]).exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,17 @@ from ase import Atoms
 from torch.nn.parallel import DistributedDataParallel
 
 from ase_enf.dataset import MoleculeSet
-from ase_enf.files import atomic_write, make_folder
 from ase_enf.flow import Solver
 from ase_enf.model import ENF, ENFConfig, load
 from ase_enf.molecules import species_of
 from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
 from ase_enf.training.distributed import Ranks
-from ase_enf.training.folder import CONFIG_FILE, check_new_run
+from ase_enf.training.folder import FolderLock, check_new_run, check_no_run
 from ase_enf.training.log import LOG_FILE, truncate_log
 from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood, Objective
 from ase_enf.training.optimizers import Clipper, build_optimizers, moving_average
 from ase_enf.training.run import Run, Step
-from ase_enf.training.state import agree, read_state, restore, resumed_config
+from ase_enf.training.state import agree, read_state, restore, resumed_config, save_config
 
 
 def build_objective(config: TrainConfig) -> Objective:
@@ -57,7 +55,12 @@ def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...
 
 
 def begin(
-    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], ranks: Ranks, source: str | None
+    config: TrainConfig,
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+    lock: FolderLock,
 ) -> Run:
     """Returns a run at step 0, and starts its folder when all that it needs has been found good."""
     if config.out:
@@ -74,16 +77,23 @@ def begin(
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
         model = _refitted(initial, data) if initial else ENF(model_config(config, data, species))
     run = _assemble(config, data, valid, model, ranks, source)
-    _start_folder(run)
+    _start_folder(run, lock)
     return run
 
 
 def resume(
-    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], ranks: Ranks, source: str | None
+    config: TrainConfig,
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+    lock: FolderLock,
 ) -> Run:
     """Returns the run of ``config.out`` where it was saved, if settings and data are its own."""
     if not config.out:
         raise ValueError("resume=True needs config.out, the folder of the run")
+    if ranks.main and Path(config.out).is_dir():
+        lock.take(Path(config.out))
     state = read_state(Path(config.out))
     _check_not_empty(train_atoms, valid_atoms)
     config, known = resumed_config(config, state, ranks.world), state["model_config"]
@@ -95,7 +105,7 @@ def resume(
     restore(run, state)
     if ranks.main:
         truncate_log(run.out / LOG_FILE, run.noted)
-        _save_config(run)  # a longer run, interrupted, goes on as the longer run
+        save_config(run)  # a longer run, interrupted, goes on as the longer run
     return run
 
 
@@ -208,17 +218,13 @@ def _assemble(
     )
 
 
-def _start_folder(run: Run) -> None:
+def _start_folder(run: Run, lock: FolderLock) -> None:
     """Writes the first files of a run."""
     if run.out is None:
         return
     run.ranks.wait()  # nobody writes before everybody has looked
     if run.ranks.main:
-        make_folder(run.out)
-        _save_config(run)
+        lock.take(run.out)
+        check_no_run(run.out)  # another run may have come and gone meanwhile
+        save_config(run)
         truncate_log(run.out / LOG_FILE, -1)
-
-
-def _save_config(run: Run) -> None:
-    with atomic_write(run.out / CONFIG_FILE) as handle:
-        handle.write(f"{json.dumps(dataclasses.asdict(run.config), indent=2)}\n".encode())

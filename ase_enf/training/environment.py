@@ -12,15 +12,23 @@ import torch
 
 @contextlib.contextmanager
 def training_environment(precision: str) -> Iterator[None]:
-    """Allows TF32 where ``precision`` asks for it, and keeps freed memory."""
-    before = torch.get_float32_matmul_precision()
+    """Makes new tensors float32, allows TF32 where ``precision`` asks for it, and keeps freed memory.
+
+    Raises:
+        RuntimeError: Where gradients are turned off.
+    """
+    if not torch.is_grad_enabled():  # as inference_mode does, too
+        raise RuntimeError("training needs gradients, which torch.no_grad or inference_mode turns off; call it outside")
+    matmul, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     keep_memory()
+    torch.set_default_dtype(torch.float32)
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(matmul)
 
 
 def keep_memory() -> None:

@@ -21,11 +21,11 @@ from ase_enf.training import build
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.distributed import process_group
 from ase_enf.training.environment import training_environment
-from ase_enf.training.folder import LAST_FILE
+from ase_enf.training.folder import LAST_FILE, STATE_FILE, FolderLock
 from ase_enf.training.log import Log
 from ase_enf.training.optimizers import resolve_optimizer
 from ase_enf.training.run import Run
-from ase_enf.training.state import save_state
+from ase_enf.training.state import save_config, save_state
 from ase_enf.training.validation import Validation, steps_between_validations, validate
 
 # A run that skips this many steps in a row does not recover by itself.
@@ -52,8 +52,8 @@ def train(
     moment goes on from its last save with ``resume=True``, to the same numbers on a CPU. Started by ``torchrun``, every
     process trains on its own share.
 
-    On Linux the process keeps freed memory instead of returning it to the system at every step (``mallopt``), which
-    makes training on a CPU up to twice as fast.
+    Weights are float32, whatever torch's default is. On Linux the process keeps freed memory instead of returning it
+    to the system at every step (``mallopt``), which makes training on a CPU up to twice as fast.
 
     Args:
         config: What and how.
@@ -69,15 +69,18 @@ def train(
 
     Raises:
         ValueError: For bad structures; if ``resume`` is False and ``config.out`` already holds a run, or a file of
-            yours under a name of ours; if it is True and data or settings are not those of the run.
+            yours under a name of ours; if it is True and data or settings are not those of the run, or its state is
+            damaged; if a run is going on in that folder.
         FileNotFoundError: If there is nothing to resume.
+        KeyboardInterrupt: By Ctrl-C, after the state is saved; its note says how to go on.
+        RuntimeError: Inside ``torch.no_grad`` or ``torch.inference_mode``.
         TrainingError: If the loss stays non-finite.
     """
     # What "auto" chose is part of the run: it is saved, and another torch must not choose anew.
     config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, config.objective))
-    with training_environment(config.precision), process_group(config.device) as ranks:
+    with training_environment(config.precision), process_group(config.device) as ranks, FolderLock() as lock:
         prepare = build.resume if resume else build.begin
-        run = prepare(config, one_or_many(train_atoms), one_or_many(valid_atoms), ranks, source)
+        run = prepare(config, one_or_many(train_atoms), one_or_many(valid_atoms), ranks, source, lock)
         show = (sys.stderr.isatty() if progress is None else progress) and ranks.main
         log = Log(run.out if ranks.main else None, run.step, run.total_steps, show)
         try:
@@ -103,10 +106,23 @@ def loop(run: Run, log: Log) -> None:
             write_row(run, log, validate(run))
         run.noted = run.step
         save_state(run)
-    except KeyboardInterrupt:
+        if not run.ended and run.out and run.ranks.main:
+            save_config(run, time_limit=None)  # it is used up; one that is not is kept when the run goes on
+    except KeyboardInterrupt as interrupt:
         if run.whole:
             save_state(run)
+        interrupt.add_note(how_to_go_on(run))
         raise
+
+
+def how_to_go_on(run: Run) -> str:
+    """Returns what is left of a run that was interrupted, and what to do with it."""
+    if run.out is None:
+        return f"{run.step} steps are lost, as the run has no folder; name one by out"
+    if not (run.whole or (run.out / STATE_FILE).exists()):
+        return f"nothing was saved yet in {run.out}; start again"
+    saved = f"at step {run.step}" if run.whole else "as it was at its last save"
+    return f"the run is saved {saved}; go on with ase-enf train --resume {run.out}, or in Python with resume=True"
 
 
 def train_step(run: Run, index: np.ndarray) -> None:
@@ -185,7 +201,7 @@ def write_row(run: Run, log: Log, found: Validation | None) -> None:
     rows = np.array(run.window) if run.window else np.full((1, 3), math.nan)
     loss, value, norm = rows.mean(axis=0)
     speed = run.step * run.config.batch_size * run.ranks.world / max(run.elapsed, 1e-9)
-    rate = run.config.learning_rate * run.rate(run.step)
+    rate = run.config.learning_rate * run.rate(max(run.step - 1, 0))
     epoch = run.step // run.steps_per_epoch
     if run.ranks.main:
         log.write((run.step, epoch, loss, value, *(found or ("", "")), rate, norm, run.skipped, speed, run.elapsed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from ase_enf.files import atomic_write
 from ase_enf.model import ENFConfig
 from ase_enf.training.config import RESUME_MAY_CHANGE, TrainConfig, migrated, model_fields
-from ase_enf.training.folder import BEST_FILE, STATE_FILE
+from ase_enf.training.folder import BEST_FILE, CONFIG_FILE, STATE_FILE
 from ase_enf.training.optimizers import Clipper
 from ase_enf.training.run import Run
 from ase_enf.training.validation import NLL_RULE, validation_set
@@ -55,6 +56,12 @@ def save_state(run: Run) -> None:
         torch.save(state, handle)
 
 
+def save_config(run: Run, **changes: Any) -> None:
+    """Writes the settings with which a run goes on: its own, but for the changes."""
+    with atomic_write(run.out / CONFIG_FILE) as handle:
+        handle.write(f"{json.dumps(dataclasses.asdict(run.config) | changes, indent=2)}\n".encode())
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """Returns the state of the run in a folder, checked, with its JSON decoded and its names those of today.
 
@@ -65,9 +72,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
+    content = io.BytesIO(path.read_bytes())  # an OSError from here on is the reader's, of what is in the file
     try:
         # Optimizers move what belongs on a GPU; their counters of steps belong on the CPU, wherever they were saved.
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        state = dict(torch.load(content, map_location="cpu", weights_only=True))
         for name in ("config", "model_config", "best_provenance"):
             state[name] = dict(json.loads(state[name]))
         state["config"] = migrated(state["config"])
@@ -75,8 +83,6 @@ def read_state(folder: Path) -> dict[str, Any]:
         # Earlier versions did not say; they saved at their end after the validation, with few exceptions.
         state = {"noted": state["step"], "validated": [state["step"], math.nan]} | state
         whole = all(name in state and holds(state[name]) for name, holds in _KINDS.items())
-    except OSError:
-        raise
     except Exception:  # whatever the unpickler stumbles over; torch's own advice is to load it unsafely
         whole = False
     if not whole:
@@ -129,6 +135,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
             "ask for more steps or epochs, or leave them as they were"
         )
     try:
+        if state["best_weights"] is not None:
+            run.model.load_state_dict(state["best_weights"])  # whether they fit
         run.model.load_state_dict(state["model"])
         run.averages[0].load_state_dict(state["ema"])
         run.optimizer.load_state_dict(state["optimizer"])
