@@ -244,7 +244,12 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_train(commands: Any, complete: bool) -> None:
     command = _command(commands, "train", "Train a flow on structures of any elements.", _train)
-    command.add_argument("--resume", default=None, metavar="FOLDER", help="go on with the run in this folder")
+    command.add_argument(
+        "--resume",
+        default=None,
+        metavar="FOLDER",
+        help="go on with the run in this folder; with --cool-down and --out, let a branch of it cool down there",
+    )
     command.add_argument("--data", default=None, help="training structures: any file ASE reads, or QM9 in any form")
     command.add_argument("--valid", default=None, help="validation structures")
     command.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
@@ -487,7 +492,9 @@ def _train(options: argparse.Namespace) -> None:
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     _check_apart(sources, folder)
-    if not options.resume:
+    trunk = options.resume if "out" in typed else None  # a branch
+    anew = bool(trunk) or not options.resume
+    if anew:
         check_new_run(folder)
         check_ours(folder / DATA_FILE, lambda text: _is_sources(json.loads(text)))
     train_atoms, valid_atoms = (
@@ -495,11 +502,11 @@ def _train(options: argparse.Namespace) -> None:
     )
     described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
     main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process and not options.resume:
+    if main_process and anew:
         _write_json(make_folder(folder) / DATA_FILE, sources)
-    model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
+    model = train(config, train_atoms, valid_atoms, resume=not anew, source=described, branch_of=trunk)
     if main_process:
-        if options.resume:  # only now is it known that data that moved are those of the run
+        if not anew:  # only now is it known that data that moved are those of the run
             _write_json(folder / DATA_FILE, sources)
         _report_run(model, folder)
 
@@ -542,8 +549,8 @@ def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainC
     from ase_enf.training.folder import CONFIG_FILE
 
     folder = Path(options.resume)
-    if "out" in typed:
-        raise ValueError("--resume names the folder of the run; leave --out out")
+    if "out" in typed and "cool_down" not in typed:
+        raise ValueError("--resume names the folder of the run; leave --out out, or add --cool-down for a branch")
     anew = bool(options.data) and not (folder / DATA_FILE).exists()  # as for a run that Python began
     if (options.qm9_split or options.n_atoms) and not anew:
         raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
@@ -552,7 +559,9 @@ def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainC
     fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
     if fixed:
         raise ValueError(f"{_flag(fixed[0])} cannot change when a run is resumed; leave it out")
-    config = dataclasses.replace(saved, **typed, out=str(folder))
+    if saved.schedule == "constant" and "cool_down" in typed and "out" not in typed:
+        raise ValueError("--cool-down of a run with a constant rate makes a branch; add --out, a folder for it")
+    config = dataclasses.replace(saved, **({"out": str(folder)} | typed))
     sources = _new_sources(options) if anew else _moved(_saved_sources(folder / DATA_FILE), options)
     for name in ("train", "valid"):
         if not Path(sources[name]).exists():
@@ -620,9 +629,10 @@ def _report_run(model: ENF, folder: Path) -> None:
     from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
     best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
-    stopped = last["step"] < last["total_steps"]
+    total = last["total_steps"]
+    stopped = total is None or last["step"] < total
     if stopped:
-        done = f"step {last['step']} of {last['total_steps']}"
+        done = f"step {last['step']}" + (f" of {total}" if total else "")
         _say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {folder}")
     if best["validation_nll"] is not None:
         found = f"{best['validation_nll']:.3f} nats at step {best['step']}"

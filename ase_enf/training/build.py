@@ -77,7 +77,7 @@ def begin(
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
         model = _refitted(initial, data) if initial else ENF(model_config(config, data, species))
     run = _assemble(config, data, valid, model, ranks, source)
-    _start_folder(run, lock)
+    start_folder(run, lock)
     return run
 
 
@@ -94,7 +94,22 @@ def resume(
         raise ValueError("resume=True needs config.out, the folder of the run")
     if ranks.main and Path(config.out).is_dir():
         lock.take(Path(config.out))
-    state = read_state(Path(config.out))
+    run = restored(config, read_state(Path(config.out)), train_atoms, valid_atoms, ranks, source)
+    if ranks.main:
+        truncate_log(run.out / LOG_FILE, run.noted)
+        save_config(run)  # a longer run, interrupted, goes on as the longer run
+    return run
+
+
+def restored(
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+) -> Run:
+    """Returns a run where its state was saved, if settings and data are its own; nothing is written."""
     _check_not_empty(train_atoms, valid_atoms)
     config, known = resumed_config(config, state, ranks.world), state["model_config"]
     data, valid = _data_sets(config, train_atoms, valid_atoms, known.species)
@@ -103,9 +118,6 @@ def resume(
         model = ENF(known)
     run = _assemble(config, data, valid, model, ranks, source)
     restore(run, state)
-    if ranks.main:
-        truncate_log(run.out / LOG_FILE, run.noted)
-        save_config(run)  # a longer run, interrupted, goes on as the longer run
     return run
 
 
@@ -186,7 +198,7 @@ def _assemble(
     torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
     model.use_kernel(BACKENDS["torch" if torch_only else config.backend])
     objective = build_objective(config)
-    averages = (moving_average(model, config.ema_decay),)
+    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)
     optimizer = build_optimizers(
         model.dynamics.network,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -218,7 +230,7 @@ def _assemble(
     )
 
 
-def _start_folder(run: Run, lock: FolderLock) -> None:
+def start_folder(run: Run, lock: FolderLock) -> None:
     """Writes the first files of a run."""
     if run.out is None:
         return

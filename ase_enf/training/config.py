@@ -111,7 +111,8 @@ class TrainConfig:
     )
     cool_down: float = setting(
         1.0,
-        "part of the steps after the warm-up over which the learning rate falls to zero, at the end; 1 for all",
+        "part of the steps after the warm-up over which the learning rate falls to zero, at the end; 1 for all; with "
+        "the constant schedule, that of its branches",
         PART,
     )
     regularisation: float = setting(1e-3, "λ of the kinetic and Jacobian terms of nll", NOT_NEGATIVE)
@@ -133,6 +134,11 @@ class TrainConfig:
     weight_decay: float = setting(1e-12, "weight decay of AdamW", NOT_NEGATIVE)
     ema_decay: float = setting(
         0.999, "decay of the weights' exponential moving average, which is what is validated and shipped", BELOW_ONE
+    )
+    long_ema_decay: float | None = setting(
+        None,
+        "decay of a second, longer average, which is validated beside the first; the better one is kept",
+        BELOW_ONE,
     )
     augment: bool = setting(False, "random rotations, for networks that are not equivariant")
     seed: int = setting(0, "seed of initialisation, order, times and noise", WORD, least=0)
@@ -176,6 +182,11 @@ class TrainConfig:
         for wrong, message in _CONTRADICTIONS:
             if wrong(self):
                 raise ValueError(message)
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decays of the averages of the weights, one or two."""
+        return (self.ema_decay,) if self.long_ema_decay is None else (self.ema_decay, self.long_ema_decay)
 
 
 _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (

@@ -21,9 +21,10 @@ except ImportError:  # Windows: nobody is kept out there
     fcntl = None
 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE = "state.pt", "model.safetensors", "last.safetensors", "config.json"
+LONG_FILE = "last-long.safetensors"  # the longer average, where there are two
 LOCK_FILE = "run.lock"
 # What a process leaves that is killed while it writes one of these files.
-_PART = re.compile(r"\.(state\.pt|model\.safetensors|last\.safetensors|config\.json|log\.csv|data\.json)\..+\.part")
+_PART = re.compile(r"\.(state\.pt|(model|last|last-long)\.safetensors|(config|data)\.json|log\.csv)\..+\.part")
 
 
 class FolderLock:
@@ -119,7 +120,7 @@ def check_no_run(folder: Path) -> None:
     Raises:
         ValueError: If one has.
     """
-    if any((folder / name).exists() for name in (STATE_FILE, BEST_FILE, LAST_FILE)):
+    if any((folder / name).exists() for name in (STATE_FILE, BEST_FILE, LAST_FILE, LONG_FILE)):
         raise ValueError(f"{folder}: already holds a run; resume it, or choose another folder")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +21,11 @@ from ase_enf.geometry import random_rotations
 from ase_enf.model import ENF
 from ase_enf.molecules import one_or_many
 from ase_enf.training import build
+from ase_enf.training.branch import branch
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.distributed import process_group
 from ase_enf.training.environment import training_environment
-from ase_enf.training.folder import LAST_FILE, STATE_FILE, FolderLock
+from ase_enf.training.folder import LAST_FILE, LONG_FILE, STATE_FILE, FolderLock
 from ase_enf.training.log import Log
 from ase_enf.training.optimizers import resolve_optimizer
 from ase_enf.training.run import Run
@@ -43,6 +47,7 @@ def train(
     resume: bool = False,
     progress: bool | None = None,
     source: str | None = None,
+    branch_of: str | os.PathLike[str] | None = None,
 ) -> ENF:
     """Trains a flow on ``Atoms`` of any elements and returns it at its best validation likelihood.
 
@@ -63,6 +68,9 @@ def train(
             on, or more of them, the best weights are chosen anew.
         progress: Show a bar; by default on a terminal only.
         source: What the data are, in words, for the provenance in the weights file.
+        branch_of: Folder of a run whose learning rate is constant, the trunk. The new run leaves it where it was saved
+            last, and its rate falls to zero over the last part ``config.cool_down`` of its steps; the trunk is only
+            read, and can go on.
 
     Returns:
         The exponential moving average of the weights at the best validation NLL, in evaluation mode.
@@ -76,10 +84,14 @@ def train(
         RuntimeError: Inside ``torch.no_grad`` or ``torch.inference_mode``.
         TrainingError: If the loss stays non-finite.
     """
+    if resume and branch_of is not None:
+        raise ValueError("resume=True goes on with a run, branch_of leaves one; choose one of them")
     # What "auto" chose is part of the run: it is saved, and another torch must not choose anew.
     config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, config.objective))
     with training_environment(config.precision), process_group(config.device) as ranks, FolderLock() as lock:
         prepare = build.resume if resume else build.begin
+        if branch_of is not None:
+            prepare = functools.partial(branch, trunk=Path(branch_of))
         run = prepare(config, one_or_many(train_atoms), one_or_many(valid_atoms), ranks, source, lock)
         show = (sys.stderr.isatty() if progress is None else progress) and ranks.main
         log = Log(run.out if ranks.main else None, run.step, run.total_steps, show)
@@ -219,9 +231,10 @@ def finish(run: Run) -> ENF:
     run.ranks.wait()
     model = run.averages[0].module.eval()
     if run.ranks.main and run.out:
-        step, nll = run.validated
-        model.provenance = run.provenance(nll if step == run.step else math.nan)
-        model.save(run.out / LAST_FILE)
+        step, *nlls = run.validated
+        for k, (average, file) in enumerate(zip(run.averages, (LAST_FILE, LONG_FILE), strict=False)):
+            average.module.provenance = run.provenance(k, nlls[k] if step == run.step else math.nan)
+            average.module.save(run.out / file)
     if run.best_weights is not None:
         model.load_state_dict(run.best_weights)
         model.provenance = run.best_provenance

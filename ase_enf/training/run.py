@@ -62,7 +62,7 @@ class Run:
         consecutive_skips: Of these the last in a row.
         elapsed: Seconds of training.
         window: Loss, value and norm of the steps since the last row of the log.
-        validated: Step and NLL of the last validation.
+        validated: Step of the last validation, and the NLL of each average then.
         best: The best NLL.
         best_weights: The averaged weights that had it.
         best_provenance: How these were made.
@@ -87,7 +87,7 @@ class Run:
     consecutive_skips: int = 0
     elapsed: float = 0.0
     window: list[list[float]] = dataclasses.field(default_factory=list)
-    validated: tuple[int, float] = (-1, math.nan)
+    validated: tuple[float, ...] = (-1, math.nan)
     best: float = math.inf
     best_weights: dict[str, Tensor] | None = None
     best_provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -149,8 +149,8 @@ class Run:
         """Returns the context in which the loss is computed."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def provenance(self, nll: float) -> dict[str, Any]:
-        """Returns how the present weights were made, and the validation NLL of just these, NaN for none."""
+    def provenance(self, average: int, nll: float) -> dict[str, Any]:
+        """Returns how the present weights of an average were made, and the validation NLL of these, NaN for none."""
         training = dataclasses.asdict(self.config)
         del training["out"]  # weights are given to others, who need not know the folders of this machine
         if training["init_from"]:
@@ -165,6 +165,7 @@ class Run:
             "molecules": len(self.data),
             "processes": self.ranks.world,
             "hours": round(self.elapsed / 3600, 3),
+            "ema_decay": self.config.ema_decays[average],
             "validation_nll": nll if math.isfinite(nll) else None,
             "skipped_steps": self.skipped,
             "ase_enf": package_version(),

@@ -21,10 +21,12 @@ from ase_enf.training.optimizers import Clipper
 from ase_enf.training.run import Run
 from ase_enf.training.validation import NLL_RULE, validation_set
 
+# What the averages are called, the longer one second.
+AVERAGES = ("ema", "long_ema")
 # Sums over the same data differ by less between machines.
 SAME = 1e-9
 # States of earlier versions lack these: runs had one optimizer, one schedule and no weights to start from.
-EARLIER_SETTINGS = {"optimizer": "adamw", "init_from": None, "schedule": "cosine"}
+EARLIER_SETTINGS = {"optimizer": "adamw", "init_from": None, "schedule": "cosine", "long_ema_decay": None}
 
 
 def save_state(run: Run) -> None:
@@ -49,9 +51,9 @@ def save_state(run: Run) -> None:
         "best_weights": run.best_weights,
         "best_provenance": json.dumps(run.best_provenance),
         "model": run.model.state_dict(),
-        "ema": run.averages[0].state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
+    state |= {name: average.state_dict() for name, average in zip(AVERAGES, run.averages, strict=False)}
     with atomic_write(run.out / STATE_FILE) as handle:
         torch.save(state, handle)
 
@@ -138,7 +140,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         if state["best_weights"] is not None:
             run.model.load_state_dict(state["best_weights"])  # whether they fit
         run.model.load_state_dict(state["model"])
-        run.averages[0].load_state_dict(state["ema"])
+        for name, average in zip(AVERAGES, run.averages, strict=False):
+            average.load_state_dict(state[name])
         run.optimizer.load_state_dict(state["optimizer"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         raise damaged(run.out) from None
@@ -151,7 +154,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     scored = validation_set(run)
     if state.get("nll_rule") != NLL_RULE or not agree(tuple(state.get("validation_set", scored)), tuple(scored)):
         # The best of then has another measure: the next validation starts anew.
-        run.best, run.validated = math.inf, (run.step, math.nan)
+        run.best, run.validated = math.inf, (run.step, *(math.nan for _ in run.averages))
 
 
 def agree(a: Any, b: Any) -> bool:
@@ -191,7 +194,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "skipped": _count,
     "consecutive_skips": _count,
     "best": lambda value: isinstance(value, float),
-    "validated": lambda value: _numbers(value) and len(value) == 2,
+    "validated": lambda value: _numbers(value) and len(value) > 1,
     "elapsed": lambda value: isinstance(value, float),
     "norms": _numbers,
     "window": lambda value: isinstance(value, list) and all(_numbers(row) and len(row) == 3 for row in value),

@@ -32,18 +32,24 @@ class Validation(NamedTuple):
 
 
 def validate(run: Run) -> Validation | None:
-    """Scores the averaged weights, and keeps them when they are the best so far; in the first process only."""
+    """Scores the averages of the weights, and keeps the better one when it is the best so far.
+
+    Returns:
+        What the better average has; None in all processes but the first.
+    """
     if not run.ranks.main:
         return None
-    model = run.averages[0].module.eval()
-    found = score_validation_set(run, model)
-    run.validated = (run.step, found.nll)
+    models = [average.module.eval() for average in run.averages]
+    every = [score_validation_set(run, model) for model in models]
+    run.validated = (run.step, *(found.nll for found in every))
+    average = min(range(len(every)), key=lambda k: math.inf if math.isnan(every[k].nll) else every[k].nll)
+    found, model = every[average], models[average]
     if math.isnan(found.loss):
         return found
     if run.best_weights is None or found.nll < run.best or not math.isfinite(run.best):
         run.best = found.nll
         run.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        run.best_provenance = model.provenance = run.provenance(found.nll)
+        run.best_provenance = model.provenance = run.provenance(average, found.nll)
         if run.out:
             model.save(run.out / BEST_FILE)
     return found
