@@ -615,10 +615,9 @@ def _is_sources(content: Any) -> bool:
 
 def _check_apart(sources: dict[str, Any], folder: Path) -> None:
     """Raises ``ValueError`` for data that are a file which the run writes."""
-    from ase_enf.training.folder import BEST_FILE, CONFIG_FILE, LAST_FILE, STATE_FILE
-    from ase_enf.training.log import LOG_FILE
+    from ase_enf.training.folder import RUN_FILES
 
-    for name in (BEST_FILE, CONFIG_FILE, DATA_FILE, LAST_FILE, LOG_FILE, STATE_FILE):
+    for name in (*RUN_FILES, DATA_FILE):
         if str((folder / name).resolve()) in (sources["train"], sources["valid"]):
             raise ValueError(f"{folder / name}: the run would replace its own data; choose another folder for it")
 

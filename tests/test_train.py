@@ -444,6 +444,7 @@ MINE = {
     "last.safetensors": "weights",
     "model.safetensors": "weights",
     "state.pt": "state",
+    "run.lock": "mine",
 }
 
 

@@ -23,6 +23,7 @@ except ImportError:  # Windows: nobody is kept out there
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE = "state.pt", "model.safetensors", "last.safetensors", "config.json"
 LONG_FILE = "last-long.safetensors"  # the longer average, where there are two
 LOCK_FILE = "run.lock"
+RUN_FILES = (STATE_FILE, BEST_FILE, LAST_FILE, LONG_FILE, CONFIG_FILE, LOG_FILE, LOCK_FILE)
 # What a process leaves that is killed while it writes one of these files.
 _PART = re.compile(r"\.(state\.pt|(model|last|last-long)\.safetensors|(config|data)\.json|log\.csv)\..+\.part")
 
@@ -42,12 +43,15 @@ class FolderLock:
         """Takes the folder, which is made where it is not there, and removes what a killed run left half written.
 
         Raises:
-            ValueError: If another run has it.
+            ValueError: If another run has it, or a file of somebody else has the name of the lock.
         """
         self._path = make_folder(folder) / LOCK_FILE
+        check_ours(self._path, lambda text: text.startswith("process "))
         self._file = _open_locked(self._path)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%c}\n")
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%Y-%m-%d %H:%M}\n"
+        )
         self._file.flush()
         for path in folder.iterdir():
             if _PART.fullmatch(path.name):
@@ -75,17 +79,20 @@ def _open_locked(path: Path) -> IO[str]:
 
 
 def _lock(file: IO[str], folder: Path, shared: bool = False) -> None:
+    """Locks a file where the file system can; one that cannot keeps nobody out."""
     if fcntl is None:
         return
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "by another process"
         file.close()
         raise ValueError(
             f"{folder}: a run is going on there ({owner}); wait for its end, or choose another folder"
         ) from None
+    except OSError:  # no locks there
+        pass
 
 
 def check_unlocked(folder: Path) -> None:
@@ -110,6 +117,7 @@ def check_new_run(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{folder}: is a file; name the folder of the run")
     check_unlocked(folder)
     check_no_run(folder)
+    check_ours(folder / LOCK_FILE, lambda text: text.startswith("process "))
     check_ours(folder / CONFIG_FILE, lambda text: {"objective", "features", "out"} <= dict(json.loads(text)).keys())
     check_ours(folder / LOG_FILE, lambda text: text.startswith(",".join(LOG_COLUMNS[:4])))
 
