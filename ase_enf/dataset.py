@@ -36,13 +36,35 @@ class MoleculeSet:
             check_atoms(item, species, index, dimension)
         sizes = np.array([len(item) for item in atoms])
         numbers = np.concatenate([item.numbers for item in atoms])
-        centered = [(xyz := item.positions[:, :dimension]) - xyz.mean(axis=0) for item in atoms]
+        positions = np.concatenate([item.positions[:, :dimension] for item in atoms])
+        self._fill(sizes, numbers, positions, species)
+
+    @classmethod
+    def from_arrays(
+        cls, sizes: np.ndarray, numbers: np.ndarray, positions: np.ndarray, species: Sequence[str]
+    ) -> MoleculeSet:
+        """Builds a set from the arrays of a table of molecules, which are trusted.
+
+        Args:
+            sizes: Atoms of each molecule, shape (B,).
+            numbers: Atomic numbers of all on end, shape (N,).
+            positions: Their positions, Å, shape (N, n).
+            species: Elements of the one-hot columns; empty for positions only.
+        """
+        table = cls.__new__(cls)
+        table._fill(sizes.astype(np.int64), numbers.astype(np.int64), positions.astype(np.float64), species)
+        return table
+
+    def _fill(self, sizes: np.ndarray, numbers: np.ndarray, positions: np.ndarray, species: Sequence[str]) -> None:
+        first = np.cumsum(sizes) - sizes
+        centroids = np.add.reduceat(positions, first, axis=0) / sizes[:, None]
+        centered = positions - np.repeat(centroids, sizes, axis=0)
         column = np.zeros(len(chemical_symbols), dtype=np.int64)
         for k, symbol in enumerate(species):
             column[atomic_numbers[symbol]] = k
         self.sizes = torch.from_numpy(sizes)
         self.starts = self.sizes.cumsum(0) - self.sizes
-        self.positions = torch.from_numpy(np.concatenate(centered)).float()
+        self.positions = torch.from_numpy(centered).float()
         self.charges = torch.from_numpy(numbers).float().unsqueeze(-1)
         self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[
             :, : len(species)
@@ -92,6 +114,11 @@ class MoleculeSet:
         width = float(charges.std(ddof=1)) or 1.0
         shift = (*types.mean(axis=0).tolist(), float(charges.mean()) + 0.5)
         return shift, (spread,) * types.shape[-1] + (spread / width,)
+
+    def feature_std(self, scale: Sequence[float]) -> float:
+        """Returns the root mean square, over types and charge, of their deviations from the mean, times ``scale``."""
+        values = np.concatenate([_doubles(self.types), _doubles(self.charges)], axis=1) * np.asarray(scale)
+        return float(np.sqrt(values.var(axis=0).mean()))
 
 
 def _doubles(values: Tensor) -> np.ndarray:

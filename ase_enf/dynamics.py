@@ -13,6 +13,7 @@ from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
 from ase_enf.nn.koehler import KernelDynamics, SimpleDynamics
+from ase_enf.parameterisation import Coefficients, Parameterisation
 
 KERNELS = ("auto", "fused", "plain")
 # The last two move positions only.
@@ -23,15 +24,18 @@ POSITION_NETWORKS = {"simple": SimpleDynamics, "kernel": KernelDynamics}
 class Dynamics(nn.Module):
     """Velocity of positions and features at time t (eq. 8).
 
-    dx/dt = x^L − x with its mean removed,  dh/dt = h^L,  where h^L, x^L = network[(h, context, t), x].
+    dx/dt = x^L − x with its mean removed,  dh/dt = h^L,  where h^L, x^L = network[(h, context, t), x]; so in the paper.
+    A :class:`Parameterisation` other than "velocity" scales what goes in and reads what comes out in another way.
 
     Args:
         network: Maps (h, x, pair mask) to (h^L, x^L).
+        parameterisation: How its output becomes a velocity.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, parameterisation: Parameterisation | None = None) -> None:
         super().__init__()
         self.network = network
+        self.parameterisation = parameterisation or Parameterisation()
 
     def forward(
         self,
@@ -42,8 +46,10 @@ class Dynamics(nn.Module):
         context: Tensor | None = None,  # (B, M, K), features that do not flow
     ) -> tuple[Tensor, Tensor]:
         """Returns dx/dt (B, M, n) on the zero-mean subspace and dh/dt (B, M, F), zero at padding."""
-        h_out, x_out = self.network(self._nodes(t, x, h, context), x, pair_mask(mask).to(x.dtype))
-        return center(x_out - x, mask), h_out * mask.unsqueeze(-1)
+        c = self.parameterisation(self._times(t, x))
+        y = c.x_in * x
+        h_out, x_out = self.network(self._nodes(t, c.h_in * h, context), y, pair_mask(mask).to(x.dtype))
+        return self._velocity(c, x, h, y, h_out, x_out, mask)
 
     def trace(
         self,
@@ -55,18 +61,33 @@ class Dynamics(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
 
-        Removing the mean takes ``1/M Σ_ik ∂(x^L − x)_i/∂x_k`` off the trace, which is zero: an EGNN or a radial field
+        Tr J = x_skip (M − 1) n + x_out x_in Tr ∂(x^L − y)/∂y + h_skip M F + h_out h_in Tr ∂h^L/∂g
+
+        Removing the mean takes ``1/M Σ_ik ∂(x^L − y)_i/∂y_k`` off the trace, which is zero: an EGNN or a radial field
         does not notice when all atoms move together.
         """
         if not self.has_closed_form:
             return None
-        nodes, pairs = self._nodes(t, x, h, context), pair_mask(mask).to(x.dtype)
+        c = self.parameterisation(self._times(t, x))
+        y, pairs = c.x_in * x, pair_mask(mask).to(x.dtype)
+        nodes = self._nodes(t, c.h_in * h, context)
+        atoms = mask.sum(dim=-1)
+        x_gain, h_gain = ((out * scale).flatten() for out, scale in ((c.x_out, c.x_in), (c.h_out, c.h_in)))
         if isinstance(self.network, EGNN):
-            h_out, x_out, trace = egnn_trace(self.network, nodes, x, pairs, mask)
-            trace = trace - x.shape[-1] * mask.sum(dim=-1)  # of x^L − x
+            h_out, x_out, by_x, by_h = egnn_trace(self.network, nodes, y, pairs, mask)
+            trace = x_gain * (by_x - x.shape[-1] * atoms) + h_gain * by_h  # of x^L − y
         else:
-            h_out, x_out, trace = self.network.with_trace(nodes, x, pairs)
-        return center(x_out - x, mask), h_out * mask.unsqueeze(-1), trace
+            h_out, x_out, by_x = self.network.with_trace(nodes, y, pairs)
+            trace = x_gain * by_x
+        trace = trace + c.x_skip.flatten() * (x.shape[-1] * (atoms - 1)) + c.h_skip.flatten() * (h.shape[-1] * atoms)
+        return *self._velocity(c, x, h, y, h_out, x_out, mask), trace
+
+    @staticmethod
+    def _velocity(
+        c: Coefficients, x: Tensor, h: Tensor, y: Tensor, h_out: Tensor, x_out: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dx = center(c.x_skip * x + c.x_out * (x_out - y), mask)
+        return dx, (c.h_skip * h + c.h_out * h_out) * mask.unsqueeze(-1)
 
     @property
     def has_closed_form(self) -> bool:
@@ -96,8 +117,14 @@ class Dynamics(nn.Module):
         return fused.unavailable(len(weight), weight.dtype, weight.device)
 
     @staticmethod
-    def _nodes(t: Tensor, x: Tensor, h: Tensor, context: Tensor | None) -> Tensor:
-        time = t.to(x.dtype).expand(x.shape[0])[:, None, None].expand(-1, x.shape[1], 1)
+    def _times(t: Tensor, x: Tensor) -> Tensor:
+        """Returns t in the dtype of x, shape () or (B, 1, 1)."""
+        t = t.to(x.dtype)
+        return t[:, None, None] if t.ndim else t
+
+    @staticmethod
+    def _nodes(t: Tensor, h: Tensor, context: Tensor | None) -> Tensor:
+        time = t.to(h.dtype).expand(h.shape[0])[:, None, None].expand(-1, h.shape[1], 1)
         return torch.cat([h, time] if context is None else [h, context, time], dim=-1)
 
 

@@ -26,9 +26,11 @@ from ase_enf.files import atomic_write, require_folder
 from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
+from ase_enf.parameterisation import Parameterisation
 
 FEATURES = ("joint", "none", "given")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PATHS = (None, "linear")
 METADATA_KEY = "ase_enf"
 # Likelihoods take a fixed grid, so that one does not depend on its batch mates; the nodes of the quadrature are its
 # steps. Flow matching puts what changes fast near the data: 49 nodes in u, t = u², err by a third of what 49 in t do;
@@ -62,6 +64,11 @@ class ENFConfig:
         position_scale: Length in Å that is one unit inside the flow.
         feature_shift: Subtracted from h̃ (K scores, then the charge), for "joint".
         feature_scale: Multiplies h̃ − shift.
+        parameterisation: How the network's output becomes a velocity: "velocity" (the paper), "endpoint" or "denoising";
+            see ``parameterisation.Parameterisation``.
+        feature_std: Standard deviation of the flowing features inside the flow, for "denoising".
+        path: "linear", where flow matching trained it, so that the path from data to noise is (1 − t) x + t z in
+            distribution; None where that is not known.
 
     Raises:
         ValueError: For an unknown or inconsistent value.
@@ -81,6 +88,9 @@ class ENFConfig:
     position_scale: float = 1.0
     feature_shift: tuple[float, ...] = ()
     feature_scale: tuple[float, ...] = ()
+    parameterisation: str = "velocity"
+    feature_std: float = 1.0
+    path: str | None = None
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)
@@ -115,6 +125,9 @@ class ENFConfig:
             raise ValueError(f"feature_scale {self.feature_scale}: all must be positive")
         if not (math.isfinite(self.position_scale) and self.position_scale > 0):
             raise ValueError(f"position_scale {self.position_scale}: must be a positive length in Å")
+        Parameterisation(self.parameterisation, self.feature_std)  # which checks them
+        if self.path not in PATHS:
+            raise ValueError(f"path {self.path!r} is unknown; choose 'linear' or None")
         if not len(self.feature_shift) == len(self.feature_scale) == width:
             raise ValueError(f"feature_shift and feature_scale need {width} numbers, one a flowing feature")
 
@@ -182,6 +195,7 @@ class ENF(nn.Module):
         super().__init__()
         self.config = config
         self.provenance = dict(provenance or {})
+        self._features: dict[tuple[Any, ...], Tensor] = {}
         self.name = "unnamed"  # of the file it came from, see load
         self.size_prior = base.SizePrior(config.sizes)
         network = build_network(
@@ -194,7 +208,7 @@ class ENF(nn.Module):
             attention=config.attention,
             radial=config.radial,
         )
-        self.dynamics = Dynamics(network)
+        self.dynamics = Dynamics(network, Parameterisation(config.parameterisation, config.feature_std))
         self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
 
     @property
@@ -210,14 +224,14 @@ class ENF(nn.Module):
     @property
     def matched(self) -> bool:
         """Whether flow matching trained it, so that its path from data to noise is (1 − t) x + t z in distribution."""
-        return self.provenance.get("objective") == "flow_matching"
+        return self.config.path == "linear"
 
     @property
     def likelihood_solver(self) -> Solver:
         """How likelihoods are integrated: rk4 on the nodes of the quadrature, after flow matching denser near the data.
 
         Example:
-            >>> str(ENF(ENFConfig(hidden=8, layers=1), {"objective": "flow_matching"}).likelihood_solver)
+            >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).likelihood_solver)
             'rk4, 4 steps, warp 2'
         """
         return MATCHED_LIKELIHOOD_SOLVER if self.matched else LIKELIHOOD_SOLVER
@@ -441,7 +455,11 @@ class ENF(nn.Module):
             handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
 
     def _feature(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.device)
+        """Returns numbers as a tensor like the weights; kept, because making it would halt a GPU."""
+        key = (tuple(values), self.dtype, self.device)
+        if key not in self._features:
+            self._features[key] = torch.tensor(values, dtype=self.dtype, device=self.device)
+        return self._features[key]
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -472,6 +490,13 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade"
         )
+    return _migrated(header)
+
+
+def _migrated(header: dict[str, Any]) -> dict[str, Any]:
+    """Returns a header in today's format; format 1 told the path only by the objective of the training."""
+    if header.get("format") == 1 and dict(header.get("provenance") or {}).get("objective") == "flow_matching":
+        header = header | {"config": {"path": "linear"} | header["config"]}
     return header
 
 

@@ -20,7 +20,9 @@ MODULES = {
 }
 
 # Importer → what it may import from this package. A name stands for the module and everything below it.
-_CORE = {"base", "dequantize", "divergence", "dynamics", "flow", "geometry", "molecules", "quadrature"}
+_CORE = {
+    "base", "dequantize", "divergence", "dynamics", "flow", "geometry", "molecules", "parameterisation", "quadrature",
+}  # fmt: skip
 ALLOWED = {
     "__init__": set(),  # lazy: by name, when asked
     # L0
@@ -34,7 +36,8 @@ ALLOWED = {
     "base": {"geometry"},
     "divergence": set(),
     # L2
-    "dynamics": {"geometry", "nn"},
+    "parameterisation": set(),
+    "dynamics": {"geometry", "nn", "parameterisation"},
     "dequantize": {"geometry", "nn"},
     "flow": {"divergence", "quadrature", "threads"},
     "dataset": {"molecules"},
@@ -48,6 +51,7 @@ ALLOWED = {
     "reweight": _CORE | {"generate", "model", "score"},  # draws as the one, integrates as the other
     "calculator": _CORE | {"model"},
     "training": _CORE | {"dataset", "files", "model", "training"},
+    "captured": _CORE | {"dataset", "model", "training"},
     "io": {"files"},
     "en_flows": {"files", "model"},
     # L5

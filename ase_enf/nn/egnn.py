@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
 from ase_enf.nn import fused
-from ase_enf.nn.gnn import Messages, NodeUpdate
+from ase_enf.nn.gnn import Messages, NodeUpdate, dot, linear
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalars
 from ase_enf.threads import map_threads, shares
 
@@ -70,18 +70,20 @@ class EGCL(nn.Module):
         edges = edges if a is None else torch.cat([edges, a], dim=-1)
         m = self.messages(h, edges, pair_mask)
         if self.position_in is not None:
-            phi = self.position_out(F.silu(self.position_in(m))).squeeze(-1)
+            products = self.messages.products
+            hidden = F.silu(linear(self.position_in, m, products))
+            phi = (self.position_out(hidden) if products is None else dot(hidden, self.position_out.weight)).squeeze(-1)
             if self.bound is not None:
                 phi = torch.tanh(phi) * self.bound
             weight = phi * pair_mask / (torch.sqrt(squared + DISTANCE_EPSILON) + 1.0)
             x = x + torch.einsum("bij,bijn->bin", weight, difference)
         if self.node is not None:
-            h = self.node(h, m.sum(dim=2))
+            h = self.node(h, m.sum(dim=2, dtype=h.dtype))
         return h, x
 
     def uses_kernel(self, x: Tensor) -> bool:
         """Whether the compiled kernel computes the pairs of these positions; ``a`` then is ‖x^0_i − x^0_j‖² alone."""
-        if not self.fused or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if not self.fused or x.device.type != "cpu" or self.messages.products or torch.is_autocast_enabled("cpu"):
             return False
         # The dtype may be another than the one that the kernel was chosen for.
         return fused.fits(self.messages.edge_out.out_features, x.dtype)
@@ -157,6 +159,15 @@ class EGNN(nn.Module):
             for layer in range(layers)
         )
         self.out = nn.Linear(hidden, out_features) if out_features else None
+
+    def multiply_in(self, products: torch.dtype | None) -> None:
+        """Computes the (F, F) products of the pairs in another dtype, such as bfloat16; None for that of the weights.
+
+        Distances, radial functions, the sums over neighbours and all that belongs to nodes keep the dtype of the
+        weights: rounded distances would blur the geometry.
+        """
+        for layer in self.layers:
+            layer.messages.products = products
 
     def fuse(self, fused: bool = True) -> None:
         """Computes the pairs by the compiled kernel, or not; the kernel has no second derivatives."""

@@ -24,6 +24,7 @@ class Messages(nn.Module):
     def __init__(self, features: int, edge_features: int, gate: bool) -> None:
         super().__init__()
         self.features = features
+        self.products: torch.dtype | None = None  # of the largest products; None for the dtype of the weights
         self.edge_in = nn.Linear(2 * features + edge_features, features)
         self.edge_out = nn.Linear(features, features)
         self.gate = nn.Linear(features, 1) if gate else None
@@ -43,10 +44,24 @@ class Messages(nn.Module):
             hidden = target.unsqueeze(2) + source.unsqueeze(1)
         else:  # added in place: this is the largest tensor there is
             hidden = F.linear(a, weight[:, 2 * width :]).add_(target.unsqueeze(2)).add_(source.unsqueeze(1))
-        m = F.silu(self.edge_out(F.silu(hidden)))
+        m = F.silu(linear(self.edge_out, F.silu(hidden), self.products))
         if self.gate is None:
-            return m * pair_mask.unsqueeze(-1)
-        return m * (torch.sigmoid(self.gate(m)) * pair_mask.unsqueeze(-1))
+            return m * pair_mask.unsqueeze(-1).to(m.dtype)
+        score = self.gate(m) if self.products is None else dot(m, self.gate.weight) + self.gate.bias
+        return m * (torch.sigmoid(score) * pair_mask.unsqueeze(-1)).to(m.dtype)
+
+
+def linear(layer: nn.Linear, values: Tensor, products: torch.dtype | None) -> Tensor:
+    """Applies a linear layer, in another dtype if one is given; the result has that dtype."""
+    if products is None:
+        return layer(values)
+    bias = None if layer.bias is None else layer.bias.to(products)
+    return F.linear(values.to(products), layer.weight.to(products), bias)
+
+
+def dot(values: Tensor, weight: Tensor) -> Tensor:
+    """Returns the product with one row of weights, shape (1, F), summed in the weights' dtype."""
+    return (values.to(weight.dtype) * weight[0]).sum(dim=-1, keepdim=True)
 
 
 class NodeUpdate(nn.Module):

@@ -40,8 +40,17 @@ class _Tangent(NamedTuple):
     x: Tensor  # (B, M, D, n)
 
 
-def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output of an EGNN and ``Σ_i (Σ_s ∂h^L_is/∂h^0_is + Σ_c ∂x^L_ic/∂x^0_ic)``, exact and differentiable.
+class Traced(NamedTuple):
+    """Output of an EGNN and the traces of its Jacobian over real atoms."""
+
+    h: Tensor  # h^L, (B, M, out_features)
+    x: Tensor  # x^L, (B, M, n)
+    by_x: Tensor  # (B,), Σ_ic ∂x^L_ic/∂x^0_ic
+    by_h: Tensor  # (B,), Σ_is ∂h^L_is/∂h^0_is over the features that flow
+
+
+def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor) -> Traced:
+    """Output of an EGNN with ``Σ_ic ∂x^L_ic/∂x^0_ic`` and ``Σ_is ∂h^L_is/∂h^0_is``, exact and differentiable.
 
     Args:
         network: L ≥ 1 layers; the first ``out_features`` of its inputs are those that flow.
@@ -51,14 +60,13 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
         mask: True for real atoms, shape (B, M).
 
     Returns:
-        h^L (B, M, out_features), x^L (B, M, n) and the trace over real atoms (B,).
+        h^L, x^L and the two traces.
 
     Example:
         >>> network = EGNN(in_features=2, out_features=1, hidden=8, layers=3)
         >>> mask = torch.ones(1, 4, dtype=torch.bool)
         >>> pairs = torch.ones(1, 4, 4) - torch.eye(4)
-        >>> h, x, trace = egnn_trace(network, torch.randn(1, 4, 2), torch.randn(1, 4, 3), pairs, mask)
-        >>> trace.shape
+        >>> egnn_trace(network, torch.randn(1, 4, 2), torch.randn(1, 4, 3), pairs, mask).by_x.shape
         torch.Size([1])
     """
     atoms, n = x.shape[1:]
@@ -78,13 +86,12 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     ]
     if len(pieces) == 1:
         return pieces[0]
-    h_out, x_out, trace = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return h_out, x_out, trace
+    return Traced(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def _trace(
     network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor, blocks: int, work: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Traced:
     width = network.out.out_features if network.out is not None else 0
     start = pair_differences(x)
     h_in = network.embed(h)
@@ -94,13 +101,13 @@ def _trace(
     for depth, module in enumerate(network.layers):
         layer = _Layer(module, h_in, x, start if network.input_distance else None, pair_mask)
         if depth == last:
-            trace = layer.trace(tangent, network.out.weight if network.out is not None else None, mask)
+            by_x, by_h = layer.trace(tangent, network.out.weight if network.out is not None else None, mask)
         elif depth == 0:
             tangent = layer.push_first(lift)
         else:
             tangent = layer.push(tangent, blocks, work)
         h_in, x = layer.h_out, layer.x_out
-    return (h_in[..., :0] if network.out is None else network.out(h_in)), x, trace
+    return Traced(h_in[..., :0] if network.out is None else network.out(h_in), x, by_x, by_h)
 
 
 def _unit_tangent(lift: Tensor, h: Tensor, x: Tensor) -> _Tangent:
@@ -370,8 +377,10 @@ class _Layer:
             dx.unflatten(2, (atoms, -1))[:, :, :, :n] += to_x0.permute(0, 3, 1, 2, 4)
         return _Tangent(tangent.h, dx)
 
-    def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> Tensor:
+    def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Contracts the tangents that arrive with the cotangents of the outputs, atom by atom.
+
+        Returned are the traces of positions and of features, shape (B,) each.
 
         Args:
             tangent: Of the layer's inputs.
@@ -390,9 +399,8 @@ class _Layer:
             total = total + torch.einsum("bjdic,bjicd->bi", to_x, dx[..., :n, :])
             if to_x0 is not None:
                 total = total + torch.einsum("bicic->bi", to_x0)
-        if out is not None:
-            total = total + self._feature_trace(dh[..., n:, :], dx[..., n:, :], out)
-        return (total * mask).sum(dim=1)
+        features = torch.zeros_like(total) if out is None else self._feature_trace(dh[..., n:, :], dx[..., n:, :], out)
+        return (total * mask).sum(dim=1), (features * mask).sum(dim=1)
 
     def _feature_trace(self, dh: Tensor, dx: Tensor, out: Tensor) -> Tensor:
         node = self.module.node

@@ -31,7 +31,7 @@ def build_objective(config: TrainConfig) -> Objective:
     if config.objective == "nll":
         solver = Solver("dopri5", rtol=config.ode_tolerance, atol=config.ode_tolerance)
         return NegativeLogLikelihood(solver, config.regularisation, config.adjoint)
-    return FlowMatching(config.time_power)
+    return FlowMatching(config.times, config.time_power)
 
 
 def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...]) -> ENFConfig:
@@ -51,7 +51,15 @@ def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...
         position_scale=data.position_scale(),
         feature_shift=shift,
         feature_scale=scale,
+        parameterisation=config.parameterisation,
+        feature_std=data.feature_std(scale) if config.parameterisation == "denoising" and scale else 1.0,
+        path=training_path(config),
     )
+
+
+def training_path(config: TrainConfig) -> str | None:
+    """Returns the path from data to noise on which the objective trains a flow."""
+    return "linear" if config.objective == "flow_matching" else None
 
 
 def begin(
@@ -75,7 +83,7 @@ def begin(
     data, valid = _data_sets(config, train_atoms, valid_atoms, species)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
-        model = _refitted(initial, data) if initial else ENF(model_config(config, data, species))
+        model = _refitted(initial, config, data) if initial else ENF(model_config(config, data, species))
     run = _assemble(config, data, valid, model, ranks, source)
     start_folder(run, lock)
     return run
@@ -169,9 +177,11 @@ def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
     }
 
 
-def _refitted(initial: ENF, data: MoleculeSet) -> ENF:
+def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
     """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
-    model = ENF(dataclasses.replace(initial.config, **_counts(data, initial.features)), initial.provenance)
+    counts = _counts(data, initial.features)
+    known = dataclasses.replace(initial.config, path=training_path(config), **counts)
+    model = ENF(known, initial.provenance)
     model.load_state_dict(initial.state_dict())
     return model
 
@@ -192,7 +202,6 @@ def _assemble(
     """Puts model, objective and optimizers together, on the device."""
     device = ranks.device(config.device)
     model = model.to(device).requires_grad_(True).train()
-    model.provenance["objective"] = config.objective  # the best way to integrate it depends on that
     torch_only = config.objective == "nll" or config.compile or config.precision != "float32"
     # The threads of the kernel and those of torch's own operations get in each other's way.
     torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)

@@ -14,7 +14,8 @@ import numpy as np
 
 from ase_enf.model import ENFConfig
 from ase_enf.molecules import check_whole
-from ase_enf.training.objectives import OBJECTIVES
+from ase_enf.parameterisation import PARAMETERISATIONS
+from ase_enf.training.objectives import OBJECTIVES, TIMES
 from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -36,7 +37,9 @@ RESUME_MAY_CHANGE = (
     "out", "device", "precision", "compile", "backend", "cool_down", "muon_weight_decay",
 )  # fmt: skip
 # Fields that weights to start from bring with them.
-MODEL_FIELDS = ("features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer")
+MODEL_FIELDS = (
+    "parameterisation", "features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer",
+)  # fmt: skip
 
 
 class Range(NamedTuple):
@@ -102,7 +105,15 @@ class TrainConfig:
         POSITIVE,
     )
     objective: str = setting("flow_matching", '"flow_matching" or "nll"', one_of=OBJECTIVES)
-    time_power: float = setting(1.3, "flow matching draws t = u^time_power, u uniform", POSITIVE)
+    parameterisation: str = setting(
+        "velocity", "how the network's output becomes a velocity; see ENFConfig", one_of=tuple(PARAMETERISATIONS)
+    )
+    times: str = setting(
+        "power",
+        'how flow matching draws t from a uniform u: "power", t = u^time_power, or "beta", t = 1 − u^(1/time_power)',
+        one_of=TIMES,
+    )
+    time_power: float = setting(1.3, "see times", POSITIVE)
     schedule: str = setting(
         "cosine",
         'learning rate after the warm-up: "cosine" (constant, then half a cosine to zero at the end, see cool_down) or '

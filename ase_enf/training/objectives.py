@@ -14,6 +14,8 @@ from ase_enf.geometry import center, subspace_dim
 from ase_enf.model import ENF
 from ase_enf.molecules import Batch
 
+TIMES = ("power", "beta")
+
 
 class Loss(NamedTuple):
     """What an objective returns."""
@@ -30,8 +32,15 @@ class Objective(Protocol):
 
 
 def _normal(like: Tensor, *shape: int, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise drawn on the CPU, so that every device sees the same."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(like)
+    """Gaussian noise by a generator of its own (of the CPU, so that every device sees the same), or by the device's."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=device).to(like)
+
+
+def _uniform(like: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1), drawn like :func:`_normal`."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(size, generator=generator, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,32 @@ class FlowMatching:
     for positions and lifted features together; z is the base distribution, D = (M − 1) n + M F the dimensions.
 
     Args:
-        time_power: t = u^time_power with u uniform; above 1 draws more times near the data. The loss is not reweighted.
+        times: How t is drawn from a uniform u: "power" for t = u^p, dense at the data alone, or "beta" for
+            t = 1 − u^(1/p), the distribution Beta(1, p), whose density falls like (1 − t)^(p − 1). The loss is not
+            reweighted.
+        time_power: p; above 1 draws more times near the data.
         feature_weight: Weight of the features' squared error.
+
+    Raises:
+        ValueError: For an unknown distribution of times.
     """
 
+    times: str = "power"
     time_power: float = 1.3
     feature_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.times not in TIMES:
+            raise ValueError(f"times {self.times!r} is unknown; choose one of {', '.join(TIMES)}")
+
+    def draw_times(self, uniform: Tensor) -> Tensor:
+        """Turns uniform numbers into times.
+
+        Example:
+            >>> FlowMatching("beta", 2.0).draw_times(torch.tensor([0.0, 0.25, 1.0]))
+            tensor([1.0000, 0.5000, 0.0000])
+        """
+        return uniform**self.time_power if self.times == "power" else 1.0 - uniform ** (1.0 / self.time_power)
 
     def __call__(self, model: ENF, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """Returns the mean squared error of the velocity."""
@@ -60,7 +89,7 @@ class FlowMatching:
             data = model.encode(batch, noise)
             z_x = center(_normal(like, *data.x.shape, generator=generator), data.mask)
             z_h = _normal(like, *data.h.shape, generator=generator) * data.mask.unsqueeze(-1)
-            t = torch.rand(size, generator=generator, dtype=torch.float32).to(like) ** self.time_power
+            t = self.draw_times(_uniform(like, size, generator)).to(like)
             along = t[:, None, None]
             x_t = torch.lerp(data.x, z_x, along)
             h_t = torch.lerp(data.h, z_h, along)

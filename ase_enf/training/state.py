@@ -25,8 +25,11 @@ from ase_enf.training.validation import NLL_RULE, validation_set
 AVERAGES = ("ema", "long_ema")
 # Sums over the same data differ by less between machines.
 SAME = 1e-9
-# States of earlier versions lack these: runs had one optimizer, one schedule and no weights to start from.
-EARLIER_SETTINGS = {"optimizer": "adamw", "init_from": None, "schedule": "cosine", "long_ema_decay": None}
+# What runs of earlier versions had without saying so.
+EARLIER_SETTINGS = {
+    "optimizer": "adamw", "init_from": None, "schedule": "cosine", "long_ema_decay": None,
+    "parameterisation": "velocity", "times": "power",
+}  # fmt: skip
 
 
 def save_state(run: Run) -> None:
@@ -81,7 +84,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name in ("config", "model_config", "best_provenance"):
             state[name] = dict(json.loads(state[name]))
         state["config"] = migrated(state["config"])
-        state["model_config"] = ENFConfig(**state["model_config"])
+        path = "linear" if state["config"].get("objective") == "flow_matching" else None  # older states do not say it
+        state["model_config"] = ENFConfig(**{"path": path} | state["model_config"])
         # Earlier versions did not say; they saved at their end after the validation, with few exceptions.
         state = {"noted": state["step"], "validated": [state["step"], math.nan]} | state
         whole = all(name in state and holds(state[name]) for name, holds in _KINDS.items())
