@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from ase_enf.reweight import reweight as reweight
     from ase_enf.score import annotate as annotate
     from ase_enf.score import score as score
-    from ase_enf.train import TrainConfig as TrainConfig
-    from ase_enf.train import train as train
+    from ase_enf.training.config import TrainConfig as TrainConfig
+    from ase_enf.training.loop import train as train
 
-# Public name → module that defines it. `generate`, `reweight`, `score` and `train` are functions, though modules have
-# those names.
+# Public name → module that defines it. `generate`, `reweight` and `score` are functions, though modules have those
+# names.
 _PUBLIC = {
     "ENF": "model",
     "ENFCalculator": "calculator",
     "ENFConfig": "model",
     "Solver": "flow",
-    "TrainConfig": "train",
+    "TrainConfig": "training.config",
     "annotate": "score",
     "generate": "generate",
     "igenerate": "generate",
     "load": "model",
     "reweight": "reweight",
     "score": "score",
-    "train": "train",
+    "train": "training.loop",
 }
 _MODULES = ("data", "metrics", "molecules")
 
@@ -50,7 +50,7 @@ class _Package(ModuleType):
     """This package, in which a function keeps its name when the module that defines it is imported.
 
     The import system binds every imported submodule as an attribute of its package, which would put the modules
-    ``generate``, ``reweight``, ``score`` and ``train`` over the functions of these names.
+    ``generate``, ``reweight`` and ``score`` over the functions of these names.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ase_enf.dataset import MoleculeSet
 from ase_enf.model import ENF
 from ase_enf.molecules import Batch
-from ase_enf.objectives import Objective
-from ase_enf.optimizers import hidden_matrices
+from ase_enf.training.objectives import Objective
+from ase_enf.training.optimizers import hidden_matrices
 
 # Padded sizes: a batch takes the molecules up to one of them, and above the one before.
 WIDTHS = (17, 20, 23, 29)

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from ase_enf.io import GrowingFile
     from ase_enf.model import ENF
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig
 
 DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
 TABLES = (".csv", ".json", ".md")
@@ -63,12 +62,10 @@ def _run(options: argparse.Namespace) -> int:
         warnings.showwarning = _show_warning
         try:
             options.run(options)
-        except _Terminated:
-            _say("terminated")
-            return _TERMINATED
-        except KeyboardInterrupt:
-            _say("interrupted")
-            return _INTERRUPTED
+        except KeyboardInterrupt as end:
+            terminated = isinstance(end, _Terminated)
+            _say("; ".join(["terminated" if terminated else "interrupted", *getattr(end, "__notes__", ())]))
+            return _TERMINATED if terminated else _INTERRUPTED
         except BrokenPipeError:
             # The reader of a pipe has enough; flushing at exit would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,7 +132,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     from ase_enf.flow import SolverError
     from ase_enf.generate import GenerationError
-    from ase_enf.train import TrainingError
+    from ase_enf.training.loop import TrainingError
 
     return (
         ValueError,
@@ -294,7 +291,12 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_train(commands: Any, complete: bool) -> None:
     command = _command(commands, "train", "Train a flow on structures of any elements.", _train)
-    command.add_argument("--resume", default=None, metavar="FOLDER", help="go on with the run in this folder")
+    command.add_argument(
+        "--resume",
+        default=None,
+        metavar="FOLDER",
+        help="go on with the run in this folder; with --cool-down and --out, let a branch of it cool down there",
+    )
     command.add_argument("--data", default=None, help="training structures: any file ASE reads, or QM9 in any form")
     command.add_argument("--valid", default=None, help="validation structures")
     command.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
@@ -308,17 +310,30 @@ def _add_train(commands: Any, complete: bool) -> None:
             command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **about)
         else:
             command.add_argument(_flag(name), type=kind, **about)
+    for old, new in _renamed_fields().items():
+        command.add_argument(_flag(old), action=_Renamed, const=_flag(new), nargs="?", help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    """Says what an option of earlier versions is called today."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now called {self.const}")
+
+
+def _renamed_fields() -> dict[str, str]:
+    from ase_enf.training.config import RENAMED
+
+    return RENAMED
 
 
 def _train_fields() -> list[tuple[str, type, Any, str]]:
     """Returns name, type, default and description of every field of TrainConfig."""
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig, field_help
 
-    hints = typing.get_type_hints(TrainConfig)
-    described = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", TrainConfig.__doc__ or "", re.MULTILINE))
-    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in described.items()}
+    hints, texts = typing.get_type_hints(TrainConfig), field_help()
     return [
-        (field.name, _plain_type(hints[field.name]), field.default, texts.get(field.name, ""))
+        (field.name, _plain_type(hints[field.name]), field.default, texts[field.name].replace("%", "%%"))
         for field in dataclasses.fields(TrainConfig)
     ]
 
@@ -655,13 +670,16 @@ def _read_smiles(path: Path) -> list[str]:
 
 def _train(options: argparse.Namespace) -> None:
     from ase_enf.files import make_folder
-    from ase_enf.train import check_new_run, check_ours, train
+    from ase_enf.training.folder import check_new_run, check_ours
+    from ase_enf.training.loop import train
 
     typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     _check_apart(sources, folder)
-    if not options.resume:
+    trunk = options.resume if "out" in typed else None  # a branch
+    anew = bool(trunk) or not options.resume
+    if anew:
         check_new_run(folder)
         check_ours(folder / DATA_FILE, lambda text: _is_sources(json.loads(text)))
     train_atoms, valid_atoms = (
@@ -669,11 +687,11 @@ def _train(options: argparse.Namespace) -> None:
     )
     described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
     main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process and not options.resume:
+    if main_process and anew:
         _write_json(make_folder(folder) / DATA_FILE, sources)
-    model = train(config, train_atoms, valid_atoms, resume=bool(options.resume), source=described)
+    model = train(config, train_atoms, valid_atoms, resume=not anew, source=described, branch_of=trunk)
     if main_process:
-        if options.resume:  # only now is it known that data that moved are those of the run
+        if not anew:  # only now is it known that data that moved are those of the run
             _write_json(folder / DATA_FILE, sources)
         _report_run(model, folder)
 
@@ -681,17 +699,17 @@ def _train(options: argparse.Namespace) -> None:
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that begins."""
     from ase_enf.model import load
-    from ase_enf.train import TrainConfig, model_fields
+    from ase_enf.training.config import TrainConfig, model_fields
 
     sources = _new_sources(options)
     if "out" not in typed:
         raise ValueError("--out is missing; name the folder of the run")
     config = TrainConfig(**typed)
-    own = model_fields(load(config.initial, device="cpu").config) if config.initial else {}
+    own = model_fields(load(config.init_from, device="cpu").config) if config.init_from else {}
     for name, value in own.items():
         if typed.get(name, value) != value:
             raise ValueError(
-                f"{_flag(name)}={typed[name]}: the model of --initial {config.initial} has {value}; leave it out"
+                f"{_flag(name)}={typed[name]}: the model of --init-from {config.init_from} has {value}; leave it out"
             )
     return config, sources
 
@@ -712,20 +730,23 @@ def _resolved(paths: dict[str, str]) -> dict[str, str]:
 
 def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that goes on."""
-    from ase_enf.train import CONFIG_FILE, RESUME_MAY_CHANGE
+    from ase_enf.training.config import RESUME_MAY_CHANGE
+    from ase_enf.training.folder import CONFIG_FILE
 
     folder = Path(options.resume)
-    if "out" in typed:
-        raise ValueError("--resume names the folder of the run; leave --out out")
+    if "out" in typed and "cool_down" not in typed:
+        raise ValueError("--resume names the folder of the run; leave --out out, or add --cool-down for a branch")
     anew = bool(options.data) and not (folder / DATA_FILE).exists()  # as for a run that Python began
     if (options.qm9_split or options.n_atoms) and not anew:
         raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
     saved = _saved_config(folder / CONFIG_FILE)
-    may_change = set(RESUME_MAY_CHANGE) - {"initial"}
+    may_change = set(RESUME_MAY_CHANGE) - {"init_from"}
     fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
     if fixed:
         raise ValueError(f"{_flag(fixed[0])} cannot change when a run is resumed; leave it out")
-    config = dataclasses.replace(saved, **{"time_limit": None, **typed, "out": str(folder)})
+    if saved.schedule == "constant" and "cool_down" in typed and "out" not in typed:
+        raise ValueError("--cool-down of a run with a constant rate makes a branch; add --out, a folder for it")
+    config = dataclasses.replace(saved, **({"out": str(folder)} | typed))
     sources = _new_sources(options) if anew else _moved(_saved_sources(folder / DATA_FILE), options)
     for name in ("train", "valid"):
         if not Path(sources[name]).exists():
@@ -743,11 +764,12 @@ def _moved(sources: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 def _saved_config(path: Path) -> TrainConfig:
     from ase_enf.model import package_version
-    from ase_enf.train import TrainConfig
+    from ase_enf.training.config import TrainConfig, migrated
 
     saved = _read_json(path)
     if not (isinstance(saved, dict) and saved):
         raise ValueError(f"{path}: holds no settings of a run; start the run again in another folder")
+    saved = migrated(saved)
     if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(
             f"{path}: {unknown[0]!r} is no setting of this ase-enf {package_version()}; take it out, or upgrade"
@@ -778,9 +800,9 @@ def _is_sources(content: Any) -> bool:
 
 def _check_apart(sources: dict[str, Any], folder: Path) -> None:
     """Raises ``ValueError`` for data that are a file which the run writes."""
-    from ase_enf.train import BEST_FILE, CONFIG_FILE, LAST_FILE, LOG_FILE, STATE_FILE
+    from ase_enf.training.folder import RUN_FILES
 
-    for name in (BEST_FILE, CONFIG_FILE, DATA_FILE, LAST_FILE, LOG_FILE, STATE_FILE):
+    for name in (*RUN_FILES, DATA_FILE):
         if str((folder / name).resolve()) in (sources["train"], sources["valid"]):
             raise ValueError(f"{folder / name}: the run would replace its own data; choose another folder for it")
 
@@ -788,12 +810,13 @@ def _check_apart(sources: dict[str, Any], folder: Path) -> None:
 def _report_run(model: ENF, folder: Path) -> None:
     """Says how far a run has come, and where its weights are."""
     from ase_enf.model import read_header
-    from ase_enf.train import BEST_FILE, LAST_FILE
+    from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
     best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
-    stopped = last["step"] < last["total_steps"]
+    total = last["total_steps"]
+    stopped = total is None or last["step"] < total
     if stopped:
-        done = f"step {last['step']} of {last['total_steps']}"
+        done = f"step {last['step']}" + (f" of {total}" if total else "")
         _say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {folder}")
     if best["validation_nll"] is not None:
         found = f"{best['validation_nll']:.3f} nats at step {best['step']}"

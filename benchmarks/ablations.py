@@ -24,7 +24,8 @@ from ase_enf import metrics
 from ase_enf.data import qm9
 from ase_enf.files import atomic_write
 from ase_enf.model import SAMPLING_SOLVER
-from ase_enf.train import TrainConfig, train
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.loop import train
 from benchmarks.common import percent
 from benchmarks.tables import write_results
 
@@ -34,14 +35,14 @@ VARIANTS = {
     "AdamW": {"optimizer": "adamw"},
     "AdamW, squared distances alone": {"optimizer": "adamw", "radial": 0},
     "squared distances alone": {"radial": 0},
-    "Muon's rate / 3": {"matrix_rate": 3.3e-3},
-    "Muon's rate x 3": {"matrix_rate": 3e-2},
+    "Muon's rate / 3": {"muon_learning_rate": 3.3e-3},
+    "Muon's rate x 3": {"muon_learning_rate": 3e-2},
     "times uniform": {"time_power": 1.0},
     "times u^1.6": {"time_power": 1.6},
-    "types as far apart as positions spread": {"feature_spread": 1.0},
-    "no weight decay of Muon": {"matrix_decay": 0.0},
-    "weight decay of Muon x 3": {"matrix_decay": 0.3},
-    "EMA 0.99": {"ema": 0.99},
+    "types as far apart as positions spread": {"type_scale": 1.0},
+    "no weight decay of Muon": {"muon_weight_decay": 0.0},
+    "weight decay of Muon x 3": {"muon_weight_decay": 0.3},
+    "EMA 0.99": {"ema_decay": 0.99},
     "twice the steps of half the batch": {"batch_size": 32, "steps": 2.0, "warmup": 2.0},
     "width 128": {"hidden": 128},
     "width 128, a third of the steps (equal time)": {"hidden": 128, "steps": 1 / 3, "warmup": 1 / 3},
@@ -90,7 +91,7 @@ def measure(name: str, train_atoms: list, valid_atoms: list, options: argparse.N
     config = TrainConfig(
         steps=round(options.steps * scale["steps"]),
         warmup=round(200 * scale["warmup"]),
-        ema=0.998,
+        ema_decay=0.998,
         validation_size=1,  # the likelihood is measured below
         validate_every=10**9,
         seed=options.seed,

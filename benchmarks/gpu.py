@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ase_enf import base, divergence
 from ase_enf.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.chem.bonds import bond_orders, stable_atoms
 from ase_enf.dataset import MoleculeSet
@@ -30,7 +29,7 @@ from ase_enf.flow import Solver
 from ase_enf.geometry import center
 from ase_enf.model import ENF, ENFConfig
 from ase_enf.molecules import Batch
-from ase_enf.objectives import FlowMatching
+from ase_enf.training.objectives import FlowMatching
 
 SPECIES = ("H", "C", "N", "O", "F")
 NUMBERS = np.array([1, 6, 7, 8, 9])

@@ -22,7 +22,9 @@ from ase_enf.data import particles, samples
 from ase_enf.data.samples import Samples
 from ase_enf.model import ENF
 from ase_enf.reweight import reweight
-from ase_enf.train import STATE_FILE, TrainConfig, train
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.folder import STATE_FILE
+from ase_enf.training.loop import train
 from benchmarks.particles import SWEEPS, ground
 from benchmarks.tables import write_results
 
@@ -70,7 +72,7 @@ def trained(options: argparse.Namespace, sets: dict[str, Samples]) -> ENF:
         layers=layers,
         steps=steps,
         batch_size=batch,
-        matrix_decay=0.0,  # there are enough samples
+        muon_weight_decay=0.0,  # there are enough samples
         validate_every=max(steps // 4, 1),
         validation_size=512,
         seed=options.seed,

@@ -41,7 +41,10 @@ from ase_enf.files import atomic_write, brief
 from ase_enf.generate import GenerationError
 from ase_enf.model import ENF
 from ase_enf.reweight import ReweightingError, reweight
-from ase_enf.train import LOG_FILE, STATE_FILE, TrainConfig, train
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.folder import STATE_FILE
+from ase_enf.training.log import LOG_FILE
+from ase_enf.training.loop import train
 from benchmarks import tables
 
 FLOW_MATCHING, NLL = "flow_matching", "nll"

@@ -27,7 +27,9 @@ from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
 from ase_enf.flow import Solver
 from ase_enf.model import ENF
-from ase_enf.train import STATE_FILE, TrainConfig, train
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.folder import STATE_FILE
+from ase_enf.training.loop import train
 from benchmarks.common import draw_in_pieces, open_work, percent, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 
@@ -93,7 +95,7 @@ def main() -> None:
 def trained(name: str, options: argparse.Namespace) -> ENF:
     """Trains one method, or goes on, or reads what is finished."""
     folder = _folder(name, options)
-    config = TrainConfig(steps=options.steps, seed=options.seed, ema=0.998, warmup=200, out=str(folder))
+    config = TrainConfig(steps=options.steps, seed=options.seed, ema_decay=0.998, warmup=200, out=str(folder))
     train_atoms = qm9.load(options.data, split="train")
     valid_atoms = qm9.load(options.data, split="valid")
     config = replace(config, **METHODS[name])

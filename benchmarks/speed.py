@@ -18,10 +18,10 @@ from ase_enf import metrics
 from ase_enf.generate import generate
 from ase_enf.model import ENF, ENFConfig, resolve_device
 from ase_enf.molecules import to_batch
-from ase_enf.objectives import FlowMatching
-from ase_enf.optimizers import build_optimizers, resolve_optimizer
 from ase_enf.score import score
-from ase_enf.train import keep_memory
+from ase_enf.training.environment import keep_memory
+from ase_enf.training.objectives import FlowMatching
+from ase_enf.training.optimizers import build_optimizers, resolve_optimizer
 from benchmarks.tables import write_results
 
 N_ATOMS = 18  # the mean of QM9

@@ -11,8 +11,8 @@ from ase.build import molecule
 from ase_enf.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.dataset import MoleculeSet
 from ase_enf.model import ENF
-from ase_enf.objectives import FlowMatching
-from ase_enf.optimizers import build_optimizers
+from ase_enf.training.objectives import FlowMatching
+from ase_enf.training.optimizers import build_optimizers
 
 
 @pytest.fixture

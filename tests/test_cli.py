@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 import ase_enf
 from ase_enf import cli
 from ase_enf.model import ENF, ENFConfig, load, shipped
+from ase_enf.training import validation
 
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
 TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "8", "--validation-size", "4", "--log-every", "1"]
@@ -395,9 +395,9 @@ def test_what_is_typed_on_resuming_counts_and_stays(here, tmp_path, capsys):
     assert run("train", "--resume", out, "--epochs", 100, "--time-limit", never) == 0  # 100 is the default
     assert last_step() == 3
     assert f"step 3 of 100; go on with ase-enf train --resume {out}" in capsys.readouterr().err
-    assert run("train", "--resume", out, "--steps", 8, "--validate-every", 9, "--matrix-decay", 0.2) == 0
+    assert run("train", "--resume", out, "--steps", 8, "--validate-every", 9, "--muon-weight-decay", 0.2) == 0
     assert last_step() == 8 and run("train", "--resume", out) == 0 and last_step() == 8
-    assert load(out / "last.safetensors", device="cpu").provenance["training"]["matrix_decay"] == 0.2
+    assert load(out / "last.safetensors", device="cpu").provenance["training"]["muon_weight_decay"] == 0.2
     assert run("train", "--resume", out, "--steps", 12, "--time-limit", never) == 0 and last_step() == 9
     assert run("train", "--resume", out) == 0 and last_step() == 12  # an interrupted longer run goes on as such
     capsys.readouterr()
@@ -516,21 +516,20 @@ def test_a_run_cannot_end_before_what_it_has_done(copied, capsys):
 def test_fine_tuning_contradicts_no_field_of_its_model(here, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["train", "--data", "good.extxyz", "--valid", "good.extxyz", "--out", out, "--device", "cpu", "--steps", 1]
-    words += ["--initial", "given.safetensors", "--batch-size", 2]
+    words += ["--init-from", "given.safetensors", "--batch-size", 2]
     said = error_of(capsys, *words, "--hidden", 16)
-    assert "--hidden=16: the model of --initial given.safetensors has 8; leave it out" in said
+    assert "--hidden=16: the model of --init-from given.safetensors has 8; leave it out" in said
     assert "--features=joint: the model" in error_of(capsys, *words, "--features", "joint")
     assert not out.exists()
     assert run(*words, "--hidden", 8) == 0
     trained = load(out / "model.safetensors", device="cpu")
     for said in (trained.provenance["training"], json.loads((out / "config.json").read_text())):
         assert (said["hidden"], said["layers"], said["features"]) == (8, 1, "given")
-    assert "--initial cannot change" in error_of(capsys, "train", "--resume", out, "--initial", "joint.safetensors")
+    assert "--init-from cannot change" in error_of(capsys, "train", "--resume", out, "--init-from", "joint.safetensors")
 
 
 def test_a_validation_that_is_not_finite_is_called_that(here, tmp_path, capsys, monkeypatch):
-    module = importlib.import_module("ase_enf.train")  # ase_enf.train is the function
-    monkeypatch.setattr(module, "_validation_nll", lambda model, batch, generator: torch.full((2,), torch.nan))
+    monkeypatch.setattr(validation, "validation_nll", lambda model, batch, generator: torch.full((2,), torch.nan))
     words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path / "run", "--device", "cpu", *TINY]
     assert run("train", *words, "--steps", 1) == 0
     said = capsys.readouterr().err
@@ -600,7 +599,7 @@ def test_train_help_has_every_setting(here, capsys):
     said = capsys.readouterr().out
     for name in ("--learning-rate", "--objective", "--no-attention", "--precision", "--time-limit"):
         assert name in said
-    assert "λ of the kinetic" in said  # the docstring of TrainConfig
+    assert "λ of the kinetic" in said  # what the field says of itself
 
 
 def test_info(here, capsys):
@@ -795,6 +794,7 @@ BAD = {
         [*TRAIN, "--data", "methane.xyz", "--valid", "good.extxyz"],
         "validation set: structure 0 (H2O): element(s) O are not in the training set",
     ),
+    "train by an earlier name": ([*TRAIN, "--matrix-rate", 0.1], "--matrix-rate is now called --muon-learning-rate"),
     "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
     "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),

@@ -14,8 +14,8 @@ from ase_enf.model import ENF, ENFConfig
 from ase_enf.molecules import to_batch
 from ase_enf.nn import fused
 from ase_enf.nn.egnn import EGNN
-from ase_enf.objectives import FlowMatching
-from ase_enf.train import TrainConfig
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.objectives import FlowMatching
 
 REASON = fused.unavailable(16, torch.float64, torch.device("cpu"))
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
@@ -170,7 +170,7 @@ def test_where_the_kernel_cannot_serve() -> None:
     with pytest.raises(ValueError, match="kernel 'fast' is unknown"):
         flow.use_kernel("fast")
     with pytest.raises(ValueError, match="second derivatives"):
-        TrainConfig(kernel="fused", objective="nll")
+        TrainConfig(backend="compiled", objective="nll")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from ase_enf.geometry import center, pair_mask, random_rotations
 from ase_enf.model import ENF, ENFConfig, load
 from ase_enf.nn.koehler import Gaussians, KernelDynamics, RadialField
 from ase_enf.score import score
-from ase_enf.train import TrainConfig, train
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.loop import train
 
 KINDS = ("simple", "kernel")
 
@@ -189,8 +190,8 @@ def dimers(count: int, seed: int) -> list[Atoms]:
 def test_train_score_generate_save_load(kind, tmp_path, objective, steps):
     config = TrainConfig(
         features="none", dimension=2, network=kind, hidden=16, layers=2, steps=steps, batch_size=16, device="cpu",
-        learning_rate=2e-2, warmup=2, ema=0.5, validate_every=steps, validation_size=8, objective=objective,
-        tolerance=1e-2,
+        learning_rate=2e-2, warmup=2, ema_decay=0.5, validate_every=steps, validation_size=8, objective=objective,
+        ode_tolerance=1e-2,
     )  # fmt: skip
     data, valid = dimers(64, 0), dimers(8, 1)
     flow = train(config, data, valid)

@@ -14,7 +14,7 @@ from ase_enf.flow import Solver
 from ase_enf.geometry import center
 from ase_enf.model import ENFConfig
 from ase_enf.molecules import Batch
-from ase_enf.objectives import FlowMatching, NegativeLogLikelihood
+from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood
 
 SOLVER = Solver("dopri5", rtol=1e-6, atol=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ase_enf.model import ENF, ENFConfig
-from ase_enf.optimizers import build_optimizers, hidden_matrices, resolve_optimizer
+from ase_enf.training.optimizers import build_optimizers, hidden_matrices, resolve_optimizer
 
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 

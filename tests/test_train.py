@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -21,13 +20,15 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
+from ase_enf.dataset import MoleculeSet
 from ase_enf.flow import Solver, SolverError
 from ase_enf.model import ENF, load, read_header
-from ase_enf.objectives import FlowMatching
-from ase_enf.optimizers import resolve_optimizer
-from ase_enf.train import Clipper, MoleculeSet, TrainConfig, TrainingError, schedule, train
+from ase_enf.training import log, loop, validation
+from ase_enf.training.config import RENAMED, TrainConfig, field_help
+from ase_enf.training.loop import TrainingError, train
+from ase_enf.training.objectives import FlowMatching
+from ase_enf.training.optimizers import Clipper, resolve_optimizer, schedule
 
-train_module = importlib.import_module("ase_enf.train")  # ase_enf.train is the function
 ROOT = Path(__file__).parents[1]
 TIMING = ("examples_per_s", "elapsed_s")
 
@@ -50,10 +51,10 @@ TRAIN, VALID = rattled("H2O CO2 NH3", 4), rattled("H2O CO2 NH3", 1, seed=1)
 def tiny(**fields) -> TrainConfig:
     defaults = {
         "hidden": 8, "layers": 2, "batch_size": 4, "steps": 8, "warmup": 2, "validation_size": 3, "validate_every": 3,
-        "checkpoint_every": 2, "log_every": 1, "device": "cpu", "ema": 0.9,
+        "checkpoint_every": 2, "log_every": 1, "device": "cpu", "ema_decay": 0.9,
     }  # fmt: skip
     if fields.get("objective") == "nll":
-        defaults |= {"features": "given", "tolerance": 1e-2, "learning_rate": 1e-3}
+        defaults |= {"features": "given", "ode_tolerance": 1e-2, "learning_rate": 1e-3}
     return TrainConfig(**(defaults | fields))
 
 
@@ -89,30 +90,30 @@ def assert_same_run(first, second):
 
 def stop_at(monkeypatch, step: int, error: BaseException, where: str = "before"):
     """Makes the run die at a step: before it, in the middle of its bookkeeping, or in the validation after it."""
-    plain, validate = train_module._Trainer._train_step, train_module._Trainer._validate
+    plain, validate = loop.train_step, loop.validate
 
-    def validating(self):
-        if self.step == step:
+    def validating(run):
+        if run.step == step:
             raise error
-        return validate(self)
+        return validate(run)
 
     if where == "validating":
-        monkeypatch.setattr(train_module._Trainer, "_validate", validating)
+        monkeypatch.setattr(loop, "validate", validating)
 
-    def dying(self, index):
-        if self.step == step and where == "before":
+    def dying(run, index):
+        if run.step == step and where == "before":
             raise error
-        if self.step == step and where == "inside":
-            update = self.optimizer.step
+        if run.step == step and where == "inside":
+            update = run.optimizer.step
 
             def half():
                 update()
                 raise error
 
-            self.optimizer.step = half
-        plain(self, index)
+            run.optimizer.step = half
+        plain(run, index)
 
-    monkeypatch.setattr(train_module._Trainer, "_train_step", dying)
+    monkeypatch.setattr(loop, "train_step", dying)
 
 
 # Learning
@@ -232,7 +233,12 @@ def test_initial_weights_bring_their_model(tmp_path):
     first = train(tiny(steps=2, features="given"), TRAIN, VALID)
     first.save(tmp_path / "first.safetensors")
     config = tiny(
-        steps=1, learning_rate=1e-12, matrix_rate=1e-12, ema=0.0, initial=str(tmp_path / "first.safetensors"), hidden=99
+        steps=1,
+        learning_rate=1e-12,
+        muon_learning_rate=1e-12,
+        ema_decay=0.0,
+        init_from=str(tmp_path / "first.safetensors"),
+        hidden=99,
     )
     again = train(config, TRAIN, VALID)
     assert again.config == first.config
@@ -246,8 +252,8 @@ def test_initial_weights_bring_their_model(tmp_path):
 def test_fine_tuning_takes_sizes_and_compositions_from_the_new_data(tmp_path):
     train(tiny(steps=2, features="given"), TRAIN, VALID).save(tmp_path / "first.safetensors")
     water = [atoms for atoms in TRAIN if len(atoms) == 3 and "H" in atoms.symbols]
-    flow = train(tiny(steps=1, initial=tmp_path / "first.safetensors", out=tmp_path / "run"), water, water)
-    assert flow.provenance["training"]["initial"] == "first.safetensors"
+    flow = train(tiny(steps=1, init_from=tmp_path / "first.safetensors", out=tmp_path / "run"), water, water)
+    assert flow.provenance["training"]["init_from"] == "first.safetensors"
     assert flow.config.compositions == {"H2O": len(water)} and dict(flow.config.sizes) == {3: len(water)}
     assert flow.size_prior.counts == {3: len(water)} and flow.species == ("H", "C", "N", "O")
     assert flow.config.position_scale == load(tmp_path / "first.safetensors").config.position_scale
@@ -255,8 +261,8 @@ def test_fine_tuning_takes_sizes_and_compositions_from_the_new_data(tmp_path):
 
 @pytest.mark.parametrize("features", ["joint", "given"])
 def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(tmp_path, monkeypatch, features):
-    train(tiny(steps=2, features=features, feature_spread=0.7), TRAIN, VALID).save(tmp_path / "first.safetensors")
-    config = tiny(steps=5, initial=tmp_path / "first.safetensors", out=tmp_path / "whole", hidden=99)
+    train(tiny(steps=2, features=features, type_scale=0.7), TRAIN, VALID).save(tmp_path / "first.safetensors")
+    config = tiny(steps=5, init_from=tmp_path / "first.safetensors", out=tmp_path / "whole", hidden=99)
     train(config, TRAIN, VALID)
     config = dataclasses.replace(config, out=tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -268,9 +274,9 @@ def test_a_fine_tuning_run_resumes_without_the_weights_it_began_with(tmp_path, m
     flow = train(config, TRAIN, VALID, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     said, saved = flow.provenance["training"], json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved == said | {name: saved[name] for name in ("initial", "out")}
-    assert (said["hidden"], said["features"], said["initial"]) == (8, features, "first.safetensors")
-    assert said["feature_spread"] == (0.7 if features == "joint" else 0.3)  # a flow of positions has none
+    assert saved == said | {name: saved[name] for name in ("init_from", "out")}
+    assert (said["hidden"], said["features"], said["init_from"]) == (8, features, "first.safetensors")
+    assert said["type_scale"] == (0.7 if features == "joint" else 0.3)  # a flow of positions has none
 
 
 def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
@@ -289,7 +295,7 @@ def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setattr(train_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: name)
     train(tiny(steps=2, out=tmp_path / "run"), TRAIN, VALID)
     assert written[0] == (tmp_path / "run" / "tensorboard", 0) and written[-1] == "closed"
     rows = log_of(tmp_path / "run")
@@ -438,6 +444,7 @@ MINE = {
     "last.safetensors": "weights",
     "model.safetensors": "weights",
     "state.pt": "state",
+    "run.lock": "mine",
 }
 
 
@@ -467,7 +474,7 @@ def test_a_run_of_before_there_was_a_choice_of_optimizer_resumes_by_its_own(tmp_
     train(tiny(out=str(out), optimizer="adamw", steps=4), TRAIN, VALID)
     state = torch.load(out / "state.pt", weights_only=True)
     config = json.loads(state["config"])
-    del config["optimizer"], config["matrix_rate"], config["matrix_decay"]
+    del config["optimizer"], config["muon_learning_rate"], config["muon_weight_decay"]
     (state["optimizer"],) = state["optimizer"]  # one, not a list
     torch.save(state | {"config": json.dumps(config)}, out / "state.pt")
     with pytest.raises(ValueError, match="optimizer='adamw', not 'muon'"):
@@ -477,6 +484,30 @@ def test_a_run_of_before_there_was_a_choice_of_optimizer_resumes_by_its_own(tmp_
     train(tiny(out=str(out), optimizer="adamw"), TRAIN, VALID, resume=True)
     after = torch.load(out / "state.pt", weights_only=True)
     assert {float(entry["step"]) for entry in after["optimizer"][0]["state"].values()} == {8.0}
+
+
+EARLIER = {new: old for old, new in RENAMED.items()}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_earlier_name_of_a_setting_says_what_it_is_called_today(old):
+    with pytest.raises(TypeError, match=f"{old} is now called {RENAMED[old]}"):
+        TrainConfig(**{old: 1})
+    assert RENAMED[old] in {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_a_run_with_the_earlier_names_of_settings_resumes_to_the_same_numbers(whole, tmp_path):
+    config = tiny(out=tmp_path / "run", backend="torch", time_limit=1e-9)
+    train(config, TRAIN, VALID)
+    state = state_of(tmp_path / "run")
+    saved = {EARLIER.get(name, name): value for name, value in json.loads(state["config"]).items()}
+    del saved["schedule"], state["noted"]  # there was one schedule
+    torch.save(state | {"config": json.dumps(saved | {"kernel": "plain"})}, tmp_path / "run" / "state.pt")
+    with pytest.raises(ValueError, match=r"made with type_scale=0\.3, not 0\.4"):
+        train(dataclasses.replace(config, type_scale=0.4), TRAIN, VALID, resume=True)
+    train(dataclasses.replace(config, time_limit=None, backend="auto"), TRAIN, VALID, resume=True)
+    assert log_of(tmp_path / "run") == log_of(whole["flow_matching"])
+    assert equal(state_of(tmp_path / "run")["model"], state_of(whole["flow_matching"])["model"])
 
 
 def test_what_auto_chose_is_on_record(whole):
@@ -545,14 +576,14 @@ def test_a_log_that_is_gone_begins_anew(whole, tmp_path):
 def test_resuming_leaves_the_counters_of_steps_on_the_cpu(tmp_path, monkeypatch):
     """On the GPU each parameter and step would wait for them."""
     devices = []
-    update = train_module._Trainer._train_step
+    update = loop.train_step
 
-    def watched(self, index):
-        update(self, index)
-        for member in self.optimizer.members:
+    def watched(run, index):
+        update(run, index)
+        for member in run.optimizer.members:
             devices.extend(state["step"].device.type for state in member.state.values() if "step" in state)
 
-    monkeypatch.setattr(train_module._Trainer, "_train_step", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     config = tiny(out=tmp_path, device="cuda", steps=4)
     train(config, TRAIN, VALID)
     flow = train(dataclasses.replace(config, steps=6), TRAIN, VALID, resume=True)
@@ -588,7 +619,7 @@ def test_the_best_on_another_validation_set_gives_way_too(tmp_path, change):
 @pytest.mark.parametrize("objective", ["flow_matching", "nll"])
 def test_the_validation_nll_is_accurate(objective, monkeypatch):
     """Against a tight path and four times the nodes, with the same noise and the same probe."""
-    plain, errors = train_module._validation_nll, []
+    plain, errors = validation.validation_nll, []
 
     def both(model, batch, generator):
         assert model.matched == (objective == "flow_matching")
@@ -602,7 +633,7 @@ def test_the_validation_nll_is_accurate(objective, monkeypatch):
             errors.append((plain(model, batch, generator) - value).abs().max())
         return value
 
-    monkeypatch.setattr(train_module, "_validation_nll", both)
+    monkeypatch.setattr(validation, "validation_nll", both)
     train(tiny(objective=objective, steps=30, learning_rate=1e-2, validate_every=30), TRAIN, VALID)
     assert errors and max(errors) < 0.05
 
@@ -622,16 +653,16 @@ def test_every_folder_with_weights_can_be_resumed(tmp_path, monkeypatch):
 
 
 def fail_on(monkeypatch, steps, failure):
-    plain = train_module._Trainer._train_step
+    plain = loop.train_step
 
-    def failing(self, index):
-        objective = self.stepper.objective
-        if self.step in steps:
-            self.stepper.objective = failure(objective)
-        plain(self, index)
-        self.stepper.objective = objective
+    def failing(run, index):
+        objective = run.stepper.objective
+        if run.step in steps:
+            run.stepper.objective = failure(objective)
+        plain(run, index)
+        run.stepper.objective = objective
 
-    monkeypatch.setattr(train_module._Trainer, "_train_step", failing)
+    monkeypatch.setattr(loop, "train_step", failing)
 
 
 def _nan_loss(objective):
@@ -688,7 +719,7 @@ def test_a_failing_step_is_skipped_and_counted(tmp_path, monkeypatch, failure):
 
 @pytest.mark.parametrize("cost, validated", [(0, [3, 6, 8]), (1, [4, 8]), (110, [8])])
 def test_small_sets_are_validated_less_often_than_every_epoch(tmp_path, monkeypatch, cost, validated):
-    monkeypatch.setattr(train_module, "VALIDATION_COST", cost)  # 3 molecules, a fifth of the time of batches of 4
+    monkeypatch.setattr(validation, "VALIDATION_COST", cost)  # 3 molecules, a fifth of the time of batches of 4
     train(tiny(out=str(tmp_path / "run"), validate_every=0), TRAIN, VALID)
     assert [int(row["step"]) for row in log_of(tmp_path / "run") if row["valid_nll"]] == validated
 
@@ -700,7 +731,7 @@ def test_steps_that_keep_failing_end_the_run_with_a_remedy(monkeypatch):
 
 
 def test_a_validation_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
-    plain, calls = train_module._validation_nll, []
+    plain, calls = validation.validation_nll, []
 
     def once(*a):
         calls.append(a)
@@ -708,7 +739,7 @@ def test_a_validation_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
             raise SolverError("dopri5 failed")
         return plain(*a)
 
-    monkeypatch.setattr(train_module, "_validation_nll", once)
+    monkeypatch.setattr(validation, "validation_nll", once)
     train(tiny(out=str(tmp_path / "run")), TRAIN, VALID)
     values = [float(row["valid_nll"]) for row in log_of(tmp_path / "run") if row["valid_nll"]]
     assert math.isnan(values[0]) and math.isfinite(values[1])
@@ -758,7 +789,7 @@ def test_clipper_follows_recent_norms():
         ({"learning_rate": "0.1"}, "learning_rate='0.1': must be a number"),
         ({"weight_decay": math.nan}, "weight_decay=nan: must be finite and not negative"),
         ({"regularisation": -1}, "regularisation=-1.0: must be finite and not negative"),
-        ({"decay": math.nan}, "decay=nan: must be in (0, 1]"),
+        ({"cool_down": math.nan}, "cool_down=nan: must be in (0, 1]"),
         ({"time_limit": math.inf}, "time_limit=inf: must be a positive number of hours, or None"),
         ({"steps": 2.5}, "steps=2.5: must be a whole number"),
         ({"hidden": 8.0}, "hidden=8.0: must be a whole number"),
@@ -769,7 +800,7 @@ def test_clipper_follows_recent_norms():
         ({"attention": "no"}, "attention='no': must be True or False"),
         ({"objective": ["nll"]}, "objective=['nll']: must be a text"),
         ({"out": 3}, "out=3: must be a text"),
-        ({"ema": 1.0}, "ema=1.0: must be in [0, 1)"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: must be in [0, 1)"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"dequantizer": "learned"}, "collapses under flow matching"),
         ({"objective": "nll", "compile": True}, "use compile=False"),
@@ -781,13 +812,25 @@ def test_configuration_refuses_what_cannot_be_run(fields, words):
     assert words in str(caught.value)
 
 
+def test_every_setting_explains_itself_in_the_docstring_too():
+    for name, text in field_help().items():
+        assert text and f"{name}: {text}" in TrainConfig.__doc__
+
+
 def test_configuration_keeps_plain_values_of_numbers_of_numpy():
     config = TrainConfig(
-        steps=np.int64(2), hidden=np.int32(8), learning_rate=np.float32(1e-3), decay=1, adjoint=np.bool_(False),
+        steps=np.int64(2), hidden=np.int32(8), learning_rate=np.float32(1e-3), cool_down=1, adjoint=np.bool_(False),
         time_limit=np.float64(2), out=Path("run"),
     )  # fmt: skip
     assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
-    kinds = {"steps": int, "hidden": int, "learning_rate": float, "decay": float, "adjoint": bool, "time_limit": float}
+    kinds = {
+        "steps": int,
+        "hidden": int,
+        "learning_rate": float,
+        "cool_down": float,
+        "adjoint": bool,
+        "time_limit": float,
+    }
     assert {name: type(getattr(config, name)) for name in kinds} == kinds and config.out == "run"
 
 
@@ -825,16 +868,15 @@ def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import torch
         torch.set_num_threads(1)
-        import importlib
-        t = importlib.import_module("ase_enf.train")
+        from ase_enf.training import loop
         from test_train import TRAIN, VALID, tiny
-        plain, seen = t._Trainer._train_step, []
-        def watched(self, index):
+        plain, seen = loop.train_step, []
+        def watched(run, index):
             seen.extend(index.tolist())
-            plain(self, index)
-            torch.save([p.detach().clone() for p in self.parameters], {str(tmp_path)!r} + f"/raw{{self.ranks.rank}}.pt")
-        t._Trainer._train_step = watched
-        flow = t.train(tiny(steps=3, validate_every=100, out={str(tmp_path / "run")!r}), TRAIN * 2, VALID)
+            plain(run, index)
+            torch.save([p.detach().clone() for p in run.parameters], {str(tmp_path)!r} + f"/raw{{run.ranks.rank}}.pt")
+        loop.train_step = watched
+        flow = loop.train(tiny(steps=3, validate_every=100, out={str(tmp_path / "run")!r}), TRAIN * 2, VALID)
         # Threads that outlive the group end the process with "terminate called without an active exception" at times.
         names = [open(name).read() for name in glob.glob("/proc/self/task/*/comm")]
         assert not [name for name in names if "gloo" in name], names

@@ -1,14 +1,20 @@
-"""What turns gradients into steps: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+"""What turns gradients into steps: AdamW or Muon, their learning rate, clipping, and the average of the weights."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 OPTIMIZERS = ("auto", "muon", "adamw")
+SCHEDULES = ("cosine", "constant")
+GRADIENT_HISTORY = 50
 # First and last maps ("weight" is all that kernel dynamics has): their rows or columns are single features.
 OUTER = ("embed", "out", "weight")
 
@@ -126,3 +132,69 @@ def hidden_matrices(network: nn.Module) -> list[Tensor]:
         and min(parameter.shape) > 1
         and name.split(".")[0] not in OUTER
     ]
+
+
+def schedule(step: int, total: float, warmup: int, cool_down: float = 1.0) -> float:
+    """Part of the peak learning rate: linear warm-up, a plateau, then half a cosine to zero.
+
+    Args:
+        step: Steps done before this one.
+        total: Steps in all, at which the rate is zero; infinite for a rate that stays constant.
+        warmup: Steps of the warm-up.
+        cool_down: Part of the steps after the warm-up over which the rate falls.
+
+    Example:
+        >>> [round(schedule(step, 110, 10), 3) for step in (0, 4, 9, 60, 110)]
+        [0.1, 0.5, 1.0, 0.5, 0.0]
+        >>> [round(schedule(step, 110, 10, cool_down=0.2), 3) for step in (60, 90, 100, 110)]
+        [1.0, 1.0, 0.5, 0.0]
+        >>> [schedule(step, math.inf, 10) for step in (4, 10**9)]
+        [0.5, 1.0]
+    """
+    warmup = min(warmup, max(int(total / 2), 1)) if total < math.inf else warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if total == math.inf:
+        return 1.0
+    falling = cool_down * max(total - warmup, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(1.0 - (total - step) / falling, 0.0), 1.0)))
+
+
+class Clipper:
+    """Clips gradients at 1.5 · mean + 2 · std of the recent norms, and recognises non-finite ones.
+
+    Args:
+        norms: Recent norms, to resume.
+    """
+
+    def __init__(self, norms: Sequence[float] = ()) -> None:
+        self.norms: deque[float] = deque(norms, maxlen=GRADIENT_HISTORY)
+
+    def __call__(self, parameters: Sequence[Tensor]) -> float:
+        """Clips in place and returns the norm before; a non-finite norm leaves the history alone."""
+        limit = 1.5 * float(np.mean(self.norms)) + 2.0 * float(np.std(self.norms)) if self.norms else math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit if math.isfinite(limit) else 1e9))
+        if math.isfinite(norm) and norm > 0:  # a history of zeros would clip everything to zero
+            self.norms.append(min(norm, limit))
+        return norm
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Returns an exponential moving average of the weights, with a shorter memory in the first steps.
+
+    w̄ ← d w̄ + (1 − d) w,   d = min(``decay``, (1 + k) / (10 + k)) after k updates.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> average = moving_average(model, 0.999)
+        >>> average.update_parameters(model)
+        >>> int(average.n_averaged)
+        1
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        torch._foreach_lerp_(averaged, current, 1.0 - now)
+
+    return AveragedModel(model, multi_avg_fn=update)

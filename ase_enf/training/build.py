@@ -1,0 +1,251 @@
+"""From settings and structures to a run: data sets, model, objective, optimizers; new, fine-tuned or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch.nn.parallel import DistributedDataParallel
+
+from ase_enf.dataset import MoleculeSet
+from ase_enf.flow import Solver
+from ase_enf.model import ENF, ENFConfig, load
+from ase_enf.molecules import species_of
+from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
+from ase_enf.training.distributed import Ranks
+from ase_enf.training.folder import FolderLock, check_new_run, check_no_run
+from ase_enf.training.log import LOG_FILE, truncate_log
+from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood, Objective
+from ase_enf.training.optimizers import Clipper, build_optimizers, moving_average
+from ase_enf.training.run import Run, Step
+from ase_enf.training.state import agree, read_state, restore, resumed_config, save_config
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """Returns what is minimised."""
+    if config.objective == "nll":
+        solver = Solver("dopri5", rtol=config.ode_tolerance, atol=config.ode_tolerance)
+        return NegativeLogLikelihood(solver, config.regularisation, config.adjoint)
+    return FlowMatching(config.times, config.time_power)
+
+
+def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...]) -> ENFConfig:
+    """Returns the configuration of a new flow: its sizes, compositions and scales are those of the data."""
+    shift, scale = data.feature_standardisation(config.type_scale) if config.features == "joint" else ((), ())
+    return ENFConfig(
+        features=config.features,
+        species=species,
+        **_counts(data, config.features),
+        dimension=config.dimension,
+        network=config.network,
+        hidden=config.hidden,
+        layers=config.layers,
+        attention=config.attention,
+        radial=config.radial if config.network == "egnn" else 0,
+        dequantizer=config.dequantizer,
+        position_scale=data.position_scale(),
+        feature_shift=shift,
+        feature_scale=scale,
+        parameterisation=config.parameterisation,
+        feature_std=data.feature_std(scale) if config.parameterisation == "denoising" and scale else 1.0,
+        path=training_path(config),
+    )
+
+
+def training_path(config: TrainConfig) -> str | None:
+    """Returns the path from data to noise on which the objective trains a flow."""
+    return "linear" if config.objective == "flow_matching" else None
+
+
+def begin(
+    config: TrainConfig,
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+    lock: FolderLock,
+) -> Run:
+    """Returns a run at step 0, and starts its folder when all that it needs has been found good."""
+    if config.out:
+        check_new_run(config.out)
+    _check_not_empty(train_atoms, valid_atoms)
+    initial = _initial(config) if config.init_from else None
+    if initial is not None:
+        config = dataclasses.replace(config, **model_fields(initial.config))
+        species = initial.species
+    else:
+        species = () if config.features == "none" else species_of(train_atoms)
+    data, valid = _data_sets(config, train_atoms, valid_atoms, species)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
+        model = _refitted(initial, config, data) if initial else ENF(model_config(config, data, species))
+    run = _assemble(config, data, valid, model, ranks, source)
+    start_folder(run, lock)
+    return run
+
+
+def resume(
+    config: TrainConfig,
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+    lock: FolderLock,
+) -> Run:
+    """Returns the run of ``config.out`` where it was saved, if settings and data are its own."""
+    if not config.out:
+        raise ValueError("resume=True needs config.out, the folder of the run")
+    if ranks.main and Path(config.out).is_dir():
+        lock.take(Path(config.out))
+    run = restored(config, read_state(Path(config.out)), train_atoms, valid_atoms, ranks, source)
+    if ranks.main:
+        truncate_log(run.out / LOG_FILE, run.noted)
+        save_config(run)  # a longer run, interrupted, goes on as the longer run
+    return run
+
+
+def restored(
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    train_atoms: list[Atoms],
+    valid_atoms: list[Atoms],
+    ranks: Ranks,
+    source: str | None,
+) -> Run:
+    """Returns a run where its state was saved, if settings and data are its own; nothing is written."""
+    _check_not_empty(train_atoms, valid_atoms)
+    config, known = resumed_config(config, state, ranks.world), state["model_config"]
+    data, valid = _data_sets(config, train_atoms, valid_atoms, known.species)
+    _check_same_data(config, known, data)
+    with torch.random.fork_rng(devices=[]):
+        model = ENF(known)
+    run = _assemble(config, data, valid, model, ranks, source)
+    restore(run, state)
+    return run
+
+
+def _check_not_empty(train_atoms: list[Atoms], valid_atoms: list[Atoms]) -> None:
+    if not train_atoms:
+        raise ValueError("no structures to train on; the training set is empty")
+    if not valid_atoms:
+        raise ValueError("no structures to validate on; the validation set is empty")
+
+
+def _initial(config: TrainConfig) -> ENF:
+    """Loads the weights to start from."""
+    initial = load(config.init_from, device="cpu")
+    learned = initial.features == "joint" and initial.config.dequantizer == "learned"
+    if learned and config.objective == "flow_matching":
+        raise ValueError(
+            f"init_from={config.init_from!r}: its learned q collapses under flow matching; train it with "
+            "objective='nll'"
+        )
+    return initial
+
+
+def _data_sets(
+    config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], species: tuple[str, ...]
+) -> tuple[MoleculeSet, MoleculeSet]:
+    """Returns training and validation set; what is wrong with a structure says which set it is in."""
+    data = _molecules("training set", train_atoms, species, config.dimension)
+    for index, item in enumerate(valid_atoms if species and not config.init_from else ()):
+        if foreign := sorted(set(item.symbols) - set(species)):
+            raise ValueError(
+                f"validation set: structure {index} ({item.get_chemical_formula()}): element(s) "
+                f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
+            )
+    return data, _molecules("validation set", valid_atoms, species, config.dimension)
+
+
+def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], dimension: int) -> MoleculeSet:
+    try:
+        return MoleculeSet(atoms, species, dimension)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
+    """Returns how many atoms, and which compositions, the training set has how often."""
+    return {
+        "sizes": dict(sorted(Counter(data.sizes.tolist()).items())),
+        "compositions": dict(sorted(data.compositions.items())) if features == "given" else {},
+    }
+
+
+def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
+    """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
+    counts = _counts(data, initial.features)
+    known = dataclasses.replace(initial.config, path=training_path(config), **counts)
+    model = ENF(known, initial.provenance)
+    model.load_state_dict(initial.state_dict())
+    return model
+
+
+def _check_same_data(config: TrainConfig, known: ENFConfig, data: MoleculeSet) -> None:
+    """Makes sure that the data would give the model of the run again."""
+    counts = _counts(data, known.features)
+    expected = dataclasses.replace(known, **counts) if config.init_from else model_config(config, data, known.species)
+    if not agree(dataclasses.asdict(expected), dataclasses.asdict(known)):
+        raise ValueError(
+            f"{config.out}: the run was made for another model or other data; resume with those of the run"
+        )
+
+
+def _assemble(
+    config: TrainConfig, data: MoleculeSet, valid: MoleculeSet, model: ENF, ranks: Ranks, source: str | None
+) -> Run:
+    """Puts model, objective and optimizers together, on the device."""
+    device = ranks.device(config.device)
+    model = model.to(device).requires_grad_(True).train()
+    torch_only = config.objective == "nll" or config.compile or config.precision != "float32"
+    # The threads of the kernel and those of torch's own operations get in each other's way.
+    torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
+    model.use_kernel(BACKENDS["torch" if torch_only else config.backend])
+    objective = build_objective(config)
+    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)
+    optimizer = build_optimizers(
+        model.dynamics.network,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        config.optimizer,
+        config.learning_rate,
+        config.muon_learning_rate,
+        config.muon_weight_decay,
+        config.weight_decay,
+        amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
+    )
+    stepper: torch.nn.Module = Step(model, objective)
+    if config.compile:
+        model.dynamics.network.compile()
+    if ranks.world > 1:
+        stepper = DistributedDataParallel(stepper)
+    return Run(
+        config=config,
+        ranks=ranks,
+        device=device,
+        source=source,
+        data=data,
+        valid=valid,
+        model=model,
+        objective=objective,
+        stepper=stepper,
+        averages=averages,
+        optimizer=optimizer,
+        clip=Clipper(),
+    )
+
+
+def start_folder(run: Run, lock: FolderLock) -> None:
+    """Writes the first files of a run."""
+    if run.out is None:
+        return
+    run.ranks.wait()  # nobody writes before everybody has looked
+    if run.ranks.main:
+        lock.take(run.out)
+        check_no_run(run.out)  # another run may have come and gone meanwhile
+        save_config(run)
+        truncate_log(run.out / LOG_FILE, -1)

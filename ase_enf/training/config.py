@@ -1,0 +1,295 @@
+"""What is trained, by which objective and for how long; every field checks and explains itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ase_enf.model import ENFConfig
+from ase_enf.molecules import check_whole
+from ase_enf.parameterisation import PARAMETERISATIONS
+from ase_enf.training.objectives import OBJECTIVES, TIMES
+from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
+
+PRECISIONS = ("float32", "tf32", "bf16")
+BACKENDS = {"auto": "auto", "compiled": "fused", "torch": "plain"}  # and what ``ENF.use_kernel`` calls them
+# Names of fields in earlier versions; runs and weights of those versions have them.
+RENAMED = {
+    "decay": "cool_down",
+    "ema": "ema_decay",
+    "feature_spread": "type_scale",
+    "initial": "init_from",
+    "kernel": "backend",
+    "matrix_decay": "muon_weight_decay",
+    "matrix_rate": "muon_learning_rate",
+    "tolerance": "ode_tolerance",
+}
+# What may differ when a run is resumed; the rest decides which numbers come next.
+RESUME_MAY_CHANGE = (
+    "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "init_from",
+    "out", "device", "precision", "compile", "backend", "cool_down", "muon_weight_decay",
+)  # fmt: skip
+# Fields that weights to start from bring with them.
+MODEL_FIELDS = (
+    "parameterisation", "features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer",
+)  # fmt: skip
+
+
+class Range(NamedTuple):
+    """Values that a field may have."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+POSITIVE = Range(lambda value: 0 < value < math.inf, "positive and finite")
+NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "finite and not negative")
+PART = Range(lambda value: 0 < value <= 1, "in (0, 1]")
+BELOW_ONE = Range(lambda value: 0 <= value < 1, "in [0, 1)")
+HOURS = Range(lambda value: 0 < value < math.inf, "a positive number of hours, or None for no limit")
+WORD = Range(lambda value: value < 2**64, "below 2^64")
+
+
+def setting(
+    default: Any, text: str, within: Range | None = None, least: int = 1, one_of: Sequence[str] | None = None
+) -> Any:
+    """Returns a field of :class:`TrainConfig`.
+
+    Args:
+        default: Its default.
+        text: What it is, for ``ase-enf train --help`` and the docstring.
+        within: The range of a number.
+        least: The least whole number.
+        one_of: The names that a text may be.
+    """
+    about = {"help": text, "within": within, "least": least, "one_of": one_of}
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, by which objective, how long; the defaults are those of the shipped models.
+
+    Raises:
+        TypeError: For the earlier name of a field, with its name today.
+        ValueError: For a value outside its range, an unknown name, or fields that contradict each other.
+
+    Example:
+        >>> TrainConfig(features="given", steps=20).steps
+        20
+    """
+
+    features: str = setting("joint", '"joint", "given" or "none"; see ENFConfig')
+    dimension: int = setting(3, "3, or 2 for structures in the xy plane")
+    network: str = setting(
+        "egnn", '"egnn", "gnn" or, with features "none", "simple" or "kernel" (Köhler et al. 2020); see ENFConfig'
+    )
+    hidden: int = setting(64, "width of the network")
+    layers: int = setting(6, "layers of the network")
+    attention: bool = setting(True, "soft edges (eq. 4)")
+    radial: int = setting(
+        16, "radial functions of each distance beside its square, in an EGNN; 0 for the paper's network", least=0
+    )
+    dequantizer: str = setting("fixed", '"fixed", or "learned" (with objective "nll" only)')
+    type_scale: float = setting(
+        0.3,
+        "separation of one-hot types (and spread of charges) inside the flow, where positions have unit variance; "
+        "below one the positions are decided first on the way from noise to data",
+        POSITIVE,
+    )
+    objective: str = setting("flow_matching", '"flow_matching" or "nll"', one_of=OBJECTIVES)
+    parameterisation: str = setting(
+        "velocity", "how the network's output becomes a velocity; see ENFConfig", one_of=tuple(PARAMETERISATIONS)
+    )
+    times: str = setting(
+        "power",
+        'how flow matching draws t from a uniform u: "power", t = u^time_power, or "beta", t = 1 − u^(1/time_power)',
+        one_of=TIMES,
+    )
+    time_power: float = setting(1.3, "see times", POSITIVE)
+    schedule: str = setting(
+        "cosine",
+        'learning rate after the warm-up: "cosine" (constant, then half a cosine to zero at the end, see cool_down) or '
+        '"constant" (no end of its own: it stops at steps, if given, or at the time limit, and epochs do not count)',
+        one_of=SCHEDULES,
+    )
+    cool_down: float = setting(
+        1.0,
+        "part of the steps after the warm-up over which the learning rate falls to zero, at the end; 1 for all; with "
+        "the constant schedule, that of its branches",
+        PART,
+    )
+    regularisation: float = setting(1e-3, "λ of the kinetic and Jacobian terms of nll", NOT_NEGATIVE)
+    ode_tolerance: float = setting(1e-4, "rtol and atol of dopri5 for nll", POSITIVE)
+    adjoint: bool = setting(True, "adjoint (constant memory) instead of back-propagation through the solver, for nll")
+    epochs: int = setting(100, "passes over the training set; do not count when steps is given")
+    steps: int | None = setting(None, "optimizer steps")
+    batch_size: int = setting(64, "molecules in a step of one process")
+    optimizer: str = setting(
+        "auto",
+        '"adamw", "muon" (Muon for the hidden matrices, AdamW for the rest), or "auto": muon, where torch has it, for '
+        "flow matching; AdamW with amsgrad, as in the paper, for nll",
+        one_of=OPTIMIZERS,
+    )
+    learning_rate: float = setting(1e-3, "peak of AdamW's learning rate", POSITIVE)
+    muon_learning_rate: float = setting(1e-2, "peak of Muon's learning rate, in the scale of AdamW's", POSITIVE)
+    muon_weight_decay: float = setting(0.1, "decoupled weight decay of Muon", NOT_NEGATIVE)
+    warmup: int = setting(500, "steps of linear warm-up", least=0)
+    weight_decay: float = setting(1e-12, "weight decay of AdamW", NOT_NEGATIVE)
+    ema_decay: float = setting(
+        0.999, "decay of the weights' exponential moving average, which is what is validated and shipped", BELOW_ONE
+    )
+    long_ema_decay: float | None = setting(
+        None,
+        "decay of a second, longer average, which is validated beside the first; the better one is kept",
+        BELOW_ONE,
+    )
+    augment: bool = setting(False, "random rotations, for networks that are not equivariant")
+    seed: int = setting(0, "seed of initialisation, order, times and noise", WORD, least=0)
+    validate_every: int = setting(
+        0,
+        "steps between validations; 0 for one epoch, or more where the training set is so small that flow matching "
+        "would spend more time on validations than a fifth of that on training",
+        least=0,
+    )
+    validation_size: int = setting(128, "molecules of the validation set that are scored, always the same")
+    checkpoint_every: int = setting(500, "steps between saves of the training state")
+    log_every: int = setting(50, "steps between rows of the log")
+    time_limit: float | None = setting(
+        None, "hours from the start after which training stops as if interrupted, to be resumed", HOURS
+    )
+    init_from: str | None = setting(
+        None, "weights to start from, a path or a shipped name; the model's own fields then come from there"
+    )
+    out: str | None = setting(None, "folder of weights, training state and log; without it everything stays in memory")
+    device: str = setting("auto", '"auto", "cpu", "cuda" …')
+    precision: str = setting("float32", '"float32", "tf32" or "bf16" (autocast of the network)', one_of=PRECISIONS)
+    compile: bool = setting(False, "compile the network by torch.compile (flow matching only; needs a C++ compiler)")
+    backend: str = setting(
+        "auto",
+        'how a CPU computes an EGNN: "compiled" (a C++ kernel, for flow matching in float32, three quarters of the '
+        'time on one thread), "torch", or "auto": compiled where one thread computes (torchrun gives each process one)',
+        one_of=tuple(BACKENDS),
+    )
+
+    def __new__(cls, *_: Any, **fields: Any) -> Self:  # noqa: D102 (a hook before dataclass's own __init__)
+        for name in fields.keys() & RENAMED.keys():
+            raise TypeError(
+                f"TrainConfig: {name} is now called {RENAMED[name]}; write {RENAMED[name]}={fields[name]!r}"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        resolve_optimizer(self.optimizer, self.objective)
+        for wrong, message in _CONTRADICTIONS:
+            if wrong(self):
+                raise ValueError(message)
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decays of the averages of the weights, one or two."""
+        return (self.ema_decay,) if self.long_ema_decay is None else (self.ema_decay, self.long_ema_decay)
+
+
+_CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
+    (
+        lambda c: c.objective == "flow_matching" and c.dequantizer == "learned" and c.features == "joint",
+        "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'",
+    ),
+    (
+        lambda c: c.compile and c.objective == "nll",
+        "compile=True fails under the second derivatives of objective='nll'; use compile=False",
+    ),
+    (
+        lambda c: c.backend == "compiled" and (c.objective == "nll" or c.compile or c.precision != "float32"),
+        "backend='compiled' has no second derivatives (objective='nll'), no other precision than float32 and no "
+        "compile=True; use backend='torch'",
+    ),
+    (
+        lambda c: c.schedule == "constant" and not (c.steps or c.time_limit or c.out),
+        "schedule='constant' has no end; give steps, time_limit, or out, from which a run that is stopped goes on",
+    ),
+)
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Returns the value of a field as a plain one, which JSON takes at the end of a run as well."""
+    kind, *optional = field.type.split(" | ")
+    if optional and value is None:
+        return None
+    value = _PLAIN[kind](field.name, value, field.metadata["least"])
+    within, one_of = field.metadata["within"], field.metadata["one_of"]
+    if one_of and value not in one_of:
+        raise ValueError(f"{field.name} {value!r} is unknown; choose one of {', '.join(one_of)}")
+    if within and not within.holds(value):
+        raise ValueError(f"{field.name}={value}: must be {within.words}")
+    return value
+
+
+def _flag(name: str, value: Any, _: int) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return bool(value)
+
+
+def _real(name: str, value: Any, _: int) -> float:
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    return float(value)
+
+
+def _text(name: str, value: Any, _: int) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={value!r}: must be a text")
+    return os.fsdecode(value)
+
+
+_PLAIN: dict[str, Callable[[str, Any, int], Any]] = {"bool": _flag, "int": check_whole, "float": _real, "str": _text}
+
+
+def field_help() -> dict[str, str]:
+    """Returns what every field of :class:`TrainConfig` is, in words.
+
+    Example:
+        >>> field_help()["warmup"]
+        'steps of linear warm-up'
+    """
+    return {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
+
+
+if TrainConfig.__doc__:  # python -OO has none
+    _fields = "".join(f"        {name}: {text}.\n" for name, text in field_help().items())
+    TrainConfig.__doc__ = TrainConfig.__doc__.replace("    Raises:\n", f"    Args:\n{_fields}\n    Raises:\n", 1)
+
+
+def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a run as they are called today, whichever version wrote them.
+
+    Example:
+        >>> migrated({"ema": 0.99, "kernel": "plain"})
+        {'ema_decay': 0.99, 'backend': 'torch'}
+    """
+    settings = {RENAMED.get(name, name): value for name, value in saved.items()}
+    if "kernel" in saved:
+        settings["backend"] = {old: new for new, old in BACKENDS.items()}.get(saved["kernel"], saved["kernel"])
+    return settings
+
+
+def model_fields(config: ENFConfig) -> dict[str, Any]:
+    """Returns the fields of TrainConfig that weights to start from decide, as their configuration has them.
+
+    Example:
+        >>> model_fields(ENFConfig(features="given", hidden=8))["hidden"]
+        8
+    """
+    fields = {name: getattr(config, name) for name in MODEL_FIELDS}
+    return fields | ({"type_scale": config.feature_scale[0]} if config.features == "joint" else {})

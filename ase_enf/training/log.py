@@ -1,0 +1,85 @@
+"""The log of a run: a CSV, TensorBoard where it is installed, and the bar on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ase_enf.files import atomic_write
+
+LOG_FILE = "log.csv"
+LOG_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "value",
+    "valid_loss",
+    "valid_nll",
+    "lr",
+    "grad_norm",
+    "skipped",
+    "examples_per_s",
+    "elapsed_s",
+)
+BOARD_FOLDER = "tensorboard"
+
+
+class Log:
+    """Where the rows of a run go.
+
+    Args:
+        folder: Of the run; None writes nothing.
+        step: The step from which the run goes on.
+        total: Steps in all, None for no end.
+        show: Whether to show a bar.
+    """
+
+    def __init__(self, folder: Path | None, step: int, total: int | None, show: bool) -> None:
+        self.path = None if folder is None else folder / LOG_FILE
+        self.board = _board(folder, step + 1 if step else 0)
+        self.bar = tqdm(total=total, initial=step, disable=not show, unit="step", dynamic_ncols=True)
+
+    def write(self, row: Sequence[Any]) -> None:
+        """Appends a row; empty values stay empty."""
+        named = dict(zip(LOG_COLUMNS, row, strict=True))
+        nll = {} if named["valid_nll"] == "" else {"nll": f"{named['valid_nll']:.2f}"}
+        self.bar.set_postfix(loss=f"{named['loss']:.4f}", **nll)
+        if self.path:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow([f"{v:.8g}" if isinstance(v, float) else v for v in row])
+        if self.board is not None:
+            for name in LOG_COLUMNS[1:]:
+                if named[name] != "":
+                    self.board.add_scalar(name, named[name], named["step"])
+
+    def close(self) -> None:
+        """Ends bar and board."""
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drops rows written after the last save, so that a resumed log has every step once; begins a missing one."""
+    rows = list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
+    whole = [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
+    kept = [LOG_COLUMNS, *(row for row in whole if int(row[0]) <= step)]
+    with atomic_write(path) as handle:
+        text = io.TextIOWrapper(handle, newline="", write_through=True)
+        csv.writer(text).writerows(kept)
+        text.detach()
+
+
+def _board(folder: Path | None, step: int) -> Any:
+    """Returns a TensorBoard writer that forgets rows from ``step`` on, None where TensorBoard is not installed."""
+    if folder is None or importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / BOARD_FOLDER, purge_step=step)

@@ -1,0 +1,173 @@
+"""A run: what is fixed from its beginning, and what a step changes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ase_enf.dataset import MoleculeSet
+from ase_enf.model import ENF, package_version
+from ase_enf.molecules import Batch
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.distributed import Ranks
+from ase_enf.training.objectives import Objective
+from ase_enf.training.optimizers import Clipper, Optimizers, schedule
+
+
+class Step(nn.Module):
+    """Objective as a module, so that DistributedDataParallel sees one forward."""
+
+    def __init__(self, model: ENF, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns loss and value of a batch."""
+        return tuple(self.objective(self.model, batch, generator))
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run; the fields from ``model`` on change with every step, and ``state.py`` saves them.
+
+    Args:
+        config: What and how, with what "auto" chose.
+        ranks: This process among others.
+        device: Where it computes.
+        source: What the data are, in words.
+        data: Training set.
+        valid: Validation set.
+        model: The flow.
+        objective: What is minimised.
+        stepper: Model and objective together.
+        averages: Exponential moving averages of the model.
+        optimizer: What turns gradients into steps.
+        clip: Recent norms of the gradient.
+        step: Steps done.
+        noted: The step up to which log, validations and saves are complete.
+        whole: Whether weights, averages, optimizer and ``step`` agree; they do but inside a step.
+        skipped: Steps without an update, because loss or gradient were not finite.
+        consecutive_skips: Of these the last in a row.
+        elapsed: Seconds of training.
+        window: Loss, value and norm of the steps since the last row of the log.
+        validated: Step of the last validation, and the NLL of each average then.
+        best: The best NLL.
+        best_weights: The averaged weights that had it.
+        best_provenance: How these were made.
+    """
+
+    config: TrainConfig
+    ranks: Ranks
+    device: torch.device
+    source: str | None
+    data: MoleculeSet
+    valid: MoleculeSet
+    model: ENF
+    objective: Objective
+    stepper: nn.Module
+    averages: tuple[AveragedModel, ...]
+    optimizer: Optimizers
+    clip: Clipper
+    step: int = 0
+    noted: int = 0
+    whole: bool = True
+    skipped: int = 0
+    consecutive_skips: int = 0
+    elapsed: float = 0.0
+    window: list[list[float]] = dataclasses.field(default_factory=list)
+    validated: tuple[float, ...] = (-1, math.nan)
+    best: float = math.inf
+    best_weights: dict[str, Tensor] | None = None
+    best_provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def out(self) -> Path | None:
+        """The folder of the run."""
+        return Path(self.config.out) if self.config.out else None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, the same in every epoch."""
+        batches = len(self.data.epoch_plan(self.config.batch_size, (self.config.seed, 0)))
+        return max(batches // self.ranks.world, 1)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps in all, None for a run without an end."""
+        endless = self.config.schedule == "constant"
+        return self.config.steps or (None if endless else self.config.epochs * self.steps_per_epoch)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are done."""
+        return self.total_steps is not None and self.step >= self.total_steps
+
+    def rate(self, step: int) -> float:
+        """Returns the part of the peak learning rate in the step after ``step`` steps."""
+        config = self.config
+        total = math.inf if config.schedule == "constant" else self.total_steps
+        return schedule(step, total, config.warmup, config.cool_down)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yields this process's batches, as indices of molecules, from the current step on, without end."""
+        config, rank, world, per_epoch = self.config, self.ranks.rank, self.ranks.world, self.steps_per_epoch
+        while True:
+            epoch, done = divmod(self.step, per_epoch)
+            plan = self.data.epoch_plan(config.batch_size, (config.seed, epoch))
+            if len(plan) >= world:  # with fewer batches than processes, all train on the same
+                plan = plan[rank : per_epoch * world : world]
+            yield from plan[done:per_epoch]
+
+    def generator(self, step: int, stream: int = 0) -> torch.Generator:
+        """Returns the randomness of one step; it depends on nothing else, so a resumed run draws the same.
+
+        Args:
+            step: Steps before this one.
+            stream: 0 for training, 1 for validation, which is the same in every process.
+        """
+        word = np.random.SeedSequence((self.config.seed, step, 0 if stream else self.ranks.rank, stream))
+        return torch.Generator().manual_seed(int(word.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context in which the loss is computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def provenance(self, average: int, nll: float) -> dict[str, Any]:
+        """Returns how the present weights of an average were made, and the validation NLL of these, NaN for none."""
+        training = dataclasses.asdict(self.config)
+        del training["out"]  # weights are given to others, who need not know the folders of this machine
+        if training["init_from"]:
+            training["init_from"] = Path(training["init_from"]).name
+        return {
+            "objective": self.config.objective,
+            "training": training,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "epoch": round(self.step / self.steps_per_epoch, 3),
+            "data": self.source,
+            "molecules": len(self.data),
+            "processes": self.ranks.world,
+            "hours": round(self.elapsed / 3600, 3),
+            "ema_decay": self.config.ema_decays[average],
+            "validation_nll": nll if math.isfinite(nll) else None,
+            "skipped_steps": self.skipped,
+            "ase_enf": package_version(),
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,103 @@
+"""Validation: the likelihood of the same molecules by the averaged weights, with the same noise every time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_enf import divergence
+from ase_enf.flow import SolverError
+from ase_enf.model import ENF
+from ase_enf.molecules import Batch
+from ase_enf.training.folder import BEST_FILE
+from ase_enf.training.run import Run
+
+# How validation likelihoods are integrated; values of different rules, or sets, are not compared.
+NLL_RULE = "nodes of scores"
+# A molecule's likelihood takes as long as flow matching on so many molecules (measured on QM9, one thread).
+VALIDATION_COST = 110
+VALIDATION_SHARE = 0.2  # of the time of training
+
+
+class Validation(NamedTuple):
+    """What a validation found; NaN where the flow is too stiff to be integrated at the moment."""
+
+    loss: float  # of the objective
+    nll: float  # nats a molecule
+
+
+def validate(run: Run) -> Validation | None:
+    """Scores the averages of the weights, and keeps the better one when it is the best so far.
+
+    Returns:
+        What the better average has; None in all processes but the first.
+    """
+    if not run.ranks.main:
+        return None
+    models = [average.module.eval() for average in run.averages]
+    every = [score_validation_set(run, model) for model in models]
+    run.validated = (run.step, *(found.nll for found in every))
+    average = min(range(len(every)), key=lambda k: math.inf if math.isnan(every[k].nll) else every[k].nll)
+    found, model = every[average], models[average]
+    if math.isnan(found.loss):
+        return found
+    if run.best_weights is None or found.nll < run.best or not math.isfinite(run.best):
+        run.best = found.nll
+        run.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        run.best_provenance = model.provenance = run.provenance(average, found.nll)
+        if run.out:
+            model.save(run.out / BEST_FILE)
+    return found
+
+
+def score_validation_set(run: Run, model: ENF) -> Validation:
+    """Returns loss and NLL of one set of weights on the molecules that are scored, in order of size."""
+    config, valid = run.config, run.valid
+    index = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(valid))[: config.validation_size])
+    index = index[valid.sizes[index].argsort(stable=True)]
+    losses, nlls = [], []
+    for k in range(0, len(index), config.batch_size):
+        batch = valid.batch(index[k : k + config.batch_size]).to(run.device)
+        generator = run.generator(k, stream=1)
+        try:
+            with torch.no_grad():
+                losses.append(float(run.objective(model, batch, generator).value) * len(batch.mask))
+            nlls.append(validation_nll(model, batch, generator))
+        except SolverError:  # too stiff at the moment, which training may mend
+            return Validation(math.nan, math.nan)
+    return Validation(sum(losses) / len(index), float(torch.cat(nlls).mean()))
+
+
+def validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Negative log-likelihood with one draw of q and one probe, nats, shape (B,); the same noise every time.
+
+    On the nodes of scores, unrefined: a cheaper rule was wrong by more than what one set of weights gains on another.
+    """
+    shape = (*batch.mask.shape, model.config.flow_features)
+    noise = torch.randn(shape, generator=generator).to(batch.positions)
+    probes = divergence.draw_probes(batch.positions, noise, 1, generator)
+    trace = functools.partial(divergence.hutchinson, probes=probes)
+    result = model.log_prob(batch, noise, trace, model.likelihood_solver, estimate_path_error=False)
+    # A size that training has not seen counts as seen once: at −inf no set of weights would be better than another.
+    floor = -math.log(1 + sum(model.config.sizes.values()))
+    return -(result.log_base + result.ladj - result.log_q + result.log_size.clamp(min=floor)).cpu()
+
+
+def steps_between_validations(run: Run) -> int:
+    """Returns after how many steps the weights are validated again."""
+    config = run.config
+    if config.validate_every or config.objective != "flow_matching":
+        return config.validate_every or run.steps_per_epoch
+    worth = VALIDATION_COST * min(config.validation_size, len(run.valid))  # molecules to train on
+    return max(run.steps_per_epoch, math.ceil(worth / config.batch_size / VALIDATION_SHARE))
+
+
+def validation_set(run: Run) -> list[float]:
+    """Returns what tells validation sets apart: molecules, those that are scored, Σ‖x‖²."""
+    squares = float(np.square(run.valid.positions.double().numpy()).sum())
+    return [len(run.valid), min(run.config.validation_size, len(run.valid)), squares]
