@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,8 +271,8 @@ class ENF(nn.Module):
         return BoundDynamics(self.dynamics, mask, context)
 
     def flow(self, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None) -> ContinuousFlow:
-        """Returns the continuous flow of one batch."""
-        return ContinuousFlow(self.velocity(mask, context), mask, solver)
+        """Returns the continuous flow of one batch, integrated by :attr:`likelihood_solver` unless another is given."""
+        return ContinuousFlow(self.velocity(mask, context), mask, solver or self.likelihood_solver)
 
     def encode(self, batch: Batch, noise: Tensor | None = None) -> Encoded:
         """Scales positions and lifts features.
@@ -325,7 +325,7 @@ class ENF(nn.Module):
             batch: Molecules on the model's device and in its dtype.
             noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
-            solver: How the state is integrated, dopri5 at 1e-5 by default.
+            solver: How the state is integrated; :attr:`likelihood_solver`, as in ``score``, when None.
             intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
             estimate_path_error: Whether to solve the path twice for that part of ``error``.
 
@@ -392,20 +392,24 @@ class ENF(nn.Module):
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
 
-        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``.
+        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``. By default
+        that is what ``generate`` does, if ``noise`` is given; without it, molecules are drawn from the density of
+        :meth:`log_prob`, by the ODE on the same grid.
 
         Args:
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
             z_h: Gaussian features, shape (B, M, F).
             mask: True for real atoms, shape (B, M).
             context: One-hot types for "given", shape (B, M, K).
-            solver: How to integrate.
+            solver: How to integrate; :attr:`sampling_solver` when None, and without its churn if there is no noise.
             noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
 
         Raises:
             SolverError: If the solver fails.
             ValueError: For a solver with churn where the flow was not trained by flow matching, or without noise.
         """
+        if solver is None:
+            solver = self.sampling_solver if noise is not None else replace(self.sampling_solver, churn=0.0)
         flow = self.flow(mask, context, solver)
         self.check_churn(flow.solver)
         if flow.solver.churn and noise is None:
