@@ -23,7 +23,7 @@ from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
+from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, SolverError, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 
@@ -318,8 +318,8 @@ class ENF(nn.Module):
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        With fixed steps the path is solved once more by half the steps; what that does to log p_Z and to the trace
-        enters ``error``.
+        The path is solved once more by a coarser solver (half the steps, a looser tolerance); what that does to log p_Z
+        and to the trace enters ``error``.
 
         Args:
             batch: Molecules on the model's device and in its dtype.
@@ -345,7 +345,7 @@ class ENF(nn.Module):
     def path_error(
         self, flow: ContinuousFlow, x: Tensor, h: Tensor, log_base: Tensor, traces: Tensor, trace: TraceMethod
     ) -> tuple[Tensor, int]:
-        """Estimates what fixed steps do to log p_Z + ladj: by half as many; zero for an adaptive solver.
+        """Estimates what the solver does to log p_Z + ladj, from what a coarser one does; see ``Solver.coarser``.
 
         Args:
             flow: Of one batch, see :meth:`flow`.
@@ -356,11 +356,12 @@ class ENF(nn.Module):
             trace: By which.
 
         Returns:
-            The error, nats, shape (B,), and the number of evaluations it took.
+            The error, nats, shape (B,), infinite where the coarser solver fails; the number of evaluations it took.
         """
-        if flow.solver.adaptive:  # it has kept its own tolerance
-            return torch.zeros_like(log_base), 0
-        coarse = flow.coarse(x, h, trace, len(traces) - 1)
+        try:
+            coarse = flow.coarse(x, h, trace, len(traces) - 1)
+        except SolverError:
+            return torch.full_like(log_base, math.inf), 0
         by_base = log_base.double() - self._log_base(coarse.x, coarse.h, flow.mask).double()
         by_trace = flow.every_fourth(traces[::4]) - coarse.ladj
         error = (by_base + by_trace).abs() / (PATH_REDUCTION[flow.solver.method] - 1.0)

@@ -217,7 +217,7 @@ def reweight(
     The density comes from the path that makes the sample, with the exact trace by quadrature. Sample i depends on
     ``(seed, i)`` alone and is that of ``generate`` with this seed and solver and without churn, up to the integration
     error: the path also stops at the nodes of the quadrature. That error is estimated for each sample (of the
-    quadrature; with fixed steps, of the path too, by the way back with half the steps) and stated.
+    quadrature, and of the path by the way back with a coarser solver) and stated.
 
     Args:
         flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as good as

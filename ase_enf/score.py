@@ -96,15 +96,15 @@ def score(
         solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
             nodes of the quadrature and the solver's own grid, 48 intervals and more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
-        tolerance: Nodes and steps are doubled, at most three times, where the estimated integration error exceeds this
-            many nats; a warning names what stays above it.
+        tolerance: Nodes and steps are doubled (of an adaptive solver, the tolerances are divided by ten), at most three
+            times, where the estimated integration error exceeds this many nats; a warning names what stays above it.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
 
     Returns:
-        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and, with fixed steps,
-        of the path) and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
+        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and of the path)
+        and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
         draw of a bound, whose spread is unknown).
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
@@ -264,17 +264,17 @@ class _Scorer:
                 yield members[k : k + together]
 
     def _estimate(self, rows: list[_Row]) -> list[_Estimate]:
-        """Scores one batch, with twice the nodes for the rows whose integration error is too large.
+        """Scores one batch, with twice the nodes and a finer solver for the rows whose integration error is too large.
 
         Each row decides for itself, so that it does not depend on its batch mates.
         """
         answers: dict[int, _Estimate] = {}
         evaluations = np.zeros(len(rows), dtype=int)
-        work = [(np.arange(len(rows)), INTERVALS)]
+        work = [(np.arange(len(rows)), INTERVALS, self.solver)]
         while work:
-            places, intervals = work.pop()
+            places, intervals, solver = work.pop()
             chosen = [rows[place] for place in places]
-            out = self._log_prob(chosen, intervals)
+            out = self._log_prob(chosen, intervals, solver)
             weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
             error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
             evaluations[places] += out.nfe * self.draws
@@ -283,16 +283,16 @@ class _Scorer:
                 answers[place] = self._answer(rows[place], row, error[number], evaluations[place])
             rough = ~(error <= self.tolerance)  # also where it is not finite, which it may be on a finer path
             if rough.any() and intervals < INTERVALS * 2**DOUBLINGS:
-                work.append((places[rough], 2 * intervals))
+                work.append((places[rough], 2 * intervals, solver.finer(self.flow.dtype)))
         return [answers[place] for place in range(len(rows))]
 
-    def _log_prob(self, rows: list[_Row], intervals: int) -> LogProb:
+    def _log_prob(self, rows: list[_Row], intervals: int, solver: Solver) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
         noise = self._noise(rows, config.flow_features) if flow.features == "joint" else None
         method = self._trace_method(rows)
-        return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals)
+        return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
 
     def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
         value, stderr = combine(weights, float(error))
