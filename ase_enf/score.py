@@ -34,8 +34,8 @@ AUTOGRAD_DIMENSIONS = 96
 DOUBLINGS = 3
 # Rows times M² that are scored together: a thread needs some hundred MB for them.
 PAIRS_TOGETHER = 2**15
-# Streams of the noise: of q, of the probes.
-_Q, _PROBES = 1, 2
+# Key words of the streams of noise; those of generate have keys of three numbers at most, so that none can be shared.
+_Q, _PROBES = (*b"score: noise of q",), (*b"score: probes",)
 
 
 class _Row(NamedTuple):
@@ -320,11 +320,12 @@ class _Scorer:
         return estimate
 
     @staticmethod
-    def _draws(stream: int, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
+    def _draws(stream: tuple[int, ...], rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it."""
 
         def draw(seed: int, place: int) -> np.ndarray:
-            return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, place))).standard_normal(shape)
+            sequence = np.random.SeedSequence(seed, spawn_key=(*stream, place))
+            return np.random.default_rng(sequence).standard_normal(shape)
 
         places = range(len(rows[0].atoms))
         by_seed = {seed: np.stack([draw(seed, place) for place in places]) for seed in {row.seed for row in rows}}
