@@ -168,8 +168,8 @@ class Transformed(NamedTuple):
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
-class Coarse(NamedTuple):
-    """Where a coarser solver took a batch, see ``ContinuousFlow.coarse``."""
+class Again(NamedTuple):
+    """Where another solver took a batch, see ``ContinuousFlow.again``."""
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
@@ -327,22 +327,21 @@ class ContinuousFlow:
         self.nfe = 0
         return self._solve(x, h, times.double())
 
-    def coarse(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int) -> Coarse:
-        """Goes from data to latent space by a coarser solver, for an estimate of the path's error.
-
-        That is half as many fixed steps, or a tolerance ``LOOSENED`` times as large.
+    def again(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int, solver: Solver) -> Again:
+        """Goes from data to latent space by another solver, for an estimate of the path's error.
 
         Args:
             x: Positions at t = 0, shape (B, M, n).
             h: Features there, shape (B, M, F).
             trace: As of :meth:`transport`.
-            intervals: Of the quadrature whose nodes the finer path stopped at; every fourth serves here.
+            intervals: Of the quadrature whose nodes this path stopped at; every fourth serves here.
+            solver: The other one.
         """
-        other = ContinuousFlow(self.velocity, self.mask, self.solver.coarser())
+        other = ContinuousFlow(self.velocity, self.mask, solver)
         times = self.nodes(intervals)[0]
         path = other.trajectory(x, h, times[::2])
         ladj = self.every_fourth(other._traces(trace, times[::4], path[::2]))
-        return Coarse(*path[-1], ladj, other.nfe)
+        return Again(*path[-1], ladj, other.nfe)
 
     def every_fourth(self, traces: Tensor) -> Tensor:
         """Returns ∫_0^1 Tr J dt by a quarter of the intervals, shape (B,), from traces at every fourth node alone."""

@@ -318,8 +318,8 @@ class ENF(nn.Module):
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        The path is solved once more by a coarser solver (half the steps, a looser tolerance); what that does to log p_Z
-        and to the trace enters ``error``.
+        The path is solved once more by a coarser solver (half the steps, a looser tolerance; of an adaptive one also by
+        a tighter one); what that does to log p_Z and to the trace enters ``error``.
 
         Args:
             batch: Molecules on the model's device and in its dtype.
@@ -347,6 +347,9 @@ class ENF(nn.Module):
     ) -> tuple[Tensor, int]:
         """Estimates what the solver does to log p_Z + ladj, from what a coarser one does; see ``Solver.coarser``.
 
+        An adaptive solver is held against a finer one, too, and the larger estimate counts: its error depends on the
+        tolerance erratically, and two loose ones may share theirs.
+
         Args:
             flow: Of one batch, see :meth:`flow`.
             x: Positions at the data end of the path, shape (B, M, n).
@@ -356,16 +359,24 @@ class ENF(nn.Module):
             trace: By which.
 
         Returns:
-            The error, nats, shape (B,), infinite where the coarser solver fails; the number of evaluations it took.
+            The error, nats, shape (B,), infinite where another solver fails; the number of evaluations it took.
         """
-        try:
-            coarse = flow.coarse(x, h, trace, len(traces) - 1)
-        except SolverError:
-            return torch.full_like(log_base, math.inf), 0
-        by_base = log_base.double() - self._log_base(coarse.x, coarse.h, flow.mask).double()
-        by_trace = flow.every_fourth(traces[::4]) - coarse.ladj
-        error = (by_base + by_trace).abs() / (PATH_REDUCTION[flow.solver.method] - 1.0)
-        return error.to(log_base), coarse.nfe
+        solver, error, nfe = flow.solver, torch.zeros_like(log_base), 0
+        reduction = PATH_REDUCTION[solver.method]
+        # Of the difference, how much is the error of the solver itself.
+        others = [(solver.coarser(), 1.0 / (reduction - 1.0))]
+        if solver.adaptive:
+            others.append((solver.finer(x.dtype), reduction / (reduction - 1.0)))
+        for other, share in others:
+            try:
+                again = flow.again(x, h, trace, len(traces) - 1, other)
+            except SolverError:
+                return torch.full_like(log_base, math.inf), nfe
+            by_base = log_base.double() - self._log_base(again.x, again.h, flow.mask).double()
+            by_trace = flow.every_fourth(traces[::4]) - again.ladj
+            error = torch.maximum(error, share * (by_base + by_trace).abs().to(log_base))
+            nfe += again.nfe
+        return error, nfe
 
     @staticmethod
     def _log_base(x: Tensor, h: Tensor, mask: Tensor) -> Tensor:
