@@ -26,9 +26,11 @@ TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 # Not dopri8 and bosh3: torchdiffeq interpolates their last step, which costs them all digits beyond the fifth.
 ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
-# Halving the steps is taken to cut the error of the path by this much: one order less than the method's own, to be on
-# the safe side where the steps are not small enough for it.
-PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0}
+# Half the fixed steps, or a tolerance LOOSENED times as large, is taken to raise the error of the path by this much. It
+# is one order less than a fixed method's own, to be on the safe side where the steps are not small enough for it; an
+# adaptive one meets its tolerance so loosely that the coarser solve may err by little more.
+PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0, "dopri5": 2.0}
+LOOSENED = 10.0
 
 # An adaptive solve takes some hundred evaluations; one of more than this does not end.
 MAX_EVALUATIONS = 10_000
@@ -99,6 +101,30 @@ class Solver:
         renewed = f", churn {self.churn:g}" if self.churn else ""
         return f"{self.method}, {self.steps} steps, warp {self.warp:g}{renewed}"
 
+    def coarser(self) -> Solver:
+        """Returns a cheaper solver of about ``PATH_REDUCTION`` times the error: half the steps, a looser tolerance.
+
+        Example:
+            >>> str(Solver("rk4", steps=8).coarser()), str(Solver().coarser())
+            ('rk4, 4 steps, warp 1', 'dopri5, rtol 0.0001, atol 0.0001')
+        """
+        if self.adaptive:
+            return replace(self, rtol=self.rtol * LOOSENED, atol=self.atol * LOOSENED)
+        return replace(self, steps=max(self.steps // 2, 1))
+
+    def finer(self, dtype: torch.dtype = torch.float64) -> Solver:
+        """Returns a dearer solver: twice the steps, or tighter tolerances down to what ``dtype`` resolves.
+
+        Example:
+            >>> str(Solver().finer()), str(Solver().finer(torch.float32).finer(torch.float32).finer(torch.float32))
+            ('dopri5, rtol 1e-06, atol 1e-06', 'dopri5, rtol 9.53674e-07, atol 9.53674e-07')
+        """
+        if not self.adaptive:
+            return replace(self, steps=2 * self.steps)
+        least = 8 * torch.finfo(dtype).eps
+        rtol, atol = (min(value, max(value / LOOSENED, least)) for value in (self.rtol, self.atol))
+        return replace(self, rtol=rtol, atol=atol)
+
     def grid(self) -> Tensor:
         """Returns the fixed times, shape (steps + 1,), float64."""
         return torch.linspace(0.0, 1.0, self.steps + 1, dtype=torch.float64) ** self.warp
@@ -145,8 +171,8 @@ class Transformed(NamedTuple):
     nfe: int  # evaluations of the velocity, those inside traces included
 
 
-class Coarse(NamedTuple):
-    """Where half as many steps took a batch, see ``ContinuousFlow.coarse``."""
+class Again(NamedTuple):
+    """Where another solver took a batch, see ``ContinuousFlow.again``."""
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
@@ -304,20 +330,21 @@ class ContinuousFlow:
         self.nfe = 0
         return self._solve(x, h, times.double())
 
-    def coarse(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int) -> Coarse:
-        """Goes from data to latent space by half as many fixed steps, for an estimate of the path's error.
+    def again(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int, solver: Solver) -> Again:
+        """Goes from data to latent space by another solver, for an estimate of the path's error.
 
         Args:
             x: Positions at t = 0, shape (B, M, n).
             h: Features there, shape (B, M, F).
             trace: As of :meth:`transport`.
-            intervals: Of the quadrature whose nodes the finer path stopped at; every fourth serves here.
+            intervals: Of the quadrature whose nodes this path stopped at; every fourth serves here.
+            solver: The other one.
         """
-        half = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=max(self.solver.steps // 2, 1)))
+        other = ContinuousFlow(self.velocity, self.mask, solver)
         times = self.nodes(intervals)[0]
-        path = half.trajectory(x, h, times[::2])
-        ladj = self.every_fourth(half._traces(trace, times[::4], path[::2]))
-        return Coarse(*path[-1], ladj, half.nfe)
+        path = other.trajectory(x, h, times[::2])
+        ladj = self.every_fourth(other._traces(trace, times[::4], path[::2]))
+        return Again(*path[-1], ladj, other.nfe)
 
     def every_fourth(self, traces: Tensor) -> Tensor:
         """Returns ∫_0^1 Tr J dt by a quarter of the intervals, shape (B,), from traces at every fourth node alone."""

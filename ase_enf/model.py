@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ase_enf import base, divergence
 from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
 from ase_enf.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
 from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, TraceMethod, Transformed
+from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, SolverError, TraceMethod, Transformed
 from ase_enf.geometry import subspace_dim
 from ase_enf.molecules import Batch
 from ase_enf.parameterisation import Parameterisation
@@ -64,8 +64,8 @@ class ENFConfig:
         position_scale: Length in Å that is one unit inside the flow.
         feature_shift: Subtracted from h̃ (K scores, then the charge), for "joint".
         feature_scale: Multiplies h̃ − shift.
-        parameterisation: How the network's output becomes a velocity: "velocity" (the paper), "endpoint" or "denoising";
-            see ``parameterisation.Parameterisation``.
+        parameterisation: How the network's output becomes a velocity: "velocity" (the paper), "endpoint" or
+            "denoising"; see ``parameterisation.Parameterisation``.
         feature_std: Standard deviation of the flowing features inside the flow, for "denoising".
         path: "linear", where flow matching trained it, so that the path from data to noise is (1 − t) x + t z in
             distribution; None where that is not known.
@@ -298,8 +298,8 @@ class ENF(nn.Module):
         return BoundDynamics(self.dynamics, mask, context)
 
     def flow(self, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None) -> ContinuousFlow:
-        """Returns the continuous flow of one batch."""
-        return ContinuousFlow(self.velocity(mask, context), mask, solver)
+        """Returns the continuous flow of one batch, integrated by :attr:`likelihood_solver` unless another is given."""
+        return ContinuousFlow(self.velocity(mask, context), mask, solver or self.likelihood_solver)
 
     def encode(self, batch: Batch, noise: Tensor | None = None) -> Encoded:
         """Scales positions and lifts features.
@@ -345,14 +345,14 @@ class ENF(nn.Module):
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        With fixed steps the path is solved once more by half the steps; what that does to log p_Z and to the trace
-        enters ``error``.
+        The path is solved once more by a coarser solver (half the steps, a looser tolerance; of an adaptive one also by
+        a tighter one); what that does to log p_Z and to the trace enters ``error``.
 
         Args:
             batch: Molecules on the model's device and in its dtype.
             noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
-            solver: How the state is integrated, dopri5 at 1e-5 by default.
+            solver: How the state is integrated; :attr:`likelihood_solver`, as in ``score``, when None.
             intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
             estimate_path_error: Whether to solve the path twice for that part of ``error``.
 
@@ -372,7 +372,10 @@ class ENF(nn.Module):
     def path_error(
         self, flow: ContinuousFlow, x: Tensor, h: Tensor, log_base: Tensor, traces: Tensor, trace: TraceMethod
     ) -> tuple[Tensor, int]:
-        """Estimates what fixed steps do to log p_Z + ladj: by half as many; zero for an adaptive solver.
+        """Estimates what the solver does to log p_Z + ladj, from what a coarser one does; see ``Solver.coarser``.
+
+        An adaptive solver is held against a finer one, too, and the larger estimate counts: its error depends on the
+        tolerance erratically, and two loose ones may share theirs.
 
         Args:
             flow: Of one batch, see :meth:`flow`.
@@ -383,15 +386,24 @@ class ENF(nn.Module):
             trace: By which.
 
         Returns:
-            The error, nats, shape (B,), and the number of evaluations it took.
+            The error, nats, shape (B,), infinite where another solver fails; the number of evaluations it took.
         """
-        if flow.solver.adaptive:  # it has kept its own tolerance
-            return torch.zeros_like(log_base), 0
-        coarse = flow.coarse(x, h, trace, len(traces) - 1)
-        by_base = log_base.double() - self._log_base(coarse.x, coarse.h, flow.mask).double()
-        by_trace = flow.every_fourth(traces[::4]) - coarse.ladj
-        error = (by_base + by_trace).abs() / (PATH_REDUCTION[flow.solver.method] - 1.0)
-        return error.to(log_base), coarse.nfe
+        solver, error, nfe = flow.solver, torch.zeros_like(log_base), 0
+        reduction = PATH_REDUCTION[solver.method]
+        # Of the difference, how much is the error of the solver itself.
+        others = [(solver.coarser(), 1.0 / (reduction - 1.0))]
+        if solver.adaptive:
+            others.append((solver.finer(x.dtype), reduction / (reduction - 1.0)))
+        for other, share in others:
+            try:
+                again = flow.again(x, h, trace, len(traces) - 1, other)
+            except SolverError:
+                return torch.full_like(log_base, math.inf), nfe
+            by_base = log_base.double() - self._log_base(again.x, again.h, flow.mask).double()
+            by_trace = flow.every_fourth(traces[::4]) - again.ladj
+            error = torch.maximum(error, share * (by_base + by_trace).abs().to(log_base))
+            nfe += again.nfe
+        return error, nfe
 
     @staticmethod
     def _log_base(x: Tensor, h: Tensor, mask: Tensor) -> Tensor:
@@ -419,20 +431,24 @@ class ENF(nn.Module):
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
 
-        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``.
+        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``. By default
+        that is what ``generate`` does, if ``noise`` is given; without it, molecules are drawn from the density of
+        :meth:`log_prob`, by the ODE on the same grid.
 
         Args:
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
             z_h: Gaussian features, shape (B, M, F).
             mask: True for real atoms, shape (B, M).
             context: One-hot types for "given", shape (B, M, K).
-            solver: How to integrate.
+            solver: How to integrate; :attr:`sampling_solver` when None, and without its churn if there is no noise.
             noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
 
         Raises:
             SolverError: If the solver fails.
             ValueError: For a solver with churn where the flow was not trained by flow matching, or without noise.
         """
+        if solver is None:
+            solver = self.sampling_solver if noise is not None else replace(self.sampling_solver, churn=0.0)
         flow = self.flow(mask, context, solver)
         self.check_churn(flow.solver)
         if flow.solver.churn and noise is None:

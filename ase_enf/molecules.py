@@ -21,6 +21,12 @@ COINCIDENT = 1e-3
 ORDER_DECIMALS = 6
 # Atoms of a formula: beyond this it is a slip.
 LARGEST = 10_000
+# Names in ``info`` under which programs state the charge of a whole structure, and its spin. The latter is either the
+# number of unpaired electrons 2 S or the multiplicity 2 S + 1; only what the lowest spin cannot be is refused.
+CHARGE_NAMES = ("charge", "total_charge")
+MULTIPLICITY_NAMES, SPIN_NAMES = ("multiplicity", "spin_multiplicity"), ("spin", "total_spin")
+# A total charge or moment below this (e, µ_B) is rounding of partial ones.
+STATED = 0.1
 
 
 class Batch(NamedTuple):
@@ -173,8 +179,14 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
 
     Raises:
         ValueError: For an atomic number of no element, a periodic cell, fewer than two atoms, non-finite coordinates,
-            two atoms on one point, atoms off the xy plane of a two-dimensional flow, or an element the flow does not
-            know.
+            two atoms on one point, atoms off the xy plane of a two-dimensional flow, an element the flow does not know or, of a flow that knows elements,
+            a stated net charge or a spin above the lowest: elements and positions do not tell them.
+
+    Example:
+        >>> ion = Atoms("OH", [(0, 0, 0), (0, 0, 0.97)], info={"charge": -1})
+        >>> check_atoms(ion, ["H", "O"])
+        Traceback (most recent call last):
+        ValueError: structure 0 (HO): states a net charge of -1 (info['charge']), of which the flow knows nothing; ...
     """
     _check_numbers(atoms, index)
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
@@ -196,12 +208,43 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
             f"{name}: element(s) {', '.join(unknown)} unknown to this model, which knows {', '.join(species)}; "
             "train one on your elements"
         )
+    if species and (state := _stated_state(atoms)):
+        raise ValueError(
+            f"{name}: states {state}, of which the flow knows nothing; remove that to have the structure taken for a "
+            "neutral one of lowest spin"
+        )
     height = np.ptp(atoms.positions[:, 2])
     if dimension == 2 and height > COINCIDENT:
         raise ValueError(f"{name}: leaves the xy plane by {height:.3g} Å, but the model is two-dimensional; set z to 0")
     distance, i, j = closest_pair(atoms.positions)
     if distance < COINCIDENT:
         raise ValueError(f"{name}: atoms {i} and {j} lie on one point; remove the duplicate")
+
+
+def _stated_state(atoms: Atoms) -> str | None:
+    """Returns in words what a structure states of a net charge or a spin above the lowest, None if nothing."""
+    for key in CHARGE_NAMES:
+        if (value := _total(atoms.info.get(key))) and abs(value) > STATED:
+            return f"a net charge of {value:g} (info[{key!r}])"
+    if abs(value := float(atoms.get_initial_charges().sum())) > STATED:
+        return f"a net charge of {value:g} (initial charges)"
+    lowest = int(atoms.numbers.sum()) % 2  # unpaired electrons of the neutral structure
+    for keys, allowed in ((MULTIPLICITY_NAMES, (0, lowest + 1)), (SPIN_NAMES, (0, lowest / 2, lowest, lowest + 1))):
+        for key in keys:
+            value = _total(atoms.info.get(key))
+            if value is not None and min(abs(value - known) for known in allowed) > STATED:
+                return f"a spin of {value:g} (info[{key!r}])"
+    if abs(value := float(np.sum(atoms.get_initial_magnetic_moments()))) > lowest + STATED:
+        return f"a magnetic moment of {value:g} (initial magnetic moments)"
+    return None
+
+
+def _total(value: Any) -> float | None:
+    """Returns a stated number, or the sum of those of all atoms; None for what is no number."""
+    try:
+        return float(np.sum(np.asarray(value, dtype=float))) if value is not None else None
+    except (TypeError, ValueError):
+        return None
 
 
 def to_batch(

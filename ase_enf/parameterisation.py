@@ -35,8 +35,8 @@ class Parameterisation:
     * "velocity" (the paper, eq. 8): dx/dt = x^L − x,  dh/dt = h^L.
     * "endpoint": x^L and h^L are the molecule at t = 0, from which the velocity follows,
       dx/dt = (x − x^L) / (t + δ),  dh/dt = (h − h^L) / (t + δ).
-    * "denoising": input of unit variance, and the part of the velocity that is linear in x is given (Karras et al. 2022,
-      for a velocity). With data of standard deviation s and σ² = (1 − t)² s² + t²: c_in = 1/σ,
+    * "denoising": input of unit variance, and the part of the velocity that is linear in x is given (the form of Karras
+      et al. 2022, for a velocity). With data of standard deviation s and σ² = (1 − t)² s² + t²: c_in = 1/σ,
       c_skip = (t − (1 − t) s²) / σ², c_out = s/σ, and x^L − c_in x is the displacement towards the data,
       dx/dt = c_skip x − c_out (x^L − c_in x) / (t c_in + δ),  dh/dt = c_skip h + c_out h^L.
 

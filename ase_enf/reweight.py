@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,20 @@ FEW = 10
 
 class ReweightingError(RuntimeError):
     """The calculator gave no energy to weigh by."""
+
+
+@runtime_checkable
+class BatchCalculator(Protocol):
+    """A calculator that takes many structures of one composition at once, which :func:`reweight` makes use of.
+
+    Example:
+        >>> from ase_enf.data import particles
+        >>> isinstance(particles.DW4(), BatchCalculator)
+        True
+    """
+
+    def batch_energies(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the energies (B,), eV, of structures with positions (B, M, n), Å; n is the flow's dimension."""
 
 
 class Estimate(NamedTuple):
@@ -217,13 +231,12 @@ def reweight(
     The density comes from the path that makes the sample, with the exact trace by quadrature. Sample i depends on
     ``(seed, i)`` alone and is that of ``generate`` with this seed and solver and without churn, up to the integration
     error: the path also stops at the nodes of the quadrature. That error is estimated for each sample (of the
-    quadrature; with fixed steps, of the path too, by the way back with half the steps) and stated.
+    quadrature, and of the path by the way back with a coarser solver) and stated.
 
     Args:
         flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as good as
             its dtype: ``load(..., dtype="float64")`` where it matters.
-        calculator: Any ASE calculator of energies, eV. One with a method ``energies(positions)`` from (B, M, n) in Å,
-            n the flow's dimension, to (B,) in eV is given many structures at once.
+        calculator: Any ASE calculator of energies, eV. A :class:`BatchCalculator` is given many structures at once.
         n: How many.
         temperature: K; 1 / ``ase.units.kB`` = 11604.5 K makes kT one eV, for systems in reduced units.
         seed: Non-negative.
@@ -337,7 +350,7 @@ class _Energies:
 
     def __init__(self, calculator: Any, dimension: int) -> None:
         self.calculator, self.dimension = calculator, dimension
-        self.many = getattr(calculator, "energies", None)
+        self.many = calculator.batch_energies if isinstance(calculator, BatchCalculator) else None
         self.values: list[float] = []
         self._reason = ""
 
@@ -349,7 +362,7 @@ class _Energies:
     def add(self, samples: list[Atoms], progress: bool) -> None:
         """Computes more; raises ReweightingError if there is none after the first ones."""
         first = not self.values
-        size = ENERGY_BATCH if callable(self.many) else 1
+        size = ENERGY_BATCH if self.many else 1
         with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
             for k in range(0, len(samples), size):
                 self.values += self._chunk(samples[k : k + size])
@@ -363,13 +376,13 @@ class _Energies:
 
     def _chunk(self, samples: list[Atoms]) -> list[float]:
         try:
-            if callable(self.many):
+            if self.many:
                 return _energies_together(self.many, samples, self.dimension)
             return [_energy(self.calculator, samples[0])]
         except ReweightingError:
             raise
         except Exception as error:  # each calculator has errors of its own
-            where = f"energies() of {len(samples)} structures: " if callable(self.many) else ""
+            where = f"batch_energies() of {len(samples)} structures: " if self.many else ""
             self._reason = self._reason or where + f"{type(error).__name__}: {error}".splitlines()[0]
             return [math.nan] * len(samples)
 
@@ -383,7 +396,9 @@ def _energy(calculator: Any, atoms: Atoms) -> float:
 def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], dimension: int) -> list[float]:
     values = np.asarray(many(np.stack([atoms.positions[:, :dimension] for atoms in samples])), dtype=float)
     if values.shape != (len(samples),):
-        raise ReweightingError(f"energies() gave shape {values.shape} for {len(samples)} structures; need one for each")
+        raise ReweightingError(
+            f"batch_energies() gave shape {values.shape} for {len(samples)} structures; need one for each"
+        )
     return values.tolist()
 
 

@@ -34,8 +34,8 @@ AUTOGRAD_DIMENSIONS = 96
 DOUBLINGS = 3
 # Rows times M² that are scored together: a thread needs some hundred MB for them.
 PAIRS_TOGETHER = 2**15
-# Streams of the noise: of q, of the probes.
-_Q, _PROBES = 1, 2
+# Key words of the streams of noise; those of generate have keys of three numbers at most, so that none can be shared.
+_Q, _PROBES = (*b"score: noise of q",), (*b"score: probes",)
 
 
 class _Row(NamedTuple):
@@ -97,16 +97,16 @@ def score(
         solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
             nodes of the quadrature and the solver's own grid, 48 intervals and more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
-        tolerance: Nodes and steps are doubled, at most three times, where the estimated integration error exceeds this
-            many nats; a warning names what stays above it.
+        tolerance: Nodes and steps are doubled (of an adaptive solver, the tolerances are divided by ten), at most three
+            times, where the estimated integration error exceeds this many nats; a warning names what stays above it.
         batch_size: Structures (times draws) integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
         first: What warnings call the first structure, where a list is scored in parts.
 
     Returns:
-        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and, with fixed steps,
-        of the path) and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
+        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and of the path)
+        and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
         draw of a bound, whose spread is unknown).
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
@@ -264,17 +264,17 @@ class _Scorer:
                 yield members[k : k + together]
 
     def _estimate(self, rows: list[_Row]) -> list[_Estimate]:
-        """Scores one batch, with twice the nodes for the rows whose integration error is too large.
+        """Scores one batch, with twice the nodes and a finer solver for the rows whose integration error is too large.
 
         Each row decides for itself, so that it does not depend on its batch mates.
         """
         answers: dict[int, _Estimate] = {}
         evaluations = np.zeros(len(rows), dtype=int)
-        work = [(np.arange(len(rows)), INTERVALS)]
+        work = [(np.arange(len(rows)), INTERVALS, self.solver)]
         while work:
-            places, intervals = work.pop()
+            places, intervals, solver = work.pop()
             chosen = [rows[place] for place in places]
-            out = self._log_prob(chosen, intervals)
+            out = self._log_prob(chosen, intervals, solver)
             weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
             error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
             evaluations[places] += out.nfe * self.draws
@@ -283,16 +283,16 @@ class _Scorer:
                 answers[place] = self._answer(rows[place], row, error[number], evaluations[place])
             rough = ~(error <= self.tolerance)  # also where it is not finite, which it may be on a finer path
             if rough.any() and intervals < INTERVALS * 2**DOUBLINGS:
-                work.append((places[rough], 2 * intervals))
+                work.append((places[rough], 2 * intervals, solver.finer(self.flow.dtype)))
         return [answers[place] for place in range(len(rows))]
 
-    def _log_prob(self, rows: list[_Row], intervals: int) -> LogProb:
+    def _log_prob(self, rows: list[_Row], intervals: int, solver: Solver) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
         noise = self._noise(rows, config.flow_features) if flow.features == "joint" else None
         method = self._trace_method(rows)
-        return flow.log_prob(batch.repeat(self.draws), noise, method, self.solver, intervals)
+        return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
 
     def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
         value, stderr = combine(weights, float(error))
@@ -320,11 +320,12 @@ class _Scorer:
         return estimate
 
     @staticmethod
-    def _draws(stream: int, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
+    def _draws(stream: tuple[int, ...], rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
         """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it."""
 
         def draw(seed: int, place: int) -> np.ndarray:
-            return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, place))).standard_normal(shape)
+            sequence = np.random.SeedSequence(seed, spawn_key=(*stream, place))
+            return np.random.default_rng(sequence).standard_normal(shape)
 
         places = range(len(rows[0].atoms))
         by_seed = {seed: np.stack([draw(seed, place) for place in places]) for seed in {row.seed for row in rows}}

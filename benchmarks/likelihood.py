@@ -263,8 +263,7 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
 def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
     """Returns log p on an accurate path with 193 nodes, with the noise of ``score``, and its integration error."""
     scorer = _Scorer(double, "exact", 1, 1, math.inf, 1)
-    scorer.solver = ACCURATE
-    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192)
+    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192, ACCURATE)
     return float(out.log_prob), float(out.error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from ase.build import molecule
 
 import ase_enf
 from ase_enf.model import ENF, ENFConfig
-from benchmarks import common, qm9
+from benchmarks import calculator, common, qm9
 
 
 @pytest.fixture
@@ -65,3 +66,19 @@ def test_percentages_carry_their_errors():
 def test_another_budget_is_another_folder(tmp_path):
     budgets = [argparse.Namespace(work=tmp_path, steps=steps, seed=seed) for steps, seed in ((10, 0), (20, 0), (10, 1))]
     assert len({qm9._folder("E-NF", options) for options in budgets}) == 3
+
+
+def test_the_calculator_benchmark_runs(tmp_path, monkeypatch):
+    """One small molecule, few steps: both tables, and the energy of a short NVE run stays."""
+    monkeypatch.setattr(calculator, "SOLVER_STEPS", (8, 16))
+    monkeypatch.setattr(sys, "argv", ["calculator", "--steps",
+            "16",
+            "--molecules", "1", "--converged", "1", "--smears", "0.05",
+                                      "--md-steps", "2", "--bfgs-steps", "1", "--out", str(tmp_path)])  # fmt: skip
+    calculator.main()
+    assert len(list(tmp_path.glob("calculator_*_qm9-conditional.md"))) == 2
+    found = pd.read_csv(tmp_path / "calculator_dynamics_qm9-conditional.csv", comment="#").set_index("what")["value"]
+    assert found["failed"] == "0" and found["BFGS converged"].endswith("of 1")
+    assert float(found["NVE: range of the total energy an atom, meV"]) < 20
+    error = pd.read_csv(tmp_path / "calculator_convergence_qm9-conditional.csv", comment="#")["energy, eV"]
+    assert error[1] < error[0]  # more steps, a smaller error

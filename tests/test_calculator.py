@@ -14,8 +14,10 @@ from ase.calculators.calculator import CalculationFailed, Calculator, Calculator
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
-from ase_enf.calculator import ENFCalculator, log_likelihood_gradient
+import ase_enf.calculator as module
+from ase_enf.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient, smeared_log_likelihood
 from ase_enf.flow import INTERVALS, Solver
+from ase_enf.molecules import to_batch
 
 STEPS = 3
 
@@ -164,7 +166,9 @@ def test_ase_itself_is_left_alone(make_flow):
 
 def test_parameters_are_json_scalars(make_flow):
     calculator = ENFCalculator(make_flow("given", layers=1), kT=np.float64(0.5), solver=Solver("rk4", steps=3))
-    assert json.loads(json.dumps(calculator.todict())) == {"kT": 0.5, "model": "unnamed", "solver": "rk4", "steps": 3}
+    assert json.loads(json.dumps(calculator.todict())) == {
+        "kT": 0.5, "model": "unnamed", "solver": "rk4", "steps": 3, "smear": 0.0,
+    }  # fmt: skip
     assert all(type(value) in (int, float, str) for value in calculator.parameters.values())
 
 
@@ -220,3 +224,79 @@ def test_the_flow_and_the_atoms_are_not_modified(make_flow):
     assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
     assert all(parameter.grad is None for parameter in flow.parameters())
     assert np.array_equal(atoms.positions, positions)
+
+
+def test_energy_alone_computes_no_forces(make_flow, monkeypatch):
+    flow, atoms = make_flow("given", layers=1).double(), rattled()
+    atoms.calc = ENFCalculator(flow, kT=1.0, steps=STEPS)
+    forces = atoms.get_forces()
+    both = atoms.get_potential_energy()  # known by now
+    monkeypatch.setattr(module, "log_likelihood_gradient", None)
+    assert np.array_equal(atoms.get_forces(), forces) and atoms.get_potential_energy() == both
+    again = rattled()
+    again.calc = ENFCalculator(flow, kT=1.0, steps=STEPS)
+    assert again.get_potential_energy() == pytest.approx(both, abs=1e-11)
+    assert "forces" not in again.calc.results
+
+
+@pytest.mark.parametrize("asked", ["energy", "forces"])
+def test_the_cost_falls_with_the_steps(make_flow, monkeypatch, asked):
+    flow, calls, plain = make_flow("given", layers=1).double(), [], module.divergence.exact
+    monkeypatch.setattr(module.divergence, "exact", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    counts = []
+    for steps in (8, 16, 48):
+        atoms, calls[:] = rattled(), []
+        atoms.calc = ENFCalculator(flow, kT=1.0, steps=steps)
+        atoms.calc.get_property(asked, atoms)
+        counts.append(len(calls))
+    assert counts == [9, 17, 49]
+
+
+def matched(make_flow, features: str = "given"):
+    """A flow that says that flow matching trained it."""
+    flow = make_flow(features, layers=1, scale=0.5).double()
+    flow.provenance["objective"] = "flow_matching"
+    return flow
+
+
+@pytest.mark.parametrize("features", ["joint", "given"])
+def test_smeared_forces_are_the_derivative_of_the_smeared_energy(make_flow, features):
+    flow, atoms = matched(make_flow, features), rattled()
+    direction = np.random.default_rng(4).standard_normal((3, 3))
+    expected = -slope(flow, atoms, direction)
+    atoms.calc = ENFCalculator(flow, kT=1.0, steps=STEPS)
+    assert atoms.calc.parameters["smear"] == DEFAULT_SMEAR
+    assert abs(expected) > 0.01
+    assert (atoms.get_forces() * direction).sum() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("smear", [0.0, 0.2, 0.7])
+def test_smeared_data_of_a_gaussian_are_a_wider_gaussian(make_flow, smear):
+    """The flow of x_t = (1 − t) x + t z for Gaussian data of width w: log p_σ is that of width √(w² + σ²)."""
+    flow = make_flow("none", layers=1, position_scale=1.4, sizes={3: 1}).double()
+    flow.provenance["objective"] = "flow_matching"
+    width = 0.3  # of the data, in units of the flow
+
+    def velocity(t, x, h):
+        variance = (1 - t) ** 2 * width**2 + t**2
+        return (x - x.mean(dim=1, keepdim=True)) * (t - (1 - t) * width**2) / variance, h
+
+    flow.velocity = lambda mask, context=None: velocity
+    atoms = rattled()
+    batch = to_batch([atoms], (), dtype=torch.float64)
+    with torch.no_grad():
+        value = smeared_log_likelihood(flow, batch, Solver("rk4", steps=96, warp=2.0), smear=smear)
+    variance = (1.4 * width) ** 2 + smear**2
+    centred = atoms.positions - atoms.positions.mean(axis=0)
+    expected = -0.5 * (centred**2).sum() / variance - 0.5 * 6 * math.log(2 * math.pi * variance)
+    assert value.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_data_can_be_smeared_after_flow_matching_only(make_flow):
+    flow = make_flow("given", layers=1)
+    assert ENFCalculator(flow).parameters["smear"] == 0.0
+    with pytest.raises(CalculatorSetupError, match=r"smear=0\.1: only a flow trained by flow matching"):
+        ENFCalculator(flow, smear=0.1)
+    for bad in (-0.1, math.nan, math.inf):
+        with pytest.raises(CalculatorSetupError, match="must be a length in Å"):
+            ENFCalculator(matched(make_flow), smear=bad)

@@ -428,3 +428,22 @@ def test_what_goes_in_comes_out_changed_by_it_and_by_all_noise(real_flow):
             (end(x, h, changed) - reference).abs().max() > 1e-6 if k < used else (end(x, h, changed) == reference).all()
         )
     assert (end(2 * x, h, fresh) - reference).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "midpoint", "euler"])
+def test_a_finer_solver_errs_less_and_a_coarser_one_more(real_flow, method):
+    def latent(solver: Solver) -> torch.Tensor:
+        flow, x, h = real_flow(solver, sizes=(3,))
+        return flow.forward(x, h).x
+
+    solver = Solver(method, steps=24, rtol=1e-4, atol=1e-4)
+    truth = latent(TIGHT)
+    errors = [(latent(s) - truth).abs().max().item() for s in (solver.coarser(), solver, solver.finer())]
+    assert errors[0] > 1.4 * errors[1] > 2 * errors[2]
+
+
+def test_a_finer_tolerance_stays_within_what_the_numbers_resolve():
+    tight = Solver(rtol=1e-7, atol=1e-12)
+    single, double = tight.finer(torch.float32), tight.finer(torch.float64)
+    assert (single.rtol, single.atol) == (1e-7, 1e-12)  # what was asked for is never loosened
+    assert double.rtol == pytest.approx(1e-8) and double.atol == pytest.approx(1e-13)

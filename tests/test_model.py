@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,6 +23,7 @@ import ase_enf.model as model_module
 from ase_enf import divergence
 from ase_enf.base import sample_latent
 from ase_enf.flow import Solver
+from ase_enf.generate import Sampler, generate
 from ase_enf.geometry import random_rotations
 from ase_enf.model import (
     ENF,
@@ -35,6 +37,7 @@ from ase_enf.model import (
     shipped,
 )
 from ase_enf.molecules import to_atoms, to_batch
+from ase_enf.score import score
 
 FIXED = Solver("rk4", steps=8)
 FINE = Solver("rk4", steps=24)
@@ -185,6 +188,33 @@ def test_sample_is_the_inverse_of_the_latent_of_log_prob(flow, molecules):
     assert torch.allclose(back.positions, molecules.positions, atol=5e-3)
     assert torch.equal(back.types, molecules.types)
     assert [len(a) for a in to_atoms(back, flow.species)] == [5, 3]
+
+
+def test_two_ways_to_ask_for_a_likelihood_give_one_answer(make_flow):
+    """``log_prob`` and ``score`` take the solver of the flow, whichever that is."""
+    for objective in ("flow_matching", "nll"):
+        flow, water = make_flow("given", layers=1, scale=1.5).double(), molecule("H2O")
+        flow.provenance["objective"] = objective
+        batch = to_batch([water], flow.species, dtype=torch.float64)
+        row = score(flow, water, trace="exact", tolerance=math.inf).iloc[0]
+        ours = flow.log_prob(batch)
+        assert ours.log_prob.item() == pytest.approx(row.log_likelihood, abs=1e-11)
+        assert ours.error.item() == pytest.approx(row.stderr, rel=1e-6) and ours.nfe == row.nfe
+
+
+def test_two_ways_to_ask_for_samples_give_one_answer(make_flow):
+    """``sample`` is the flow itself without noise and what ``generate`` does with it."""
+    flow = make_flow("given", layers=1, scale=0.3, sizes={3: 1}, compositions={"H2O": 1}).double()
+    flow.provenance["objective"] = "flow_matching"
+    sampler = Sampler(flow, 0, None, "H2O", flow.sampling_solver, 2, None)
+    drafts = [sampler._draft(index, 0) for index in range(2)]
+    latents = sampler.latents(drafts)
+    for noise, options in ((None, {"churn": 0.0}), (sampler._noise(drafts), {})):
+        batch = flow.sample(*latents, noise=noise)
+        expected = generate(flow, 2, formula="H2O", **options)
+        for ours, theirs in zip(to_atoms(batch, flow.species), expected, strict=True):
+            assert np.allclose(ours.positions, theirs.positions, atol=1e-11)
+    assert flow.sampling_solver.churn  # or the two would be one
 
 
 def test_samples_of_a_density_have_its_entropy(make_flow, dtype):

@@ -203,3 +203,53 @@ def test_a_smiles_is_no_formula(smiles):
 def test_formulas_are_no_smiles(formula):
     assert Formula(formula).count() == Counter(chemical_symbols[z] for z in formula_numbers(formula))
     assert formula_numbers(Atoms("CCO").symbols).tolist() == [6, 6, 8]
+
+
+def _with_charges(atoms, charges):
+    atoms.set_initial_charges(charges)
+
+
+def _with_moments(atoms, moments):
+    atoms.set_initial_magnetic_moments(moments)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (lambda atoms: atoms.info.update(charge=1), r"a net charge of 1 \(info\['charge'\]\)"),
+        (lambda atoms: atoms.info.update(total_charge=-2.0), "a net charge of -2"),
+        (lambda atoms: atoms.info.update(charge=np.array([0.2, 0.4, 0.4])), "a net charge of 1"),
+        (lambda atoms: _with_charges(atoms, [-1, 0, 0]), r"a net charge of -1 \(initial charges\)"),
+        (lambda atoms: atoms.info.update(multiplicity=3), "a spin of 3"),
+        (lambda atoms: atoms.info.update(spin=2), "a spin of 2"),
+        (lambda atoms: _with_moments(atoms, [2, 0, 0]), "a magnetic moment of 2"),
+    ],
+)
+def test_a_stated_charge_or_spin_is_refused(water, state, words):
+    state(water)
+    with pytest.raises(ValueError, match=rf"^structure 3 \(H2O\): states {words}") as caught:
+        check_atoms(water, ("H", "O"), 3)
+    assert "\n" not in str(caught.value)
+    check_atoms(water, ())  # a flow of positions alone knows one system, whatever that is
+    with pytest.raises(ValueError, match=words):
+        to_batch([water], ("H", "O"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda atoms: atoms.info.update(charge=0, total_charge=0.0, multiplicity=1, spin=1),  # of several programs
+        lambda atoms: atoms.info.update(spin=0, charge="neutral"),
+        lambda atoms: _with_charges(atoms, [-0.8, 0.4, 0.4001]),  # partial charges
+        lambda atoms: _with_moments(atoms, [0.5, -0.5, 0.0]),
+    ],
+)
+def test_a_neutral_structure_may_say_so(water, state):
+    state(water)
+    check_atoms(water, ("H", "O"))
+
+
+def test_a_radical_of_lowest_spin_is_taken():
+    radical = molecule("CH3")  # ASE gives it the moment of one electron
+    radical.info.update(multiplicity=2, spin=1)
+    check_atoms(radical, ("H", "C"))

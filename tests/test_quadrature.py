@@ -41,6 +41,22 @@ def test_estimate_covers_the_error(name, intervals):
     assert answer.error < 0.2
 
 
+def test_slow_convergence_is_seen():
+    """A narrow peak, of which halving the intervals first shows half: the last difference is no fifth of the error."""
+    nodes = clenshaw_curtis(48)[0]
+    for width in (0.005, 0.01, 0.02):
+        peak = width / ((nodes - 0.4) ** 2 + width**2)
+        truth = math.atan(0.6 / width) + math.atan(0.4 / width)
+        answer = integrate(peak)
+        assert abs(answer.value - truth) <= 3 * answer.error
+
+
+def test_an_integral_that_is_not_finite_has_no_finite_error():
+    values = torch.zeros(9, 3)
+    values[4, 1], values[4, 2] = math.inf, math.nan
+    assert torch.isfinite(integrate(values).error).tolist() == [True, False, False]
+
+
 def test_shapes_and_precision_are_those_of_the_values():
     values = torch.rand(17, 3, 2)
     answer = integrate(values)

@@ -56,7 +56,7 @@ class Harmonic(Calculator):
 class Together(Harmonic):
     """The same for many configurations at once."""
 
-    def energies(self, positions: np.ndarray) -> np.ndarray:
+    def batch_energies(self, positions: np.ndarray) -> np.ndarray:
         self.shapes = [*getattr(self, "shapes", []), positions.shape]
         return np.array([harmonic(x, self.k) for x in positions])
 
@@ -360,28 +360,37 @@ def test_a_calculator_that_never_works_stops_early():
 
 def test_energies_of_many_must_be_one_each():
     class Sum(Together):
-        def energies(self, positions):
-            return super().energies(positions).sum()
+        def batch_energies(self, positions):
+            return super().batch_energies(positions).sum()
 
     class Raises(Together):
-        def energies(self, positions):
+        def batch_energies(self, positions):
             raise KeyError("charge")
 
     with pytest.raises(ReweightingError, match=r"energies\(\) gave shape \(\) for 3 structures"):
         reweight(gaussian(), Sum(1.0), 3, KELVIN)
-    with pytest.raises(ReweightingError, match=r"\(energies\(\) of 3 structures: KeyError: 'charge'\)"):
+    with pytest.raises(ReweightingError, match=r"\(batch_energies\(\) of 3 structures: KeyError: 'charge'\)"):
         reweight(gaussian(), Raises(1.0), 3, KELVIN)
+
+
+@pytest.mark.parametrize("energies", [[1.0], lambda positions: np.zeros(len(positions))], ids=["list", "method"])
+def test_an_attribute_that_happens_to_be_called_energies_is_left_alone(energies):
+    calculator = Harmonic(1.0)
+    calculator.energies = energies
+    plain = reweight(gaussian(), Harmonic(1.0), 3, KELVIN)
+    assert np.array_equal(reweight(gaussian(), calculator, 3, KELVIN).energies, plain.energies)
+    assert calculator.calls == 3
 
 
 def test_a_later_batch_that_fails_costs_no_other(monkeypatch):
     class Sometimes(Together):
-        def energies(self, positions):
+        def batch_energies(self, positions):
             if len(positions) == 4:
                 raise MemoryError("too many")
-            return super().energies(positions)
+            return super().batch_energies(positions)
 
     monkeypatch.setattr(module, "ENERGY_BATCH", 4)
-    with pytest.warns(UserWarning, match=r"4 of 9 .*zero .energies\(\) of 4 structures: MemoryError: too many."):
+    with pytest.warns(UserWarning, match=r"4 of 9 .*zero .batch_energies\(\) of 4 structures: MemoryError: too many."):
         result = reweight(gaussian(), Sometimes(1.0), 9, KELVIN, batch_size=3)  # energies of 3, then of 4 and 2
     assert np.isfinite(result.energies).tolist() == [True] * 3 + [False] * 4 + [True] * 2
 

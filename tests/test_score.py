@@ -272,6 +272,17 @@ def test_more_draws_only_add_to_the_noise(make_flow):
     assert torch.equal(large[:2], small)
 
 
+def test_scores_share_no_noise_with_samples_of_the_same_seed(make_flow):
+    scorer = _Scorer(make_flow("joint", layers=1), "hutchinson", 2, 6, 1.0, 32)
+    rows = [_Row(0, molecule("H2O"), np.arange(3), 0)]
+    of_q, probes = (scorer._draws(stream, rows, (6, 7))[0] for stream in (score_module._Q, score_module._PROBES))
+    assert not np.isin(of_q, probes).any()
+    for index in range(4):
+        for attempt in range(4):  # see test_generate for these keys
+            drawn = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(index, attempt))).standard_normal(64)
+            assert not np.isin(drawn, of_q).any() and not np.isin(drawn, probes).any()
+
+
 def score_noise(flow, draws: int) -> torch.Tensor:
     return _Scorer(flow, "exact", 1, draws, 1.0, 32)._noise([_Row(0, molecule("H2O"), np.array([2, 0, 1]), 0)], 4)
 

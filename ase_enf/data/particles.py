@@ -406,11 +406,13 @@ class _ParticleCalculator(Calculator):
         raise NotImplementedError
 
     def energies(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the energies (B,) of many configurations (B, M, n) at once; ``ase_enf.reweight`` asks for it."""
+        """Returns the energies (B,) of many configurations (B, M, n) at once."""
         try:
             return self._system().evaluate(positions).energy
         except DataError as error:
             raise CalculatorSetupError(str(error)) from None
+
+    batch_energies = energies  # what ase_enf.reweight asks for
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes

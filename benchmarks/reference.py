@@ -1,0 +1,55 @@
+"""Likelihoods that have converged: what the errors of solvers and quadratures are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ase_enf.flow import Solver, TraceMethod
+from ase_enf.model import ENF
+from ase_enf.molecules import Batch
+
+# Two rules that share neither steps nor nodes, except the ends: rk4 on grids that are denser near the data to another
+# degree, with the quadrature in u, t = u².
+RULES = (Solver("rk4", steps=1, warp=2.0), Solver("rk4", steps=1, warp=3.0))
+FIRST, LAST = 96, 768  # intervals; a step each
+
+
+def reference(
+    flow: ENF,
+    batch: Batch,
+    noise: Tensor,
+    trace: Callable[[Tensor], TraceMethod],
+    enough: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Returns log-likelihoods by two independent rules, whose steps are halved until they agree.
+
+    Args:
+        flow: In float64.
+        batch: B molecules.
+        noise: ε of q, shape (B, M, F).
+        trace: Makes the method of the trace for the molecules with these indices.
+        enough: (log-likelihoods, gaps between the rules), shape (B,) each, → where they agree well enough.
+
+    Returns:
+        The mean of both rules and the gap between them, nats, shape (B,) each.
+
+    Raises:
+        ArithmeticError: If they do not agree with ``LAST`` intervals.
+    """
+    value = torch.full((len(batch.mask),), torch.nan, dtype=torch.float64)
+    gap = torch.full_like(value, torch.inf)
+    todo, intervals = torch.arange(len(value)), FIRST
+    while len(todo):
+        if intervals > LAST:
+            raise ArithmeticError(f"molecules {todo.tolist()} of {flow.name}: gaps {gap[todo].tolist()} nats remain")
+        part = batch.select(todo)
+        both = [
+            flow.log_prob(part, noise[todo], trace(todo), rule, intervals, estimate_path_error=False).log_prob
+            for rule in RULES
+        ]
+        value[todo], gap[todo] = (both[0] + both[1]) / 2, (both[0] - both[1]).abs()
+        todo, intervals = todo[~enough(value, gap)[todo]], 2 * intervals
+    return value, gap
