@@ -179,8 +179,9 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
 
     Raises:
         ValueError: For an atomic number of no element, a periodic cell, fewer than two atoms, non-finite coordinates,
-            two atoms on one point, atoms off the xy plane of a two-dimensional flow, an element the flow does not know or, of a flow that knows elements,
-            a stated net charge or a spin above the lowest: elements and positions do not tell them.
+            two atoms on one point, atoms off the xy plane of a two-dimensional flow, an element the flow does not know
+            or, of a flow that knows elements, a stated net charge or a spin above the lowest: elements and positions do
+            not tell them.
 
     Example:
         >>> ion = Atoms("OH", [(0, 0, 0), (0, 0, 0.97)], info={"charge": -1})

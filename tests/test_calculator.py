@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -255,7 +256,7 @@ def test_the_cost_falls_with_the_steps(make_flow, monkeypatch, asked):
 def matched(make_flow, features: str = "given"):
     """A flow that says that flow matching trained it."""
     flow = make_flow(features, layers=1, scale=0.5).double()
-    flow.provenance["objective"] = "flow_matching"
+    flow.config = dataclasses.replace(flow.config, path="linear")
     return flow
 
 
@@ -274,7 +275,7 @@ def test_smeared_forces_are_the_derivative_of_the_smeared_energy(make_flow, feat
 def test_smeared_data_of_a_gaussian_are_a_wider_gaussian(make_flow, smear):
     """The flow of x_t = (1 − t) x + t z for Gaussian data of width w: log p_σ is that of width √(w² + σ²)."""
     flow = make_flow("none", layers=1, position_scale=1.4, sizes={3: 1}).double()
-    flow.provenance["objective"] = "flow_matching"
+    flow.config = dataclasses.replace(flow.config, path="linear")
     width = 0.3  # of the data, in units of the flow
 
     def velocity(t, x, h):

@@ -194,7 +194,7 @@ def test_two_ways_to_ask_for_a_likelihood_give_one_answer(make_flow):
     """``log_prob`` and ``score`` take the solver of the flow, whichever that is."""
     for objective in ("flow_matching", "nll"):
         flow, water = make_flow("given", layers=1, scale=1.5).double(), molecule("H2O")
-        flow.provenance["objective"] = objective
+        flow.config = dataclasses.replace(flow.config, path="linear" if objective == "flow_matching" else None)
         batch = to_batch([water], flow.species, dtype=torch.float64)
         row = score(flow, water, trace="exact", tolerance=math.inf).iloc[0]
         ours = flow.log_prob(batch)
@@ -205,7 +205,7 @@ def test_two_ways_to_ask_for_a_likelihood_give_one_answer(make_flow):
 def test_two_ways_to_ask_for_samples_give_one_answer(make_flow):
     """``sample`` is the flow itself without noise and what ``generate`` does with it."""
     flow = make_flow("given", layers=1, scale=0.3, sizes={3: 1}, compositions={"H2O": 1}).double()
-    flow.provenance["objective"] = "flow_matching"
+    flow.config = dataclasses.replace(flow.config, path="linear")
     sampler = Sampler(flow, 0, None, "H2O", flow.sampling_solver, 2, None)
     drafts = [sampler._draft(index, 0) for index in range(2)]
     latents = sampler.latents(drafts)
