@@ -92,14 +92,20 @@ def train(
         prepare = build.resume if resume else build.begin
         if branch_of is not None:
             prepare = functools.partial(branch, trunk=Path(branch_of))
-        run = prepare(config, one_or_many(train_atoms), one_or_many(valid_atoms), ranks, source, lock)
-        show = (sys.stderr.isatty() if progress is None else progress) and ranks.main
-        log = Log(run.out if ranks.main else None, run.step, run.total_steps, show)
-        try:
-            loop(run, log)
-        finally:
-            log.close()
-        return finish(run)
+        # No name here keeps the run, which keeps the process group that ends with this block.
+        structures = one_or_many(train_atoms), one_or_many(valid_atoms)
+        return complete(prepare(config, *structures, ranks, source, lock), progress)
+
+
+def complete(run: Run, progress: bool | None) -> ENF:
+    """Trains to the end, with a log, and returns the best weights."""
+    show = (sys.stderr.isatty() if progress is None else progress) and run.ranks.main
+    log = Log(run.out if run.ranks.main else None, run.step, run.total_steps, show)
+    try:
+        loop(run, log)
+    finally:
+        log.close()
+    return finish(run)
 
 
 def loop(run: Run, log: Log) -> None:
