@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from ase import Atoms
 
-    from ase_enf.io import GrowingFile
-    from ase_enf.model import ENF
+    from ase_enf.atoms.io import GrowingFile
+    from ase_enf.flow.model import ENF
     from ase_enf.training.config import TrainConfig
 
 DATA_FILE = "data.json"  # beside a run: where its structures come from, so that --resume finds them
@@ -130,8 +130,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that tell a user what to do; anything else is a defect and keeps its traceback."""
     from ase.calculators.calculator import CalculatorError
 
-    from ase_enf.flow import SolverError
-    from ase_enf.generate import GenerationError
+    from ase_enf.flow.continuous import SolverError
+    from ase_enf.sampling.generate import GenerationError
     from ase_enf.training.loop import TrainingError
 
     return (
@@ -191,7 +191,7 @@ class _Version(argparse.Action):
     """Prints the version; reads it only when asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from ase_enf.model import package_version
+        from ase_enf.flow.model import package_version
 
         print(f"ase-enf {package_version()}")
         parser.exit()
@@ -362,8 +362,8 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from ase_enf.en_flows import convert_en_flows
-    from ase_enf.files import require_folder
+    from ase_enf.atoms.files import require_folder
+    from ase_enf.flow.en_flows import convert_en_flows
 
     if require_folder(options.output).suffix != ".safetensors":
         raise ValueError(f"{options.output}: weights are written as .safetensors; choose that ending")
@@ -387,9 +387,9 @@ def _check_free(options: argparse.Namespace, *paths: str | None) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ase_enf.generate import check_counts, igenerate
-    from ase_enf.io import GrowingFile, check_append, check_output
-    from ase_enf.model import load
+    from ase_enf.atoms.io import GrowingFile, check_append, check_output
+    from ase_enf.flow.model import load
+    from ase_enf.sampling.generate import check_counts, igenerate
 
     check_output(options.output, options.n)
     if options.append:
@@ -518,9 +518,9 @@ class _GrowingTable:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from ase_enf.io import check_structures
-    from ase_enf.model import load
-    from ase_enf.score import check_request, with_scores
+    from ase_enf.atoms.io import check_structures
+    from ase_enf.flow.model import load
+    from ase_enf.scoring.score import check_request, with_scores
 
     _check_free(options, options.output)
     file = _score_output(options)
@@ -553,8 +553,8 @@ def _score(options: argparse.Namespace) -> None:
 
 def _score_output(options: argparse.Namespace) -> GrowingFile | _GrowingTable:
     """Returns where scores go, if they can go there."""
-    from ase_enf.files import require_folder
-    from ase_enf.io import KEEP_INFO, GrowingFile, keeps_info
+    from ase_enf.atoms.files import require_folder
+    from ase_enf.atoms.io import KEEP_INFO, GrowingFile, keeps_info
 
     if not options.output:
         if options.append:
@@ -582,7 +582,7 @@ def _scored(flow: ENF, atoms: list[Atoms], start: int, request: dict[str, Any]) 
     """Yields the place of the first structure of every batch and the scores of it, in order."""
     from tqdm import tqdm
 
-    from ase_enf.score import score
+    from ase_enf.scoring.score import score
 
     total, size, said = len(atoms) - start, request["batch_size"], time.monotonic()
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="structure", dynamic_ncols=True) as bar:
@@ -611,7 +611,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     import numpy as np
 
     from ase_enf import metrics, plot
-    from ase_enf.files import require_folder
+    from ase_enf.atoms.files import require_folder
 
     if options.output:
         require_folder(options.output)
@@ -639,7 +639,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _reference(name: str) -> Any:
     """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
-    from ase_enf.files import check_source
+    from ase_enf.atoms.files import check_source
     from ase_enf.metrics import REFERENCES
 
     if name in REFERENCES:
@@ -669,7 +669,7 @@ def _read_smiles(path: Path) -> list[str]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from ase_enf.files import make_folder
+    from ase_enf.atoms.files import make_folder
     from ase_enf.training.folder import check_new_run, check_ours
     from ase_enf.training.loop import train
 
@@ -698,7 +698,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that begins."""
-    from ase_enf.model import load
+    from ase_enf.flow.model import load
     from ase_enf.training.config import TrainConfig, model_fields
 
     sources = _new_sources(options)
@@ -763,7 +763,7 @@ def _moved(sources: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 
 def _saved_config(path: Path) -> TrainConfig:
-    from ase_enf.model import package_version
+    from ase_enf.flow.model import package_version
     from ase_enf.training.config import TrainConfig, migrated
 
     saved = _read_json(path)
@@ -809,7 +809,7 @@ def _check_apart(sources: dict[str, Any], folder: Path) -> None:
 
 def _report_run(model: ENF, folder: Path) -> None:
     """Says how far a run has come, and where its weights are."""
-    from ase_enf.model import read_header
+    from ase_enf.flow.model import read_header
     from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
     best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
@@ -832,8 +832,8 @@ def _flag(name: str) -> str:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from ase_enf.files import brief
-    from ase_enf.model import PRETRAINED, read_header, shipped
+    from ase_enf.atoms.files import brief
+    from ase_enf.flow.model import PRETRAINED, read_header, shipped
 
     if options.model is None:
         for name in shipped():
@@ -858,7 +858,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _in_short(name: str, header: dict[str, Any]) -> str:
     """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
-    from ase_enf.model import PRETRAINED
+    from ase_enf.flow.model import PRETRAINED
 
     config, card = header["config"], PRETRAINED / f"{name}.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -907,7 +907,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    from ase_enf.files import atomic_write
+    from ase_enf.atoms.files import atomic_write
 
     with atomic_write(path) as handle:
         handle.write(f"{json.dumps(content, indent=2)}\n".encode())
@@ -915,7 +915,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _write_table(output: str, *parts: pd.DataFrame) -> None:
     """Writes the rows of one table or of parts of it in the format of the file's ending."""
-    from ase_enf.files import atomic_write
+    from ase_enf.atoms.files import atomic_write
 
     suffix, columns = Path(output).suffix, parts[0].columns
     if suffix == ".csv":
@@ -933,7 +933,7 @@ def _write_table(output: str, *parts: pd.DataFrame) -> None:
 
 def _check_picture(path: str | None) -> None:
     """Raises before any work if a picture could not be written there."""
-    from ase_enf.files import require_folder
+    from ase_enf.atoms.files import require_folder
 
     if path and require_folder(path).suffix not in PICTURES:
         raise ValueError(f"{path}: a picture is written as {', '.join(PICTURES)}; choose one of these endings")

@@ -21,9 +21,9 @@ import torch
 
 import ase_enf
 from ase_enf import metrics
+from ase_enf.atoms.files import atomic_write
 from ase_enf.data import qm9
-from ase_enf.files import atomic_write
-from ase_enf.model import SAMPLING_SOLVER
+from ase_enf.flow.model import SAMPLING_SOLVER
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.loop import train
 from benchmarks.common import percent

@@ -25,10 +25,10 @@ from ase.optimize import BFGS
 from tqdm import tqdm
 
 import ase_enf
-from ase_enf.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient
-from ase_enf.flow import Solver
-from ase_enf.model import ENF
-from ase_enf.molecules import check_atoms
+from ase_enf.atoms.batch import check_atoms
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF
+from ase_enf.scoring.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient
 from benchmarks.tables import write_results
 
 DISPLACEMENT = 0.05  # Å

@@ -13,11 +13,11 @@ from ase.io import read
 from tqdm import tqdm
 
 import ase_enf
-from ase_enf.en_flows import convert_en_flows
-from ase_enf.files import atomic_write
-from ase_enf.flow import Solver
-from ase_enf.io import write_structures
-from ase_enf.model import ENF
+from ase_enf.atoms.files import atomic_write
+from ase_enf.atoms.io import write_structures
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.en_flows import convert_en_flows
+from ase_enf.flow.model import ENF
 
 PIECE = 256
 

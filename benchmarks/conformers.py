@@ -37,11 +37,11 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 from tqdm import tqdm
 
 import ase_enf
+from ase_enf.atoms.files import atomic_write
 from ase_enf.chem.bonds import pair_distances, size_groups
 from ase_enf.chem.convert import PerceptionError, sanitise, to_mol
 from ase_enf.data import qm9
-from ase_enf.files import atomic_write
-from ase_enf.model import ENF
+from ase_enf.flow.model import ENF
 from benchmarks.common import open_work
 from benchmarks.tables import RESULTS, write_results
 

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ase_enf.captured import CapturedSteps, DeviceSet, FlatOptimizer
+from ase_enf.atoms.batch import Batch
+from ase_enf.atoms.dataset import MoleculeSet
 from ase_enf.chem.bonds import bond_orders, stable_atoms
-from ase_enf.dataset import MoleculeSet
-from ase_enf.flow import Solver
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF, ENFConfig
 from ase_enf.geometry import center
-from ase_enf.model import ENF, ENFConfig
-from ase_enf.molecules import Batch
+from ase_enf.training.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.training.objectives import FlowMatching
 
 SPECIES = ("H", "C", "N", "O", "F")

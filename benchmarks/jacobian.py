@@ -15,10 +15,10 @@ from ase.build import molecule
 from torch import Tensor
 
 import ase_enf
-from ase_enf import base, divergence
-from ase_enf.flow import INTERVALS, Solver
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch, to_batch
+from ase_enf.atoms.batch import Batch, to_batch
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import INTERVALS, Solver
+from ase_enf.flow.model import ENF
 from benchmarks.tables import write_results
 
 REFERENCE = Solver("rk4", steps=150, warp=3.0)

@@ -27,14 +27,14 @@ from numpy.polynomial import chebyshev, legendre
 from torch import Tensor
 
 import ase_enf
-from ase_enf import divergence
+from ase_enf.atoms.batch import canonical_order, to_batch
 from ase_enf.data import qm9
-from ase_enf.divergence import Moment
-from ase_enf.flow import Solver, Transformed
-from ase_enf.model import ENF, Encoded
-from ase_enf.molecules import canonical_order, to_batch
-from ase_enf.quadrature import clenshaw_curtis, integrate
-from ase_enf.score import _Row, _Scorer
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import Solver, Transformed
+from ase_enf.flow.divergence import Moment
+from ase_enf.flow.model import ENF, Encoded
+from ase_enf.flow.quadrature import clenshaw_curtis, integrate
+from ase_enf.scoring.score import _Row, _Scorer
 from benchmarks.common import load_flow
 from benchmarks.tables import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS

@@ -20,8 +20,8 @@ from ase.units import kB
 import ase_enf
 from ase_enf.data import particles, samples
 from ase_enf.data.samples import Samples
-from ase_enf.model import ENF
-from ase_enf.reweight import reweight
+from ase_enf.flow.model import ENF
+from ase_enf.scoring.reweight import reweight
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train

@@ -35,12 +35,12 @@ from ase.units import kB
 from tqdm import tqdm
 
 import ase_enf
+from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import mcmc, particles, samples
 from ase_enf.data.samples import Samples
-from ase_enf.files import atomic_write, brief
-from ase_enf.generate import GenerationError
-from ase_enf.model import ENF
-from ase_enf.reweight import ReweightingError, reweight
+from ase_enf.flow.model import ENF
+from ase_enf.sampling.generate import GenerationError
+from ase_enf.scoring.reweight import ReweightingError, reweight
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.log import LOG_FILE

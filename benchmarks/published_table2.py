@@ -21,8 +21,8 @@ from ase import Atoms
 from ase_enf import metrics, plot
 from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
-from ase_enf.flow import Solver
-from ase_enf.model import ENF
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF
 from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, percent, score_in_pieces
 from benchmarks.tables import RESULTS, write_results
 

@@ -25,8 +25,8 @@ import ase_enf
 from ase_enf import metrics, plot
 from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
-from ase_enf.flow import Solver
-from ase_enf.model import ENF
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ase_enf.flow import Solver, TraceMethod
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow.continuous import Solver, TraceMethod
+from ase_enf.flow.model import ENF
 
 # Two rules that share neither steps nor nodes, except the ends: rk4 on grids that are denser near the data to another
 # degree, with the quadrature in u, t = u².

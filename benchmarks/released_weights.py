@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ase_enf import divergence
-from ase_enf.en_flows import convert_en_flows
-from ase_enf.flow import Solver
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.en_flows import convert_en_flows
+from ase_enf.flow.model import ENF
 from benchmarks.tables import write_results
 
 # Largest deviation allowed, relative to the largest entry. The solution was computed with tolerance 1e-6.

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import ase_enf
 from ase_enf import metrics
-from ase_enf.files import atomic_write
-from ase_enf.flow import Solver
-from ase_enf.model import ENF
+from ase_enf.atoms.files import atomic_write
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF
 from benchmarks.common import load_flow, open_work
 from benchmarks.tables import RESULTS, write_results
 

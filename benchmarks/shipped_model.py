@@ -15,7 +15,7 @@ import pandas as pd
 import ase_enf
 from ase_enf import metrics, plot
 from ase_enf.data import qm9
-from ase_enf.model import ENF
+from ase_enf.flow.model import ENF
 from benchmarks.tables import RESULTS, write_results
 
 # What is measured of the flow itself, too, where molecules are drawn with renewed noise by default.

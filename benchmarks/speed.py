@@ -15,10 +15,10 @@ from ase import Atoms
 
 import ase_enf
 from ase_enf import metrics
-from ase_enf.generate import generate
-from ase_enf.model import ENF, ENFConfig, resolve_device
-from ase_enf.molecules import to_batch
-from ase_enf.score import score
+from ase_enf.atoms.batch import to_batch
+from ase_enf.flow.model import ENF, ENFConfig, resolve_device
+from ase_enf.sampling.generate import generate
+from ase_enf.scoring.score import score
 from ase_enf.training.environment import keep_memory
 from ase_enf.training.objectives import FlowMatching
 from ase_enf.training.optimizers import build_optimizers, resolve_optimizer

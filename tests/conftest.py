@@ -90,7 +90,7 @@ def stir():
 @pytest.fixture
 def make_flow(device, dtype, stir):
     """Builds a small flow of a feature mode, over H, C, O, with weights far from the identity."""
-    from ase_enf.model import ENF, ENFConfig
+    from ase_enf.flow.model import ENF, ENFConfig
 
     def build(features: str = "joint", scale: float = 0.8, **fields) -> ENF:
         fields = {"hidden": 8, "layers": 2, "sizes": {2: 1, 3: 2, 5: 1, 9: 1}, "position_scale": 1.4} | fields
@@ -118,7 +118,7 @@ def flow(features, make_flow):
 @pytest.fixture
 def batch_of(device, dtype):
     """Turns ``Atoms`` into a batch for a flow, on the device and in the dtype of the tests."""
-    from ase_enf.molecules import to_batch
+    from ase_enf.atoms.batch import to_batch
 
     def convert(atoms, model=None, **options):
         species = model.species if model is not None else ("H", "C", "O")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ase_enf.base import SizePrior, feature_log_prob, position_log_prob, sample_latent
+from ase_enf.flow.base import SizePrior, feature_log_prob, position_log_prob, sample_latent
 
 
 def test_two_particles_on_a_line_integrate_to_one(dtype):

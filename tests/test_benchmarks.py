@@ -12,7 +12,7 @@ import torch
 from ase.build import molecule
 
 import ase_enf
-from ase_enf.model import ENF, ENFConfig
+from ase_enf.flow.model import ENF, ENFConfig
 from benchmarks import calculator, common, qm9
 
 

@@ -15,10 +15,10 @@ from ase.calculators.calculator import CalculationFailed, Calculator, Calculator
 from ase.optimize import BFGS
 from scipy.spatial.transform import Rotation
 
-import ase_enf.calculator as module
-from ase_enf.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient, smeared_log_likelihood
-from ase_enf.flow import INTERVALS, Solver
-from ase_enf.molecules import to_batch
+import ase_enf.scoring.calculator as module
+from ase_enf.atoms.batch import to_batch
+from ase_enf.flow.continuous import INTERVALS, Solver
+from ase_enf.scoring.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient, smeared_log_likelihood
 
 STEPS = 3
 

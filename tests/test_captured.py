@@ -8,9 +8,9 @@ import pytest
 import torch
 from ase.build import molecule
 
-from ase_enf.captured import CapturedSteps, DeviceSet, FlatOptimizer
-from ase_enf.dataset import MoleculeSet
-from ase_enf.model import ENF
+from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.flow.model import ENF
+from ase_enf.training.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.training.objectives import FlowMatching
 from ase_enf.training.optimizers import build_optimizers
 

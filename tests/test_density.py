@@ -12,12 +12,12 @@ from ase.build import molecule
 from scipy.stats import norm
 
 import ase_enf
-from ase_enf import base, divergence
-from ase_enf.dynamics import BoundDynamics, Dynamics
-from ase_enf.flow import ContinuousFlow, Solver
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import ContinuousFlow, Solver
+from ase_enf.flow.dynamics import BoundDynamics, Dynamics
 from ase_enf.geometry import center
 from ase_enf.nn.egnn import EGNN
-from ase_enf.score import score
+from ase_enf.scoring.score import score
 
 SOLVER = Solver("rk4", steps=16, warp=2.0)
 

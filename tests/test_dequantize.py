@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ase_enf.dequantize import FixedQ, LearnedQ, build_q, lift, lift_charges, lift_types, quantize
+from ase_enf.flow.dequantize import FixedQ, LearnedQ, build_q, lift, lift_charges, lift_types, quantize
 from ase_enf.geometry import random_rotations
 
 KINDS = ("fixed", "learned")

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from ase_enf.divergence import draw_probes, exact, hutchinson
+from ase_enf.flow.divergence import draw_probes, exact, hutchinson
 from ase_enf.geometry import center, random_rotations
 
 SIZES = (3, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ase_enf.dynamics import Dynamics, build_network
+from ase_enf.flow.dynamics import Dynamics, build_network
 from ase_enf.geometry import masked_mean, random_rotations
 
 MODES = {"joint": (3, 0), "given": (0, 3), "none": (0, 0)}  # flowing features, context features

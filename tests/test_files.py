@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ase_enf
-from ase_enf.files import atomic_write, require_folder
+from ase_enf.atoms.files import atomic_write, require_folder
 
 ROOT = str(Path(ase_enf.__file__).parents[1])
 
@@ -102,7 +102,7 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
 
 def test_what_a_killed_process_left_goes_with_the_next_file_of_its_folder(tmp_path):
     code = (
-        "import os, sys; from ase_enf.files import atomic_write, replaced\n"
+        "import os, sys; from ase_enf.atoms.files import atomic_write, replaced\n"
         "with replaced(sys.argv[1] + '/m.db', '.db') as part, atomic_write(sys.argv[1] + '/state.pt') as handle:\n"
         "    for end in ('', '-journal'): open(str(part) + end, 'w').close()\n"
         "    os.kill(os.getpid(), 9)\n"

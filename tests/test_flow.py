@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from ase_enf import divergence
-from ase_enf.flow import ADAPTIVE, EVALUATIONS_PER_STEP, ContinuousFlow, Solver, SolverError
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import ADAPTIVE, EVALUATIONS_PER_STEP, ContinuousFlow, Solver, SolverError
 from ase_enf.geometry import center, masked_mean
 
 TIGHT = Solver("dopri5", rtol=1e-9, atol=1e-10)

@@ -10,9 +10,9 @@ import torch
 from ase.build import molecule
 from torch import Tensor
 
-from ase_enf.model import ENF, ENFConfig
-from ase_enf.molecules import to_batch
-from ase_enf.nn import fused
+from ase_enf.atoms.batch import to_batch
+from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.nn.backends import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.objectives import FlowMatching

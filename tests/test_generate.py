@@ -19,10 +19,10 @@ from ase.formula import Formula
 from ase.io import read, write
 
 import ase_enf
-from ase_enf import base
-from ase_enf.flow import Solver, SolverError, resolve_solver
-from ase_enf.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
-from ase_enf.model import ENF, RENEWING_SAMPLING_SOLVER, SAMPLING_SOLVER
+from ase_enf.flow import base
+from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
+from ase_enf.flow.model import ENF, RENEWING_SAMPLING_SOLVER, SAMPLING_SOLVER
+from ase_enf.sampling.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
 
 FAST = Solver("midpoint", steps=4, warp=1.5)
 COMPOSITIONS = {"H2O": 3, "CH4": 1, "CHO": 2}
@@ -298,9 +298,9 @@ def test_the_first_molecule_of_a_stream_comes_alone_and_the_next_by_the_batch(jo
 
 UNENDING = """
 import sys, torch
-from ase_enf.flow import ContinuousFlow, SolverError
-from ase_enf.generate import GenerationError, generate
-from ase_enf.model import ENF, ENFConfig
+from ase_enf.flow.continuous import ContinuousFlow, SolverError
+from ase_enf.sampling.generate import GenerationError, generate
+from ase_enf.flow.model import ENF, ENFConfig
 assert not __debug__  # assertions are left out
 flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
 with torch.no_grad():
@@ -478,7 +478,7 @@ def test_the_progress_bar_is_shown_when_asked(joint, capsys):
 def test_the_name_stays_a_function():
     import ase_enf
 
-    assert callable(ase_enf.generate) and sys.modules["ase_enf.generate"].generate is ase_enf.generate
+    assert callable(ase_enf.generate) and sys.modules["ase_enf.sampling.generate"].generate is ase_enf.generate
 
 
 @pytest.mark.parametrize(

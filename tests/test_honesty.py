@@ -12,11 +12,11 @@ import torch
 from ase import Atoms
 from ase.collections import g2
 
-from ase_enf import divergence
+from ase_enf.atoms.batch import to_batch
 from ase_enf.data import samples
-from ase_enf.flow import Solver
-from ase_enf.model import ENF, load, shipped
-from ase_enf.molecules import to_batch
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF, load, shipped
 from benchmarks.reference import reference
 
 SOLVERS = {

@@ -22,8 +22,8 @@ from ase.io.formats import ioformats
 from ase.spacegroup import Spacegroup
 
 import ase_enf
+from ase_enf.atoms.io import GrowingFile, check_output, check_structures, write_structures
 from ase_enf.data import qm9
-from ase_enf.io import GrowingFile, check_output, check_structures, write_structures
 
 INFO = {
     "enf_model": "tiny",
@@ -376,7 +376,7 @@ def test_errors_of_ases_writers_are_one_line(tmp_path, name, monkeypatch):
     def fail(*_, **__):
         raise KeyError("two\nlines")
 
-    monkeypatch.setattr("ase_enf.io.write", fail)
+    monkeypatch.setattr("ase_enf.atoms.io.write", fail)
     monkeypatch.setattr("ase.db.sqlite.SQLite3Database.write", fail)
     with pytest.raises(ValueError, match=rf"{name}: ASE cannot write .*KeyError.*; use \.extxyz or \.db$") as caught:
         write_structures(tmp_path / name, [water()])
@@ -394,7 +394,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ase_enf.io.write", full)
+    monkeypatch.setattr("ase_enf.atoms.io.write", full)
     with pytest.raises(OSError, match=r"m\.extxyz: cannot be written .*No space left.*make room"):
         write_structures(tmp_path / "m.extxyz", [water()])
 
@@ -538,7 +538,7 @@ def test_the_target_of_a_link_is_written(tmp_path, ending):
 KILLED = """
 import os, sys
 from ase.build import molecule
-from ase_enf import io
+from ase_enf.atoms import io
 io.COMMIT_SECONDS = 0.0
 with io.GrowingFile(sys.argv[1]) as file:
     for index in range(5):
@@ -570,7 +570,7 @@ def test_a_structure_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, m
     path = tmp_path / "m.extxyz"
     with pytest.raises(type(error)), GrowingFile(path) as file:
         file.add(water(index=0))
-        monkeypatch.setattr("ase_enf.io._write_whole", partly)
+        monkeypatch.setattr("ase_enf.atoms.io._write_whole", partly)
         file.add(water(index=1))
     assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(path)] == [0]
     with pytest.raises(type(error)), GrowingFile(tmp_path / "n.extxyz") as file:
@@ -583,7 +583,7 @@ def test_a_row_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, monkeyp
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("ase_enf.io.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("ase_enf.atoms.io.COMMIT_SECONDS", 0.0)
     with pytest.raises((OSError, KeyboardInterrupt)), GrowingFile(tmp_path / "m.db") as file:
         file.add(water(index=0))
         monkeypatch.setattr(SQLite3Database, "write", fail)

@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 
-from ase_enf import divergence
-from ase_enf.divergence import Moment
-from ase_enf.flow import INTERVALS
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import INTERVALS
+from ase_enf.flow.divergence import Moment
 from ase_enf.geometry import pair_mask
-from ase_enf.nn import fused, jacobian
+from ase_enf.nn import jacobian
+from ase_enf.nn.backends import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.jacobian import egnn_trace
 
@@ -159,7 +160,7 @@ def test_flows_use_it_and_networks_without_it_do_not(make_flow, monkeypatch, dev
         calls.append(arguments)
         return egnn_trace(*arguments)
 
-    monkeypatch.setattr("ase_enf.dynamics.egnn_trace", spy)
+    monkeypatch.setattr("ase_enf.flow.dynamics.egnn_trace", spy)
     mask = torch.ones(1, 3, dtype=torch.bool, device=device)
     x = torch.randn(1, 3, 3, dtype=torch.float64, device=device)
     x = x - x.mean(dim=1, keepdim=True)

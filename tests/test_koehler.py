@@ -10,14 +10,14 @@ import torch
 from ase import Atoms
 from torch.func import jacrev
 
-from ase_enf import divergence
-from ase_enf.divergence import Moment
-from ase_enf.dynamics import BoundDynamics, Dynamics, build_network
-from ase_enf.generate import generate
+from ase_enf.flow import divergence
+from ase_enf.flow.divergence import Moment
+from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
+from ase_enf.flow.model import ENF, ENFConfig, load
 from ase_enf.geometry import center, pair_mask, random_rotations
-from ase_enf.model import ENF, ENFConfig, load
 from ase_enf.nn.koehler import Gaussians, KernelDynamics, RadialField
-from ase_enf.score import score
+from ase_enf.sampling.generate import generate
+from ase_enf.scoring.score import score
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.loop import train
 

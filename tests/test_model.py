@@ -19,13 +19,12 @@ from ase.build import molecule
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import ase_enf.model as model_module
-from ase_enf import divergence
-from ase_enf.base import sample_latent
-from ase_enf.flow import Solver
-from ase_enf.generate import Sampler, generate
-from ase_enf.geometry import random_rotations
-from ase_enf.model import (
+import ase_enf.flow.model as model_module
+from ase_enf.atoms.batch import to_atoms, to_batch
+from ase_enf.flow import divergence
+from ase_enf.flow.base import sample_latent
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import (
     ENF,
     FORMAT_VERSION,
     METADATA_KEY,
@@ -36,8 +35,9 @@ from ase_enf.model import (
     resolve_dtype,
     shipped,
 )
-from ase_enf.molecules import to_atoms, to_batch
-from ase_enf.score import score
+from ase_enf.geometry import random_rotations
+from ase_enf.sampling.generate import Sampler, generate
+from ase_enf.scoring.score import score
 
 FIXED = Solver("rk4", steps=8)
 FINE = Solver("rk4", steps=24)

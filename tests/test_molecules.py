@@ -13,7 +13,7 @@ from ase.build import molecule
 from ase.data import chemical_symbols
 from ase.formula import Formula
 
-from ase_enf.molecules import (
+from ase_enf.atoms.batch import (
     Batch,
     canonical_order,
     check_atoms,

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ase_enf import divergence
-from ase_enf.flow import Solver
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENFConfig
 from ase_enf.geometry import center
-from ase_enf.model import ENFConfig
-from ase_enf.molecules import Batch
 from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood
 
 SOLVER = Solver("dopri5", rtol=1e-6, atol=1e-6)

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from ase_enf import divergence
-from ase_enf.divergence import Moment
-from ase_enf.dynamics import Dynamics
+from ase_enf.flow import divergence
+from ase_enf.flow.divergence import Moment
+from ase_enf.flow.dynamics import Dynamics
+from ase_enf.flow.model import ENF
+from ase_enf.flow.parameterisation import PARAMETERISATIONS, Parameterisation
 from ase_enf.geometry import center
-from ase_enf.model import ENF
-from ase_enf.parameterisation import PARAMETERISATIONS, Parameterisation
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from ase.build import bulk, molecule
 from ase.io import write
 from ase.io.formats import open_with_compression
 
+from ase_enf.atoms.files import atomic_write
 from ase_enf.data import DataError, DataNotFoundError, compact, fetch, qm9
-from ase_enf.files import atomic_write
 
 DATA = Path(__file__).parent / "data"
 RAW, SAMPLE = DATA / "raw", DATA / "qm9_sample.npz"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ase_enf.quadrature import clenshaw_curtis, integrate
+from ase_enf.flow.quadrature import clenshaw_curtis, integrate
 
 
 @pytest.mark.parametrize("intervals", [2, 8, 24, 48])

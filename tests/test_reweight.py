@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import numpy as np
@@ -15,14 +14,14 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from ase.units import kB
 
+from ase_enf.atoms.batch import to_batch
 from ase_enf.data import particles
-from ase_enf.flow import Solver, SolverError
-from ase_enf.generate import generate
-from ase_enf.model import ENF, ENFConfig, load
-from ase_enf.molecules import to_batch
-from ase_enf.reweight import Reweighted, ReweightingError, reweight
+from ase_enf.flow.continuous import Solver, SolverError
+from ase_enf.flow.model import ENF, ENFConfig, load
+from ase_enf.sampling.generate import generate
+from ase_enf.scoring import reweight as module
+from ase_enf.scoring.reweight import Reweighted, ReweightingError, reweight
 
-module = importlib.import_module("ase_enf.reweight")  # ase_enf.reweight is the function
 KELVIN = 300.0
 KT = kB * KELVIN
 

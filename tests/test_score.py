@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 
 import numpy as np
@@ -21,12 +20,21 @@ from scipy.special import expit, log_expit
 from scipy.stats import norm
 
 import ase_enf
-from ase_enf.flow import Solver
-from ase_enf.io import write_structures
-from ase_enf.model import load
-from ase_enf.score import AUTOGRAD_DIMENSIONS, CLOSED_FORM_DIMENSIONS, COLUMNS, _Row, _Scorer, annotate, combine, score
+from ase_enf.atoms.io import write_structures
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import load
+from ase_enf.scoring import score as score_module
+from ase_enf.scoring.score import (
+    AUTOGRAD_DIMENSIONS,
+    CLOSED_FORM_DIMENSIONS,
+    COLUMNS,
+    _Row,
+    _Scorer,
+    annotate,
+    combine,
+    score,
+)
 
-score_module = importlib.import_module("ase_enf.score")  # ase_enf.score is the function
 # No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
 FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
 

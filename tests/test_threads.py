@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from ase_enf.divergence import exact
-from ase_enf.flow import ContinuousFlow, Solver
+from ase_enf.flow.continuous import ContinuousFlow, Solver
+from ase_enf.flow.divergence import exact
 from ase_enf.threads import map_threads, share_out, shares
 
 

@@ -20,9 +20,9 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_enf.dataset import MoleculeSet
-from ase_enf.flow import Solver, SolverError
-from ase_enf.model import ENF, load, read_header
+from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.flow.continuous import Solver, SolverError
+from ase_enf.flow.model import ENF, load, read_header
 from ase_enf.training import log, loop, validation
 from ase_enf.training.config import RENAMED, TrainConfig, field_help
 from ase_enf.training.loop import TrainingError, train
@@ -328,7 +328,7 @@ def test_epoch_plan_covers_every_molecule_once_and_repeats_with_its_seed():
 
 
 def test_gathered_batches_are_those_of_to_batch():
-    from ase_enf.molecules import to_batch
+    from ase_enf.atoms.batch import to_batch
 
     species = ("H", "C", "N", "O")
     gathered = MoleculeSet(TRAIN, species, 3).batch(np.array([2, 0, 5]))

@@ -25,8 +25,8 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError, DataNotFoundError
-from ase_enf.files import atomic_write, brief
 
 SPLITS = ("train", "valid", "test")
 """Names of the codes 0, 1 and 2 of a split; code 3 marks the excluded molecules."""

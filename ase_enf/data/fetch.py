@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError
-from ase_enf.files import atomic_write, brief
 
 
 class Remote(NamedTuple):

@@ -36,11 +36,11 @@ from ase import Atoms
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ase_enf.atoms.files import brief, check_source
 from ase_enf.data import DataError, DataNotFoundError, compact
 from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable
 from ase_enf.data.fetch import REMOTES, cache_folder, download, hide
 from ase_enf.data.raw import N_MOLECULES, is_raw, raw_files, read_raw
-from ase_enf.files import brief, check_source
 
 if TYPE_CHECKING:
     from ase.db.row import AtomsRow
@@ -407,8 +407,8 @@ def _database_images(source: Path) -> Iterator[Atoms]:
 def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of a row as they were written, without those that ``info`` holds already.
 
-    ASE computes properties such as ``row.charge``, which hide a key of that name. Keys that `ase_enf.io` made of an
-    entry ``enf_...`` are that entry.
+    ASE computes properties such as ``row.charge``, which hide a key of that name. Keys that `ase_enf.atoms.io` made of
+    an entry ``enf_...`` are that entry.
     """
     keys = {key: vars(row)[key] for key in row.key_value_pairs}
     return {
@@ -419,7 +419,7 @@ def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_arrays(value: Any, n: int) -> bool:
-    """Whether an entry of a row's data is what `ase_enf.io` puts there: arrays of n atoms by name."""
+    """Whether an entry of a row's data is what `ase_enf.atoms.io` puts there: arrays of n atoms by name."""
     return isinstance(value, dict) and all(
         isinstance(array, list | np.ndarray) and len(array) == n for array in value.values()
     )

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ase_enf.atoms.files import brief
 from ase_enf.data import DataError, DataNotFoundError, gdb9
 from ase_enf.data.compact import MoleculeTable
 from ase_enf.data.fetch import REMOTES, hide
-from ase_enf.files import brief
 
 N_MOLECULES = 133_885
 """Molecules in QM9."""

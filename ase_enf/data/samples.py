@@ -14,9 +14,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
+from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError, DataNotFoundError, mcmc
 from ase_enf.data.particles import Array, System, flat_atoms, resolve
-from ase_enf.files import atomic_write, brief
 
 _LEAST_SWEEPS = 100  # of a run, for its diagnostics
 

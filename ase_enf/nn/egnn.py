@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
-from ase_enf.nn import fused
+from ase_enf.nn.backends import fused
 from ase_enf.nn.gnn import Messages, NodeUpdate, dot, linear
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalars
 from ase_enf.threads import map_threads, shares

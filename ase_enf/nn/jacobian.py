@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ase_enf.geometry import pair_differences
-from ase_enf.nn import fused
+from ase_enf.nn.backends import fused
 from ase_enf.nn.egnn import EGCL, EGNN
 from ase_enf.nn.gnn import Messages
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalar_slopes, pair_scalars

@@ -12,10 +12,10 @@ import torch
 from ase import Atoms
 from torch.nn.parallel import DistributedDataParallel
 
-from ase_enf.dataset import MoleculeSet
-from ase_enf.flow import Solver
-from ase_enf.model import ENF, ENFConfig, load
-from ase_enf.molecules import species_of
+from ase_enf.atoms.batch import species_of
+from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF, ENFConfig, load
 from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.folder import FolderLock, check_new_run, check_no_run

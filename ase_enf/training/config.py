@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from ase_enf.model import ENFConfig
-from ase_enf.molecules import check_whole
-from ase_enf.parameterisation import PARAMETERISATIONS
+from ase_enf.atoms.batch import check_whole
+from ase_enf.flow.model import ENFConfig
+from ase_enf.flow.parameterisation import PARAMETERISATIONS
 from ase_enf.training.objectives import OBJECTIVES, TIMES
 from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ase_enf.model import resolve_device
+from ase_enf.flow.model import resolve_device
 
 
 class Ranks(NamedTuple):

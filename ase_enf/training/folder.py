@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
-from ase_enf.files import make_folder
+from ase_enf.atoms.files import make_folder
 from ase_enf.training.log import LOG_COLUMNS, LOG_FILE
 
 try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ase_enf.files import atomic_write
+from ase_enf.atoms.files import atomic_write
 
 LOG_FILE = "log.csv"
 LOG_COLUMNS = (

@@ -16,10 +16,10 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_enf.flow import SolverError
+from ase_enf.atoms.batch import one_or_many
+from ase_enf.flow.continuous import SolverError
+from ase_enf.flow.model import ENF
 from ase_enf.geometry import random_rotations
-from ase_enf.model import ENF
-from ase_enf.molecules import one_or_many
 from ase_enf.training import build
 from ase_enf.training.branch import branch
 from ase_enf.training.config import TrainConfig

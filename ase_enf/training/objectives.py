@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ase_enf import base, divergence
-from ase_enf.flow import Solver
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, subspace_dim
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch
 
 TIMES = ("power", "beta")
 

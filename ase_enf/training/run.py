@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ase_enf.dataset import MoleculeSet
-from ase_enf.model import ENF, package_version
-from ase_enf.molecules import Batch
+from ase_enf.atoms.batch import Batch
+from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.flow.model import ENF, package_version
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.objectives import Objective

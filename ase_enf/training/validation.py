@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ase_enf import divergence
-from ase_enf.flow import SolverError
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow import divergence
+from ase_enf.flow.continuous import SolverError
+from ase_enf.flow.model import ENF
 from ase_enf.training.folder import BEST_FILE
 from ase_enf.training.run import Run
 

@@ -17,13 +17,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
 from tqdm import tqdm
 
-from ase_enf import base, divergence
-from ase_enf.flow import INTERVALS, Solver, resolve_solver
-from ase_enf.generate import Draft, Sampler, check_counts
+from ase_enf.atoms.batch import Batch
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
+from ase_enf.flow.model import ENF, check_flow
+from ase_enf.flow.quadrature import check_intervals
 from ase_enf.geometry import subspace_dim
-from ase_enf.model import ENF, check_flow
-from ase_enf.molecules import Batch
-from ase_enf.quadrature import check_intervals
+from ase_enf.sampling.generate import Draft, Sampler, check_counts
 
 # Configurations given at once to a calculator that takes many.
 ENERGY_BATCH = 1024
@@ -263,7 +263,7 @@ def reweight(
 
     Example:
         >>> from ase.calculators.lj import LennardJones
-        >>> from ase_enf.model import ENFConfig
+        >>> from ase_enf.flow.model import ENFConfig
         >>> flow = ENF(ENFConfig(features="none", sizes={3: 1}, hidden=8, layers=1)).double()
         >>> result = reweight(flow, LennardJones(rc=20), n=4, temperature=300.0, symbols="Ar3")
         >>> bool(1 <= result.effective_sample_size <= 4), result.samples[0].get_chemical_formula()

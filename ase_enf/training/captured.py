@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_enf.dataset import MoleculeSet
-from ase_enf.model import ENF
-from ase_enf.molecules import Batch
+from ase_enf.atoms.batch import Batch
+from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.flow.model import ENF
 from ase_enf.training.objectives import Objective
 from ase_enf.training.optimizers import hidden_matrices
 

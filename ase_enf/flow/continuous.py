@@ -16,8 +16,8 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ase_enf.divergence import Divergence, Field, Moment, Velocity
-from ase_enf.quadrature import check_intervals, clenshaw_curtis, integrate, rule
+from ase_enf.flow.divergence import Divergence, Field, Moment, Velocity
+from ase_enf.flow.quadrature import check_intervals, clenshaw_curtis, integrate, rule
 from ase_enf.threads import map_threads
 
 # (field at one moment, x, h) → velocity and divergence.

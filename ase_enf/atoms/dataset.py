@@ -14,7 +14,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.symbols import Symbols
 from torch import Tensor, nn
 
-from ase_enf.molecules import Batch, check_atoms
+from ase_enf.atoms.batch import Batch, check_atoms
 
 
 class MoleculeSet:

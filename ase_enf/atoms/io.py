@@ -34,7 +34,7 @@ from ase.io.trajectory import TrajectoryWriter
 from ase.spacegroup import Spacegroup
 from numpy.typing import NDArray
 
-from ase_enf.files import brief, real_path, replaced, require_folder
+from ase_enf.atoms.files import brief, real_path, replaced, require_folder
 
 # What of ours ase.db can select by; everything else of ours is in the row's data alone.
 _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")

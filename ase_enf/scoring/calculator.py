@@ -12,12 +12,12 @@ from ase import Atoms
 from ase.calculators.calculator import CalculationFailed, Calculator, CalculatorSetupError, all_changes
 from torch import Tensor
 
-from ase_enf import base, divergence
-from ase_enf.divergence import Velocity
-from ase_enf.flow import ContinuousFlow, Solver, SolverError, resolve_solver
+from ase_enf.atoms.batch import Batch, to_batch
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import ContinuousFlow, Solver, SolverError, resolve_solver
+from ase_enf.flow.divergence import Velocity
+from ase_enf.flow.model import ENF, check_flow
 from ase_enf.geometry import subspace_dim
-from ase_enf.model import ENF, check_flow
-from ase_enf.molecules import Batch, to_batch
 
 # Forces of methanol (qm9-conditional, atoms off by 0.05 Å) err by 1 % so, by a tenth and more with half the steps.
 DEFAULT_SOLVER = Solver("rk4", steps=96, warp=2.0)
@@ -129,7 +129,7 @@ def log_likelihood_gradient(
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.model import ENFConfig
+        >>> from ase_enf.flow.model import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> log_likelihood_gradient(flow, molecule("H2O")).gradient.shape
         (3, 3)
@@ -193,7 +193,7 @@ class ENFCalculator(Calculator):
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.model import ENFConfig
+        >>> from ase_enf.flow.model import ENFConfig
         >>> water = molecule("H2O")
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> water.calc = ENFCalculator(flow, kT=1.0)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ase_enf.files import brief
-from ase_enf.model import ENF, ENFConfig, build_empty
+from ase_enf.atoms.files import brief
+from ase_enf.flow.model import ENF, ENFConfig, build_empty
 
 # Sizes of the 100,000 training molecules of QM9, which the published p_M counts.
 QM9_SIZES = {

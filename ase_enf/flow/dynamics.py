@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ase_enf.flow.parameterisation import Coefficients, Parameterisation
 from ase_enf.geometry import center, pair_mask
-from ase_enf.nn import fused
+from ase_enf.nn.backends import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
 from ase_enf.nn.koehler import KernelDynamics, SimpleDynamics
-from ase_enf.parameterisation import Coefficients, Parameterisation
 
 KERNELS = ("auto", "fused", "plain")
 # The last two move positions only.

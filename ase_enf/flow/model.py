@@ -19,14 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from ase_enf import base, divergence
-from ase_enf.dequantize import DEQUANTIZERS, build_q, lift, quantize
-from ase_enf.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
-from ase_enf.files import atomic_write, require_folder
-from ase_enf.flow import INTERVALS, PATH_REDUCTION, ContinuousFlow, Solver, SolverError, TraceMethod, Transformed
+from ase_enf.atoms.batch import Batch
+from ase_enf.atoms.files import atomic_write, require_folder
+from ase_enf.flow import base, divergence
+from ase_enf.flow.continuous import (
+    INTERVALS,
+    PATH_REDUCTION,
+    ContinuousFlow,
+    Solver,
+    SolverError,
+    TraceMethod,
+    Transformed,
+)
+from ase_enf.flow.dequantize import DEQUANTIZERS, build_q, lift, quantize
+from ase_enf.flow.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
+from ase_enf.flow.parameterisation import Parameterisation
 from ase_enf.geometry import subspace_dim
-from ase_enf.molecules import Batch
-from ase_enf.parameterisation import Parameterisation
 
 FEATURES = ("joint", "none", "given")
 FORMAT_VERSION = 2
@@ -40,7 +48,7 @@ MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 # Renewed noise mends much of what a trained velocity does wrong (benchmarks/samplers.py).
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 RENEWING_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75, churn=8.0)
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,7 @@ class ENF(nn.Module):
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.molecules import to_batch
+        >>> from ase_enf.atoms.batch import to_batch
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> batch = to_batch([molecule("H2O")], flow.species)
         >>> flow.log_prob(batch).log_prob.shape

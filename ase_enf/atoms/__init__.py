@@ -1,0 +1,1 @@
+"""Atoms and tensors: batches, sets of molecules, structures and other files on disk."""

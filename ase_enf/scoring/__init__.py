@@ -1,0 +1,1 @@
+"""Atoms to numbers: log likelihoods, energies and forces, reweighted averages."""
