@@ -70,7 +70,7 @@ def check(name: str, count: int, solvers, kind: str) -> None:
         assert (ratio <= 3.0).all(), f"{key}: true error {ratio.max():.1f} times the stated one"
 
 
-SMALL = [("dw4", "exact"), ("dw4", "hutchinson"), ("qm9", "exact"), ("qm9-conditional", "hutchinson")]
+SMALL = [("dw4", "exact"), ("dw4", "hutchinson"), ("qm9-small", "exact"), ("qm9-conditional", "hutchinson")]
 
 
 @pytest.mark.parametrize(("name", "kind"), SMALL)
@@ -78,8 +78,12 @@ def test_stated_errors_cover_the_true_ones(name, kind):
     check(name, 2, FEW, kind)
 
 
+# Of twenty structures where a converged reference takes minutes; of fewer where it would take hours.
+COUNTS = {"qm9": 2, "qm9-conditional": 6, "lj13": 6, "lj13-factor2": 6}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", shipped())
-def test_stated_errors_cover_the_true_ones_of_twenty(name, kind):
-    check(name, 20, SOLVERS if kind == "exact" else FEW, kind)
+def test_stated_errors_cover_the_true_ones_of_many(name, kind):
+    check(name, COUNTS.get(name, 20), SOLVERS if kind == "exact" else FEW, kind)
