@@ -499,8 +499,8 @@ def write_table(path: Path) -> None:
         f"Measured on one {cards}; flow matching of QM9's train split, products of pairs in bf16, a step one CUDA "
         "graph; a constant rate, and half a cosine to zero over the last 30 % of the time. The loss is the mean "
         "squared error of the velocity at Beta(1, 1.8) times on 2,048 validation molecules, the same noise for all (of "
-        "another kind with given types). Molecules were drawn by midpoint, 64 steps, with and without churn 8, in TF32; "
-        "their figures by the samplers of today are on the cards. TFLOP/s count the products of pairs alone."
+        "another kind with given types). Molecules were drawn by midpoint, 64 steps, with and without churn 8, in "
+        "TF32; their figures by the samplers of today are on the cards. TFLOP/s count the products of pairs alone."
     )
     write_results(pd.DataFrame(rows), "gpu", "Minutes of a GPU", notes)
 
