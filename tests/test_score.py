@@ -477,7 +477,7 @@ def test_the_error_over_draws_covers_their_spread(spread, draws):
 
 @pytest.mark.parametrize(("name", "truth"), [("C2H6", -75.23), ("CH3CH2OH", 48.155)])
 def test_the_error_covers_what_the_path_does_to_the_trace(name, truth):
-    """Geometries of another method than the training data's are hard for the shipped flow; the truth is by 384 steps."""
+    """Geometries of another method than the data's are hard for the shipped flow; the truth is by 384 steps."""
     row = score(load("qm9-conditional", "cpu"), molecule(name), tolerance=math.inf).iloc[0]
     assert abs(row.log_likelihood - truth) < 3 * row.stderr + 0.05
     assert row.stderr < 3.0 or name == "C2H6"
