@@ -89,6 +89,9 @@ def measure(name: str, train_atoms: list, valid_atoms: list, options: argparse.N
     changes = dict(VARIANTS[name])
     scale = {key: changes.pop(key, 1.0) for key in ("steps", "warmup")}
     config = TrainConfig(
+        parameterisation="velocity",
+        times="power",
+        time_power=1.3,
         steps=round(options.steps * scale["steps"]),
         warmup=round(200 * scale["warmup"]),
         ema_decay=0.998,

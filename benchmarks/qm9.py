@@ -39,7 +39,7 @@ METHODS = {
     "GNF-att-aug": {"network": "gnn", "augment": True},
     "E-NF": {},
 }
-MODELS = ["qm9", "qm9-large"]
+MODELS = ["qm9", "qm9-small"]
 PAPER = [
     ("GNF-att", "-28.2", "72", "0.3", "", "", ""),
     ("GNF-att-aug", "-29.3", "75", "0.5", "", "", ""),
@@ -95,7 +95,8 @@ def main() -> None:
 def trained(name: str, options: argparse.Namespace) -> ENF:
     """Trains one method, or goes on, or reads what is finished."""
     folder = _folder(name, options)
-    config = TrainConfig(steps=options.steps, seed=options.seed, ema_decay=0.998, warmup=200, out=str(folder))
+    paper = {"parameterisation": "velocity", "times": "power", "time_power": 1.3}
+    config = TrainConfig(steps=options.steps, seed=options.seed, ema_decay=0.998, warmup=200, out=str(folder), **paper)
     train_atoms = qm9.load(options.data, split="train")
     valid_atoms = qm9.load(options.data, split="valid")
     config = replace(config, **METHODS[name])

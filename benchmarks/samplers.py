@@ -37,12 +37,11 @@ SOLVERS = (
 )
 FASTEST = SOLVERS[-2:]
 RENEWING = (
-    *(Solver("midpoint", steps=steps, warp=1.75) for steps in (16, 32, 64)),
-    *(Solver("midpoint", steps=64, warp=1.75, churn=churn) for churn in (1, 2, 4, 8, 16)),
-    *(Solver("midpoint", steps=steps, warp=1.75, churn=steps / 8) for steps in (16, 32)),
-    Solver("midpoint", steps=128, warp=1.75, churn=8),
-    Solver("euler", steps=128, warp=1.75, churn=8),
-    Solver("midpoint", steps=64, warp=1.0, churn=8),
+    *(Solver("midpoint", steps=steps, warp=1.75) for steps in (16, 64)),
+    *(Solver("euler", steps=128, warp=2.0, churn=churn) for churn in (5, 10, 20, 40)),
+    *(Solver("euler", steps=steps, warp=2.0, churn=steps / 6.4) for steps in (32, 64)),
+    Solver("euler", steps=256, warp=2.0, churn=20),
+    Solver("midpoint", steps=64, warp=1.75, churn=8),
 )
 PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
 BATCH = 64

@@ -32,9 +32,17 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="QM9 in any form, for the likelihood of its validation split")
     parser.add_argument("--scores", type=int, default=256, help="validation molecules to score")
     parser.add_argument("--trace", default="exact", help="trace of the scores")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="of which molecules are scored")
+    parser.add_argument("--scores-only", action="store_true", help="score and draw nothing, into results/nll_NAME")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
     flow.use_kernel("auto")
+    if options.scores_only:
+        columns = ("metric", "value", "stderr", "denominator", "definition")
+        write_results(
+            pd.DataFrame([_nll(flow, options)], columns=columns).round(2), f"nll_{flow.name}", f"NLL of `{flow.name}`"
+        )
+        return
     start = time.perf_counter()
     atoms = ase_enf.generate(flow, options.n, seed=options.seed, closed_shell=options.closed_shell)
     speed = options.n / (time.perf_counter() - start)
@@ -51,7 +59,7 @@ def main() -> None:
             if row.metric in WITHOUT_CHURN
         ]
     if options.data:
-        rows.append(_validation_nll(flow, options))
+        rows.append(_nll(flow, options))
     result = pd.DataFrame(rows, columns=list(table.columns))
     for column in ("value", "stderr"):
         result[column] = [f"{value:.4g}" for value in result[column]]
@@ -73,14 +81,14 @@ def main() -> None:
         plot.distance_histogram(atoms, "qm9", RESULTS / f"distances_{name}.png", dpi=110)
 
 
-def _validation_nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
-    valid = qm9.load(options.data, split="valid")
+def _nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
+    valid = qm9.load(options.data, split=options.split)
     chosen = np.random.default_rng(options.seed).permutation(len(valid))[: options.scores]
     scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace, seed=chosen.tolist())
     nll = -scores.log_likelihood
     how = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
-    definition = f"mean NLL in nats of molecules of the validation split ({how}); stderr over molecules"
-    return "validation_nll", float(nll.mean()), float(nll.std() / np.sqrt(len(nll))), len(nll), definition
+    definition = f"mean NLL in nats of molecules of the {options.split} split ({how}); stderr over molecules"
+    return f"{options.split}_nll", float(nll.mean()), float(nll.std() / np.sqrt(len(nll))), len(nll), definition
 
 
 def _unstable_elements(atoms: list) -> str:

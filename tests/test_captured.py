@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -110,3 +111,20 @@ def test_rounded_products_change_velocities_little(make_flow):
     rounded = flow.velocity(mask)(t, x, h)
     for one, other in zip(exact, rounded, strict=True):
         assert 0 < (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.parametrize("features", ["joint", "given", "none"])
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_a_step_never_waits_for_the_host(make_flow, data, features, products):
+    """The device "meta" has no values: a read by the host, or a tensor of another device, fails there."""
+    meta = torch.device("meta")
+    flow = make_flow(features, species=("H", "C", "O") if features != "none" else ()).float()
+    flow = ENF(dataclasses.replace(flow.config, parameterisation="denoising")).to(meta)
+    flow.dynamics.network.multiply_in(products)
+    device_set = DeviceSet(data, meta)
+    optimizer = FlatOptimizer(flow)
+    steps = CapturedSteps(flow, device_set, FlowMatching("beta", 1.8), optimizer, 4, compile=False, capture=False)
+    steps(0, torch.zeros(4, dtype=torch.long, device=meta))
+    assert steps.loss_sum.is_meta and optimizer.weights.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(steps.loss_sum)  # and such a read would have been noticed

@@ -200,7 +200,12 @@ def test_resolve_solver():
     assert resolve_solver("rk4", 7, SAMPLING_SOLVER) == Solver("rk4", steps=7, warp=SAMPLING_SOLVER.warp)
     assert resolve_solver(FAST, None, SAMPLING_SOLVER) is FAST
     assert resolve_solver("dopri5", None, SAMPLING_SOLVER).adaptive
-    for steps, churn in ((8, 1.0), (16, 2.0), (64, 8.0), (256, 8.0)):  # steps too long would renew nearly everything
+    for steps, churn in (
+        (8, 1.25),
+        (16, 2.5),
+        (128, 20.0),
+        (256, 20.0),
+    ):  # steps too long would renew nearly everything
         assert resolve_solver(None, steps, RENEWING_SAMPLING_SOLVER).churn == churn
     assert resolve_solver("midpoint", None, RENEWING_SAMPLING_SOLVER).churn == 0
 
@@ -264,7 +269,7 @@ def test_noise_is_renewed_by_default_for_molecules_of_flow_matching(make_flow):
         }.items()
     }
     assert drawn["default"] == str(RENEWING_SAMPLING_SOLVER)
-    assert drawn["steps"].startswith("midpoint, 8 steps") and "churn" in drawn["steps"]
+    assert drawn["steps"].startswith("euler, 8 steps") and "churn" in drawn["steps"]
     assert "churn" not in drawn["name"] + drawn["none"]
 
 

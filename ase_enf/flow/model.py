@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +41,16 @@ FORMAT_VERSION = 2
 PATHS = (None, "linear")
 METADATA_KEY = "ase_enf"
 # Likelihoods take a fixed grid, so that one does not depend on its batch mates; the nodes of the quadrature are its
-# steps. Flow matching puts what changes fast near the data: 49 nodes in u, t = u², err by a third of what 49 in t do;
-# after maximum likelihood nodes in t are the better ones (benchmarks/likelihood.py, quadrature).
+# steps. Flow matching of a bare velocity puts what changes fast near the data: 49 nodes in u, t = u², err by a third of
+# what 49 in t do; after maximum likelihood, and of a denoising flow, nodes in t are the better ones
+# (benchmarks/likelihood.py, quadrature).
 LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
 MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
-# Renewed noise mends much of what a trained velocity does wrong (benchmarks/samplers.py).
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
-RENEWING_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75, churn=8.0)
+MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
+# Renewed noise mends much of what a trained velocity does wrong, and many short steps of much noise more than few long
+# ones of a better method (benchmarks/samplers.py).
+RENEWING_SAMPLING_SOLVER = Solver("euler", steps=128, warp=2.0, churn=20.0)
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
@@ -249,13 +252,27 @@ class ENF(nn.Module):
 
     @property
     def likelihood_solver(self) -> Solver:
-        """How likelihoods are integrated: rk4 on the nodes of the quadrature, after flow matching denser near the data.
+        """How likelihoods are integrated: rk4 on the nodes of the quadrature.
+
+        Flow matching of a bare velocity leaves a field that changes fast near the data, where the nodes are denser
+        then; the other parameterisations divide that change out.
 
         Example:
             >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).likelihood_solver)
             'rk4, 4 steps, warp 2'
         """
-        return MATCHED_LIKELIHOOD_SOLVER if self.matched else LIKELIHOOD_SOLVER
+        dense = self.matched and self.config.parameterisation == "velocity"
+        return MATCHED_LIKELIHOOD_SOLVER if dense else LIKELIHOOD_SOLVER
+
+    @property
+    def ode_solver(self) -> Solver:
+        """How samples of exactly the flow's own density are integrated.
+
+        Example:
+            >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).ode_solver)
+            'midpoint, 64 steps, warp 1.75'
+        """
+        return MATCHED_SAMPLING_SOLVER if self.matched and self.features != "none" else SAMPLING_SOLVER
 
     @property
     def sampling_solver(self) -> Solver:
@@ -268,7 +285,7 @@ class ENF(nn.Module):
             >>> str(ENF(ENFConfig(features="none", hidden=8, layers=1)).sampling_solver)
             'midpoint, 32 steps, warp 1'
         """
-        return RENEWING_SAMPLING_SOLVER if self.matched and self.features != "none" else SAMPLING_SOLVER
+        return RENEWING_SAMPLING_SOLVER if self.matched and self.features != "none" else self.ode_solver
 
     @property
     def device(self) -> torch.device:
@@ -448,7 +465,7 @@ class ENF(nn.Module):
             z_h: Gaussian features, shape (B, M, F).
             mask: True for real atoms, shape (B, M).
             context: One-hot types for "given", shape (B, M, K).
-            solver: How to integrate; :attr:`sampling_solver` when None, and without its churn if there is no noise.
+            solver: How to integrate; when None, :attr:`sampling_solver`, or :attr:`ode_solver` if there is no noise.
             noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
 
         Raises:
@@ -456,7 +473,7 @@ class ENF(nn.Module):
             ValueError: For a solver with churn where the flow was not trained by flow matching, or without noise.
         """
         if solver is None:
-            solver = self.sampling_solver if noise is not None else replace(self.sampling_solver, churn=0.0)
+            solver = self.ode_solver if noise is None else self.sampling_solver
         flow = self.flow(mask, context, solver)
         self.check_churn(flow.solver)
         if flow.solver.churn and noise is None:

@@ -163,7 +163,7 @@ def _sampler(
     """Returns a request, checked."""
     check_flow(flow)
     check_counts(n, seed, batch_size, start)
-    chosen = resolve_solver(solver, steps, flow.sampling_solver)
+    chosen = resolve_solver(solver, steps, flow.ode_solver if churn == 0 else flow.sampling_solver)
     if churn is not None:
         chosen = replace(chosen, churn=churn)
     flow.check_churn(chosen)

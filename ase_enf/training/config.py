@@ -106,14 +106,18 @@ class TrainConfig:
     )
     objective: str = setting("flow_matching", '"flow_matching" or "nll"', one_of=OBJECTIVES)
     parameterisation: str = setting(
-        "velocity", "how the network's output becomes a velocity; see ENFConfig", one_of=tuple(PARAMETERISATIONS)
+        "auto",
+        'how the network\'s output becomes a velocity, "velocity", "endpoint" or "denoising"; see ENFConfig. "auto" is '
+        "denoising for flow matching of molecules by an EGNN, else velocity",
+        one_of=("auto", *PARAMETERISATIONS),
     )
     times: str = setting(
-        "power",
-        'how flow matching draws t from a uniform u: "power", t = u^time_power, or "beta", t = 1 − u^(1/time_power)',
-        one_of=TIMES,
+        "auto",
+        'how flow matching draws t from a uniform u: "power", t = u^time_power, or "beta", t = 1 − u^(1/time_power); '
+        '"auto" is power for velocity, else beta',
+        one_of=("auto", *TIMES),
     )
-    time_power: float = setting(1.3, "see times", POSITIVE)
+    time_power: float | None = setting(None, "see times; without it 1.3 for power, 1.8 for beta", POSITIVE)
     schedule: str = setting(
         "cosine",
         'learning rate after the warm-up: "cosine" (constant, then half a cosine to zero at the end, see cool_down) or '
@@ -193,6 +197,29 @@ class TrainConfig:
         for wrong, message in _CONTRADICTIONS:
             if wrong(self):
                 raise ValueError(message)
+
+    def resolved(self) -> Self:
+        """Returns the settings with what "auto" stands for, which is part of a run: another version may choose anew.
+
+        Example:
+            >>> chosen = TrainConfig().resolved()
+            >>> chosen.parameterisation, chosen.times, chosen.time_power
+            ('denoising', 'beta', 1.8)
+            >>> TrainConfig(features="none").resolved().parameterisation
+            'velocity'
+        """
+        parameterisation, times, power = self.parameterisation, self.times, self.time_power
+        if parameterisation == "auto":
+            molecules = self.features != "none" and self.network == "egnn" and self.objective == "flow_matching"
+            parameterisation = "denoising" if molecules else "velocity"
+        if times == "auto":
+            times = "power" if parameterisation == "velocity" else "beta"
+        if power is None:
+            power = 1.3 if times == "power" else 1.8
+        optimizer = resolve_optimizer(self.optimizer, self.objective)
+        return dataclasses.replace(
+            self, parameterisation=parameterisation, times=times, time_power=power, optimizer=optimizer
+        )
 
     @property
     def ema_decays(self) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -27,7 +26,6 @@ from ase_enf.training.distributed import process_group
 from ase_enf.training.environment import training_environment
 from ase_enf.training.folder import LAST_FILE, LONG_FILE, STATE_FILE, FolderLock
 from ase_enf.training.log import Log
-from ase_enf.training.optimizers import resolve_optimizer
 from ase_enf.training.run import Run
 from ase_enf.training.state import save_config, save_state
 from ase_enf.training.validation import Validation, steps_between_validations, validate
@@ -86,8 +84,7 @@ def train(
     """
     if resume and branch_of is not None:
         raise ValueError("resume=True goes on with a run, branch_of leaves one; choose one of them")
-    # What "auto" chose is part of the run: it is saved, and another torch must not choose anew.
-    config = dataclasses.replace(config, optimizer=resolve_optimizer(config.optimizer, config.objective))
+    config = config.resolved()
     with training_environment(config.precision), process_group(config.device) as ranks, FolderLock() as lock:
         prepare = build.resume if resume else build.begin
         if branch_of is not None:
