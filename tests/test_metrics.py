@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
 
-from ase_enf import metrics
+from ase_enf import chem, metrics
 from ase_enf.chem.convert import rdkit_version, to_smiles
 from ase_enf.metrics import Reference, evaluate, survey
 
@@ -369,6 +369,6 @@ def test_qm9_is_as_stable_as_published() -> None:
         numbers, positions, split, sizes = data["numbers"], data["positions"], data["split"], data["n_atoms"]
     train = np.random.default_rng(0).choice(np.flatnonzero(split == 0), 5_000, replace=False)
     atoms = [Atoms(numbers[ends[i] - sizes[i] : ends[i]], positions[ends[i] - sizes[i] : ends[i]]) for i in train]
-    stable_atoms, n_atoms, stable = metrics.stability(atoms)
+    stable_atoms, n_atoms, stable = chem.stability(atoms)
     assert stable_atoms.sum() / n_atoms.sum() == pytest.approx(0.9936, abs=0.002)
     assert stable.mean() == pytest.approx(0.953, abs=0.01)
