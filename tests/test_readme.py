@@ -29,7 +29,7 @@ SMALLER = [
     ("ase-enf score qm9-conditional", "ase-enf score qm9-conditional --steps 4 --probes 2 --tolerance 1000"),
     (
         'score(scorer, read("molecules.extxyz", index=":"))',
-        'score(scorer, read("molecules.extxyz", index=":1"), steps=4)',
+        'score(scorer, read("molecules.extxyz", index=":1"), steps=4, tolerance=1e3)',
     ),
     ("annotate(scorer, atoms[0])", "annotate(scorer, atoms[0], steps=4, probes=2, tolerance=1e3)"),
     ("--epochs 2 --hidden 16", "--steps 3 --hidden 16 --validation-size 4"),
