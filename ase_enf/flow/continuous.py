@@ -205,7 +205,7 @@ class ContinuousFlow:
     Example:
         A linear field has a known flow: dx/dt = a x gives x(1) = eᵃ x(0) and ladj = a (M − 1) n on the subspace.
 
-        >>> from ase_enf import divergence
+        >>> from ase_enf.flow import divergence
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
         >>> x = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
         >>> velocity = lambda t, x, h: (0.5 * (x - x.mean(1, keepdim=True)), h)
