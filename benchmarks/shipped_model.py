@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="QM9 in any form, for the likelihood of its validation split")
     parser.add_argument("--scores", type=int, default=256, help="validation molecules to score")
     parser.add_argument("--trace", default="exact", help="trace of the scores")
+    parser.add_argument("--draws", type=int, default=None, help="draws K of q a molecule (default: those of score)")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="of which molecules are scored")
     parser.add_argument("--scores-only", action="store_true", help="score and draw nothing, into results/nll_NAME")
     options = parser.parse_args()
@@ -84,10 +85,11 @@ def main() -> None:
 def _nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
     valid = qm9.load(options.data, split=options.split)
     chosen = np.random.default_rng(options.seed).permutation(len(valid))[: options.scores]
-    scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace, seed=chosen.tolist())
+    how = {} if options.draws is None else {"draws": options.draws}
+    scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace, seed=chosen.tolist(), **how)
     nll = -scores.log_likelihood
-    how = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
-    definition = f"mean NLL in nats of molecules of the {options.split} split ({how}); stderr over molecules"
+    words = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
+    definition = f"mean NLL in nats of molecules of the {options.split} split ({words}); stderr over molecules"
     return f"{options.split}_nll", float(nll.mean()), float(nll.std() / np.sqrt(len(nll))), len(nll), definition
 
 

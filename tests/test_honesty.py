@@ -78,7 +78,7 @@ def test_stated_errors_cover_the_true_ones(name, kind):
     check(name, 2, FEW, kind)
 
 
-# Of twenty structures where a converged reference takes minutes. For the molecules' flows it takes hours: two above.
+# The flows of molecules, whose converged references are expensive, have only the two structures above.
 COUNTS = {"dw4": 20, "lj13": 6, "lj13-factor2": 6}
 
 
