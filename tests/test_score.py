@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from scipy.stats import norm
 
 import ase_enf
 from ase_enf.atoms.io import write_structures
+from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import load
 from ase_enf.scoring import score as score_module
@@ -483,12 +485,18 @@ def test_the_error_over_draws_covers_their_spread(spread, draws):
     assert np.sqrt(np.square(errors).mean()) == pytest.approx(values.std(), rel=0.2)
 
 
-@pytest.mark.parametrize(("name", "truth"), [("C2H6", -75.23), ("CH3CH2OH", 48.155)])
+@pytest.mark.parametrize(("name", "truth"), [("C4N4O", 60.356), ("C2H6", -75.23), ("CH3CH2OH", 48.155)])
 def test_the_error_covers_what_the_path_does_to_the_trace(name, truth):
-    """Geometries of another method than the data's are hard for the shipped flow; the truth is by 384 steps."""
-    row = score(load("qm9-conditional", "cpu"), molecule(name), tolerance=math.inf).iloc[0]
+    """Geometries of another method than the data's are hard for the shipped flow: g2's, but not the one of QM9.
+
+    The truth is by rk4 on the nodes of 192 (QM9) or 384 intervals.
+    """
+    known = name == "C4N4O"
+    atoms = min(qm9.load(Path(__file__).parent / "data" / "qm9_sample.npz"), key=len) if known else molecule(name)
+    assert atoms.get_chemical_formula() == name or not known
+    row = score(load("qm9-conditional", "cpu"), atoms, tolerance=math.inf).iloc[0]
     assert abs(row.log_likelihood - truth) < 3 * row.stderr + 0.05
-    assert row.stderr < 3.0 or name == "C2H6"
+    assert row.stderr < 0.2 or not known
 
 
 def test_refinement_reaches_the_tolerance(make_flow):
