@@ -78,8 +78,9 @@ def test_stated_errors_cover_the_true_ones(name, kind):
     check(name, 2, FEW, kind)
 
 
-# The flows of molecules, whose converged references are expensive, have only the two structures above.
-COUNTS = {"dw4": 20, "lj13": 6, "lj13-factor2": 6}
+# Not yet of every shipped flow: the reference of lj13-factor2 does not come within a tenth of the error of "dopri5,
+# tight" by 768 intervals, and those of molecules are expensive (two structures above).
+COUNTS = {"dw4": 20, "lj13": 6}
 
 
 @pytest.mark.slow
