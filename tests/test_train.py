@@ -805,6 +805,8 @@ def test_clipper_follows_recent_norms():
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"dequantizer": "learned"}, "collapses under flow matching"),
         ({"objective": "nll", "compile": True}, "use compile=False"),
+        ({"objective": "nll", "precision": "bf16"}, "too coarse for likelihoods"),
+        ({"network": "gnn", "precision": "bf16"}, "with another network use precision='float32'"),
     ],
 )
 def test_configuration_refuses_what_cannot_be_run(fields, words):
@@ -847,6 +849,20 @@ def test_configuration_keeps_plain_values_of_numbers_of_numpy():
 def test_combinations_run(fields):
     flow = train(tiny(steps=2, validate_every=100, **fields), TRAIN[:6], VALID)
     assert all(torch.isfinite(p).all() for p in flow.parameters())
+
+
+def test_bf16_rounds_the_products_of_pairs_in_training_and_nothing_that_is_kept(monkeypatch):
+    dtypes, plain = [], loop.train_step
+
+    def watched(run, index):
+        dtypes.append({layer.messages.products for layer in run.model.dynamics.network.layers})
+        dtypes.append({layer.messages.products for layer in run.averages[0].module.dynamics.network.layers})
+        plain(run, index)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    flow = train(tiny(steps=1, precision="bf16"), TRAIN, VALID)
+    assert dtypes == [{torch.bfloat16}, {None}]
+    assert {p.dtype for p in flow.parameters()} == {torch.float32}
 
 
 def test_global_settings_are_put_back():

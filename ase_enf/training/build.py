@@ -207,7 +207,9 @@ def _assemble(
     torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
     model.use_kernel(BACKENDS["torch" if torch_only else config.backend])
     objective = build_objective(config)
-    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)
+    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)  # copies, exact in every product
+    if config.precision == "bf16":
+        model.dynamics.network.multiply_in(torch.bfloat16)
     optimizer = build_optimizers(
         model.dynamics.network,
         [parameter for parameter in model.parameters() if parameter.requires_grad],

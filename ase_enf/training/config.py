@@ -174,7 +174,11 @@ class TrainConfig:
     )
     out: str | None = setting(None, "folder of weights, training state and log; without it everything stays in memory")
     device: str = setting("auto", '"auto", "cpu", "cuda" …')
-    precision: str = setting("float32", '"float32", "tf32" or "bf16" (autocast of the network)', one_of=PRECISIONS)
+    precision: str = setting(
+        "float32",
+        '"float32", "tf32", or "bf16": the products of the pair network in bfloat16, all else in float32',
+        one_of=PRECISIONS,
+    )
     compile: bool = setting(False, "compile the network by torch.compile (flow matching only; needs a C++ compiler)")
     backend: str = setting(
         "auto",
@@ -235,6 +239,14 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     (
         lambda c: c.compile and c.objective == "nll",
         "compile=True fails under the second derivatives of objective='nll'; use compile=False",
+    ),
+    (
+        lambda c: c.precision == "bf16" and c.objective == "nll",
+        "precision='bf16' is too coarse for likelihoods (objective='nll'); use precision='float32'",
+    ),
+    (
+        lambda c: c.precision == "bf16" and c.network != "egnn",
+        "precision='bf16' rounds the products of an EGNN's pairs; with another network use precision='float32'",
     ),
     (
         lambda c: c.backend == "compiled" and (c.objective == "nll" or c.compile or c.precision != "float32"),

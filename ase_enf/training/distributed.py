@@ -6,14 +6,18 @@ import contextlib
 import gc
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ase_enf.flow.model import resolve_device
+
+# How gloo and NCCL say that a process does not answer any more.
+LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|nccl", re.IGNORECASE)
 
 
 class Ranks(NamedTuple):
@@ -48,6 +52,14 @@ class Ranks(NamedTuple):
         dist.all_reduce(shared)
         return bool(shared > 0)
 
+    def total(self, values: Tensor, device: torch.device) -> Tensor:
+        """Returns the sum of a CPU tensor over all processes, the same in each; ``device`` is that of the run."""
+        if self.world == 1:
+            return values
+        shared = values.to(device, copy=True)
+        dist.all_reduce(shared)
+        return shared.cpu()
+
     def share(self, model: nn.Module) -> None:
         """Gives all processes the weights of the first."""
         if self.world > 1:
@@ -57,7 +69,11 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Joins the process group of ``torchrun``, if there is one, and leaves it at the end."""
+    """Joins the process group of ``torchrun``, if there is one, and leaves it at the end.
+
+    Raises:
+        ConnectionError: In the processes that are left, when one of the group has ended or hangs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
@@ -69,6 +85,13 @@ def process_group(device: str) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if resolve_device(device).type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if LOST.search(str(error)):
+            raise ConnectionError(
+                f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs; see "
+                "the message of that one, then go on from the last save with --resume, or in Python with resume=True"
+            ) from error
+        raise
     finally:
         if owner:
             gc.collect()  # what else keeps the group

@@ -78,6 +78,7 @@ def train(
             yours under a name of ours; if it is True and data or settings are not those of the run, or its state is
             damaged; if a run is going on in that folder.
         FileNotFoundError: If there is nothing to resume.
+        ConnectionError: If another process of ``torchrun`` has ended or hangs.
         KeyboardInterrupt: By Ctrl-C, after the state is saved; its note says how to go on.
         RuntimeError: Inside ``torch.no_grad`` or ``torch.inference_mode``.
         TrainingError: If the loss stays non-finite.
@@ -151,8 +152,7 @@ def train_step(run: Run, index: np.ndarray) -> None:
     run.optimizer.set_rate(run.rate(run.step))
     run.optimizer.zero_grad()
     try:
-        with run.autocast():
-            loss, value = run.stepper(batch.to(run.device), generator)
+        loss, value = run.stepper(batch.to(run.device), generator)
         finite = bool(torch.isfinite(loss))
         if finite or not alone:  # every rank must take part in the reduction
             backward(loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -144,10 +143,6 @@ class Run:
         """
         word = np.random.SeedSequence((self.config.seed, step, 0 if stream else self.ranks.rank, stream))
         return torch.Generator().manual_seed(int(word.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context in which the loss is computed."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def provenance(self, average: int, nll: float) -> dict[str, Any]:
         """Returns how the present weights of an average were made, and the validation NLL of these, NaN for none."""

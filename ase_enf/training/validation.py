@@ -31,14 +31,14 @@ class Validation(NamedTuple):
     nll: float  # nats a molecule
 
 
-def validate(run: Run) -> Validation | None:
+def validate(run: Run) -> Validation:
     """Scores the averages of the weights, and keeps the better one when it is the best so far.
 
+    All processes take part, each with its share of the batches, and find the same.
+
     Returns:
-        What the better average has; None in all processes but the first.
+        What the better average has.
     """
-    if not run.ranks.main:
-        return None
     models = [average.module.eval() for average in run.averages]
     every = [score_validation_set(run, model) for model in models]
     run.validated = (run.step, *(found.nll for found in every))
@@ -50,27 +50,33 @@ def validate(run: Run) -> Validation | None:
         run.best = found.nll
         run.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         run.best_provenance = model.provenance = run.provenance(average, found.nll)
-        if run.out:
+        if run.out and run.ranks.main:
             model.save(run.out / BEST_FILE)
     return found
 
 
 def score_validation_set(run: Run, model: ENF) -> Validation:
-    """Returns loss and NLL of one set of weights on the molecules that are scored, in order of size."""
-    config, valid = run.config, run.valid
+    """Returns loss and NLL of one set of weights on the molecules that are scored, in order of size.
+
+    A batch draws the same noise in whichever process it is, so that the numbers are those of a single process.
+    """
+    config, valid, ranks = run.config, run.valid, run.ranks
     index = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(valid))[: config.validation_size])
     index = index[valid.sizes[index].argsort(stable=True)]
-    losses, nlls = [], []
-    for k in range(0, len(index), config.batch_size):
-        batch = valid.batch(index[k : k + config.batch_size]).to(run.device)
-        generator = run.generator(k, stream=1)
+    batches = index.split(config.batch_size)
+    sums = torch.zeros(len(batches), 2, dtype=torch.float64)  # of the losses and NLLs of each batch
+    for k in range(ranks.rank, len(batches), ranks.world):
+        batch = valid.batch(batches[k]).to(run.device)
+        generator = run.generator(k * config.batch_size, stream=1)
         try:
             with torch.no_grad():
-                losses.append(float(run.objective(model, batch, generator).value) * len(batch.mask))
-            nlls.append(validation_nll(model, batch, generator))
+                loss = float(run.objective(model, batch, generator).value) * len(batch.mask)
+            nll = float(validation_nll(model, batch, generator).double().sum())
+            sums[k] = torch.tensor([loss, nll], dtype=torch.float64)
         except SolverError:  # too stiff at the moment, which training may mend
-            return Validation(math.nan, math.nan)
-    return Validation(sum(losses) / len(index), float(torch.cat(nlls).mean()))
+            sums[k] = math.nan
+    loss, nll = (ranks.total(sums, run.device).sum(dim=0) / len(index)).tolist()
+    return Validation(loss, nll)
 
 
 def validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:
