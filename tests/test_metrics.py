@@ -334,7 +334,7 @@ def test_a_reference_survives_its_file(tmp_path: Path) -> None:
 def test_another_rdkits_reference_is_made_canonical_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Reference("old", frozenset({"OCC", "C"}), np.ones(100, dtype=np.int64), 2)
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "rdkit_version", lambda: "1999.01.1")
+        patch.setattr(metrics.reference, "rdkit_version", lambda: "1999.01.1")
         metrics.write_reference(old, tmp_path / "old.npz")
     with pytest.warns(UserWarning, match="written by RDKit 1999.01.1, this is .*: 1 of 2 SMILES changed"):
         assert metrics.read_reference(tmp_path / "old.npz").smiles == {"CCO", "C"}
@@ -343,7 +343,7 @@ def test_another_rdkits_reference_is_made_canonical_anew(tmp_path: Path, monkeyp
 def test_another_rdkit_that_agrees_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = Reference("same", frozenset({"CCO"}), np.ones(100, dtype=np.int64), 1)
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "rdkit_version", lambda: "1999.01.1")
+        patch.setattr(metrics.reference, "rdkit_version", lambda: "1999.01.1")
         metrics.write_reference(same, tmp_path / "same.npz")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

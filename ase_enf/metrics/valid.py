@@ -1,0 +1,80 @@
+"""Validity, under its three published definitions (see `ase_enf.metrics`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ase_enf.metrics.metric import Metric, fraction
+from ase_enf.metrics.surveys import Structures, survey
+
+VALIDITY = {
+    "stable": "stable by the distance table and sanitised by RDKit",
+    "largest_fragment": "sanitised by RDKit, represented by its largest fragment",
+    "strict": "sanitised by RDKit, one fragment, no implicit hydrogens",
+}
+_AMONG = {"stable": "stable structures", "largest_fragment": "all structures", "strict": "all structures"}
+
+
+def validity(atoms: Structures, definition: str = "strict") -> Metric:
+    """Fraction of valid structures, under one of the three definitions of this module.
+
+    Args:
+        atoms: Structures, or their survey.
+        definition: "stable" (E-NF paper), "largest_fragment" (EDM) or "strict".
+
+    Returns:
+        The metric; its denominator is the number of stable structures ("stable") or of all, its standard error
+        binomial.
+
+    Raises:
+        ValueError: The definition is unknown.
+
+    >>> from ase.build import molecule
+    >>> [validity([molecule("CH4"), molecule("CH3")], name).value for name in VALIDITY]
+    [1.0, 1.0, 0.5]
+    """
+    seen = survey(atoms)
+    valid = np.array([smiles is not None for smiles in valid_smiles(seen, definition)])
+    if definition == "stable":
+        valid = valid[seen.stability.stable]
+    return fraction(f"validity_{definition}", valid, f"{VALIDITY[definition]} / {_AMONG[definition]}")
+
+
+def valid_smiles(atoms: Structures, definition: str = "strict") -> list[str | None]:
+    """The SMILES under which each structure counts, None where it is not valid.
+
+    Args:
+        atoms: Structures, or their survey.
+        definition: "stable", "largest_fragment" or "strict".
+
+    Returns:
+        One entry a structure, in order.
+
+    Raises:
+        ValueError: The definition is unknown.
+
+    >>> from ase.build import molecule
+    >>> valid_smiles([molecule("CH3OH"), molecule("CH3")])
+    ['CO', None]
+    """
+    if definition not in VALIDITY:
+        raise ValueError(f"unknown definition {definition!r}: choose one of {', '.join(map(repr, VALIDITY))}")
+    seen = survey(atoms)
+    if definition == "largest_fragment":
+        return [reading.largest for reading in seen.readings]
+    if definition == "stable":
+        counts = seen.stability.stable
+    else:
+        counts = (seen.fragments == 1) & np.array([reading.complete for reading in seen.readings])
+    return [reading.smiles if count else None for reading, count in zip(seen.readings, counts, strict=True)]
+
+
+def of_all(over: str) -> bool:
+    """Whether a fraction is one of all structures ("all") or of the valid ones ("valid").
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if over not in ("valid", "all"):
+        raise ValueError(f"unknown denominator {over!r}: choose 'valid' or 'all'")
+    return over == "all"
