@@ -1,0 +1,14 @@
+"""Pictures of molecules and of what they are measured by.
+
+Figures are made with `matplotlib.figure.Figure` itself, never with pyplot: no window, no global state, any thread.
+Matplotlib is imported inside the functions that draw.
+"""
+
+from __future__ import annotations
+
+from ase_enf.plot.distances import distance_histogram as distance_histogram
+from ase_enf.plot.molecules import broadside as broadside
+from ase_enf.plot.molecules import draw as draw
+from ase_enf.plot.molecules import gallery as gallery
+
+__all__ = ["broadside", "distance_histogram", "draw", "gallery"]
