@@ -34,7 +34,7 @@ FLOORS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # What runs without torch.
-TORCH_FREE = ("__init__", "atoms.files", "atoms.io", "data", "chem", "metrics", "plot")
+TORCH_FREE = ("__init__", "atoms.extxyz", "atoms.files", "atoms.io", "data", "chem", "metrics", "plot")
 # What sees tensors alone, and constants of the elements, but no structures.
 TENSORS_ONLY = ("geometry", "nn", "flow", "training.objectives")
 # Third party → who may import it at all, and whether at the top of a file.

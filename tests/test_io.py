@@ -570,7 +570,7 @@ def test_a_structure_for_which_there_is_no_room_leaves_no_part_of_it(tmp_path, m
     path = tmp_path / "m.extxyz"
     with pytest.raises(type(error)), GrowingFile(path) as file:
         file.add(water(index=0))
-        monkeypatch.setattr("ase_enf.atoms.io._write_whole", partly)
+        monkeypatch.setattr("ase_enf.atoms.io.write_whole", partly)
         file.add(water(index=1))
     assert file.count == 1 and [atoms.info["index"] for atoms in qm9.load(path)] == [0]
     with pytest.raises(type(error)), GrowingFile(tmp_path / "n.extxyz") as file:

@@ -19,6 +19,7 @@ from ase.io import write
 from ase.io.formats import open_with_compression
 
 from ase_enf.atoms.files import atomic_write
+from ase_enf.atoms.rows import SQLITE
 from ase_enf.data import DataError, DataNotFoundError, compact, fetch, qm9
 
 DATA = Path(__file__).parent / "data"
@@ -378,7 +379,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "mine.db").write_bytes(b"no database" * 100)
     with pytest.raises(DataError, match="mine.db: is no ASE database"):
         qm9.load(tmp_path / "mine.db")
-    (tmp_path / "mine.db").write_bytes(qm9.SQLITE + b"no more" * 100)
+    (tmp_path / "mine.db").write_bytes(SQLITE + b"no more" * 100)
     with pytest.raises(DataError, match="mine.db: cannot be read as an ASE database"):
         qm9.load(tmp_path / "mine.db")
     (tmp_path / "mine.weird").write_bytes(b"\0\1\2")

@@ -11,6 +11,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -230,6 +231,33 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
+
+
+def ends_line(path: Path) -> bool:
+    """Whether the last line of a file that is not empty is complete.
+
+    Example:
+        >>> ends_line(Path("README.md"))
+        True
+    """
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        return handle.read(1) == b"\n"
+
+
+def write_whole(handle: FileIO, content: bytes) -> None:
+    """Writes all of the content to an unbuffered file, by a single call of the system if that takes it all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, open(f"{folder}/a", "wb", buffering=0) as handle:
+        ...     write_whole(handle, b"all of it")
+        ...     handle.tell()
+        9
+    """
+    rest = memoryview(content)
+    while rest:
+        rest = rest[handle.write(rest) :]
 
 
 def brief(error: Exception, hidden: Path | None = None) -> str:

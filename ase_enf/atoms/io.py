@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import json
 import os
-import re
 import shutil
 import sqlite3
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import all_properties
-from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
-from ase.io.extxyz import (
-    REV_PROPERTY_NAME_MAP,
-    SPECIAL_3_3_KEYS,
-    key_val_dict_to_str,
-    key_val_str_to_dict,
-    per_config_properties,
-)
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.io.trajectory import TrajectoryWriter
-from ase.spacegroup import Spacegroup
-from numpy.typing import NDArray
 
-from ase_enf.atoms.files import brief, real_path, replaced, require_folder
+from ase_enf.atoms.extxyz import constraint_kinds, extended, with_content
+from ase_enf.atoms.files import brief, ends_line, real_path, replaced, require_folder, write_whole
+from ase_enf.atoms.plain import as_plain
+from ase_enf.atoms.rows import ASE_ARRAYS, SQLITE, database_row
 
-# What of ours ase.db can select by; everything else of ours is in the row's data alone.
-_KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")
-_PREFIX = "enf_"
-_SCORE_KEYS = _KEYS[:3]
 _STREAMED = (".extxyz", ".xyz")
 _COMPRESSED = (".gz", ".bz2", ".xz")
 KEEP_INFO = (*_STREAMED, ".db", ".traj")
 """Endings whose formats keep ``info``."""
 
 COMMIT_SECONDS = 1.0
-_SQLITE = b"SQLite format 3\0"
 
 # ASE writes the elements or the number of atoms of the first structure for all.
 _ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
-# The arrays that ASE's own formats keep.
-_ASE_ARRAYS = ("numbers", "positions", "tags", "momenta", "masses", "initial_magmoms", "initial_charges")
-# What extended xyz means by itself: info and columns of these names would be taken for that.
-_XYZ_KEYS = ("Lattice", "Properties", "pbc")
-_XYZ_COLUMNS = ("symbols", "species", "pos", "Z", "move_mask")
 
 
 def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
@@ -110,7 +87,7 @@ def check_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> No
     path = Path(path)
     for item in atoms:
         if path.suffix == ".db":
-            _row(item)
+            database_row(item)
         else:
             _storable(item, path, {})
 
@@ -217,9 +194,9 @@ class GrowingFile:
             with open(self.path, "wb" if fresh else "ab", buffering=0) as handle:
                 end = handle.tell()
                 try:
-                    if end and not self.count and not _ends_line(self.path):
+                    if end and not self.count and not ends_line(self.path):
                         handle.write(b"\n")
-                    _write_whole(handle, text.getvalue().encode())
+                    write_whole(handle, text.getvalue().encode())
                 except BaseException:
                     handle.truncate(end)
                     if fresh:
@@ -230,7 +207,7 @@ class GrowingFile:
     def _add_row(self, atoms: Atoms) -> None:
         from ase.db import connect
 
-        keys, data = _row(atoms)
+        keys, data = database_row(atoms)
         with _explained(self.path):
             if self._database is None:
                 if not self.count and not self._append:
@@ -272,22 +249,8 @@ def check_append(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: structures cannot be added to such a file; use {', '.join(KEEP_INFO)}")
     if path.suffix == ".db" and path.exists():
         with path.open("rb") as handle:
-            if handle.read(len(_SQLITE)) not in (_SQLITE, b""):
+            if handle.read(len(SQLITE)) not in (SQLITE, b""):
                 raise ValueError(f"{path}: is no ASE database; nothing can be added to it")
-
-
-def _ends_line(path: Path) -> bool:
-    """Whether the last line of a file that is not empty is complete."""
-    with path.open("rb") as handle:
-        handle.seek(-1, os.SEEK_END)
-        return handle.read(1) == b"\n"
-
-
-def _write_whole(handle: FileIO, content: bytes) -> None:
-    """Writes all of the content without a buffer, by a single call of the system if that takes it all."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[handle.write(rest) :]
 
 
 def _warn_of(lost: Iterable[str], path: Path) -> None:
@@ -378,149 +341,24 @@ def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
 def _storable(atoms: Atoms, path: Path, lost: dict[str, None]) -> Atoms:
     """Returns what the format of a path reads back as these atoms, and adds to ``lost`` what it does not keep."""
     if _ending(path) in _STREAMED:
-        return _extended(atoms, lost)
-    arrays = [f"arrays[{name!r}]" for name in atoms.arrays if name not in _ASE_ARRAYS]
+        return extended(atoms, lost)
+    arrays = [f"arrays[{name!r}]" for name in atoms.arrays if name not in ASE_ARRAYS]
     if _ending(path) == ".traj":
         lost |= {f"keeps no {name}": None for name in arrays}
-        return _with(atoms, _plain(atoms.info, "info"), atoms.arrays)  # a file with a date in it cannot be read again
+        return with_content(
+            atoms, as_plain(atoms.info, "info"), atoms.arrays
+        )  # a file with a date in it cannot be read again
     if atoms.info:
         lost["keeps no info (seed, model, scores …)"] = None
-    lost |= {f"may lose {name}": None for name in [*arrays, *_constraints(atoms)]}  # some keep one or the other
+    lost |= {f"may lose {name}": None for name in [*arrays, *constraint_kinds(atoms)]}  # some keep one or the other
     return atoms
-
-
-def _constraints(atoms: Atoms) -> list[str]:
-    """Returns the kinds of the constraints."""
-    return [type(constraint).__name__ for constraint in atoms.constraints]
-
-
-def _extended(atoms: Atoms, lost: dict[str, None]) -> Atoms:
-    """Returns what extended xyz reads back as these atoms: a copy where something would change."""
-    kept = {FixAtoms.__name__, FixCartesian.__name__}
-    lost |= {f"keeps no {kind}": None for kind in _constraints(atoms) if kind not in kept}
-    results = getattr(atoms.calc, "results", {})
-    named = _named(atoms.info, "info")
-    known = [f"info[{key!r}]" for key in named if key in results]
-    known += [f"arrays[{name!r}]" for name in atoms.arrays if _property(name) in results]
-    lost |= {f"keeps no {name} beside the calculator's": None for name in known}
-    written = {key: _written(key, value) for key, value in named.items() if key not in results}
-    info = {key: value for key, value in written.items() if value is not None}
-    arrays = {name: _column(name, array) for name, array in atoms.arrays.items() if _property(name) not in results}
-    lost |= {f"keeps no info[{key!r}]": None for key, value in written.items() if value is None}
-    moved = [f"info[{key!r}]" for key in info if key in per_config_properties and key not in SPECIAL_3_3_KEYS]
-    moved += [f"arrays[{name!r}]" for name in arrays if _property(name) in all_properties]
-    lost |= {f"moves {name} to a calculator's results": None for name in moved}
-    return _with(atoms, info, arrays)
-
-
-def _with(atoms: Atoms, info: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Atoms:
-    """Returns the atoms with another ``info`` and other arrays: a copy where something differs."""
-    same_info = info.keys() == atoms.info.keys() and all(info[key] is value for key, value in atoms.info.items())
-    if same_info and arrays.keys() == atoms.arrays.keys() and all(arrays[k] is v for k, v in atoms.arrays.items()):
-        return atoms
-    copy = atoms.copy()
-    copy.info, copy.arrays, copy.calc = info, arrays, atoms.calc
-    return copy
-
-
-def _property(name: str) -> str:
-    """Returns under which name extended xyz reads a column."""
-    return REV_PROPERTY_NAME_MAP.get(name, name)
-
-
-def _column(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Returns what extended xyz reads back as an array of the atoms."""
-    if _property(name) in all_properties and array.dtype.kind not in "iuf":
-        problem = f"under the name of a result the type {array.dtype}"
-    elif re.search(r"""[\s:=\\"'{}\[\]]|^$""", name) or name in _XYZ_COLUMNS:
-        problem = "a column of that name"
-    elif array.ndim > 2 or 0 in array.shape[1:]:
-        problem = f"the shape {array.shape}"
-    elif array.dtype.kind not in "biufOSU":
-        problem = f"the type {array.dtype}"
-    elif array.dtype.kind in "OSU" and (bad := [text for text in array.flat if not _is_word(text)]):
-        problem = f"{_shown(bad[0])}, only texts without blanks"
-    elif array.dtype.kind in "iu" and (bad := array[np.abs(array.astype(float)) >= 2**31]).size:
-        problem = f"{bad[0]}, only numbers of 32 bits"
-    else:
-        return array.astype(np.int64) if array.dtype.kind == "u" else array
-    raise ValueError(f"arrays[{name!r}]: extended xyz cannot hold {problem}; remove or rename it, or write .db")
-
-
-def _is_word(text: Any) -> bool:
-    """Whether a text is a column of its own."""
-    return isinstance(text, str) and text.split() == [text]
-
-
-def _written(key: str, value: Any) -> Any:
-    """Returns what extended xyz reads back as an entry of ``info``, None if nothing is."""
-    if key in _XYZ_KEYS or not (key in SPECIAL_3_3_KEYS or _holds_key(key)):
-        return None
-    try:
-        plain = value.symbol if isinstance(value, Spacegroup) else _plain(value, key)
-        if key in per_config_properties and np.asarray(plain).dtype.kind not in "iuf":
-            return None  # the file could not be read again: ASE takes it for a result
-        if key in SPECIAL_3_3_KEYS:
-            return _matrix(key, np.asarray(plain))
-        if plain is None or isinstance(plain, str):
-            return _read_back(plain)
-        if isinstance(plain, float) or (isinstance(plain, int) and abs(plain) < 2**63) or _is_row(plain):
-            return value
-        written = _encoded(plain)
-        key_val_str_to_dict(key_val_dict_to_str({"key": written}))
-    except (TypeError, ValueError):  # what JSON does not know, and lists that are no array
-        return None
-    return written
-
-
-def _matrix(key: str, value: NDArray[Any]) -> NDArray[Any] | None:
-    """Returns a value that extended xyz takes for one of 3 x 3, None if it is of another shape."""
-    shapes = ((3, 3), (6,)) if key == "stress" else ((3, 3),)  # ASE writes the six of a stress as nine
-    return value if value.dtype.kind in "if" and value.shape in shapes else None
-
-
-def _is_row(value: Any) -> bool:
-    """Whether ASE writes numbers as they are: none would swallow the next entry, and one would become a number."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "bif":
-        return False
-    return value.ndim == 0 or (value.ndim == 1 and len(value) > 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def _holds_key(key: str) -> bool:
-    """Whether extended xyz reads a key of ``info`` back."""
-    entry = {key: "x", "next": "y"}
-    return key.splitlines() == [key] and key_val_str_to_dict(key_val_dict_to_str(entry)) == entry
-
-
-def _encoded(value: Any) -> str:
-    """Returns a value as the text that extended xyz reads as JSON."""
-    return f"_JSON {json.dumps(value, default=np.ndarray.tolist)}".replace("\\", "\\\\")
-
-
-@functools.lru_cache(maxsize=4096)  # most molecules of a file say the same
-def _read_back(value: str | None) -> str | None:
-    """Returns a text that is read back as the value: by themselves "007" and "F" become a number and False, None True.
-
-    An empty string would even swallow the next entry, and the backslashes of SMILES vanish.
-    """
-    encoded = _encoded(value)
-    verbatim = value is not None and "\\" not in value and value.splitlines() == [value]
-    for written in (value, encoded) if verbatim else (encoded,):
-        try:
-            back = key_val_str_to_dict(key_val_dict_to_str({"key": written}))["key"]
-        except (KeyError, ValueError):  # ASE's parser stumbles over some quotes and words
-            continue
-        if type(back) is type(value) and back == value:
-            return written
-    return None
 
 
 def _write_database(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
     with _transaction(part, path) as database:
         for item in atoms:
-            keys, data = _row(item)
+            keys, data = database_row(item)
             with _explained(path):
                 database.write(item, key_value_pairs=keys, data=data)
             count += 1
@@ -543,64 +381,3 @@ def _transaction(part: Path, path: Path) -> Iterator[Any]:
         raise
     with _explained(path):
         database.__exit__(None, None, None)
-
-
-def _row(atoms: Atoms) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the keys and the data of a row of a database."""
-    info = _plain(atoms.info, "info")
-    arrays = {name: array for name, array in atoms.arrays.items() if name not in _ASE_ARRAYS}
-    own = {key: info[_PREFIX + key] for key in _KEYS if _PREFIX + key in info}
-    # The same without prefix, as rows of a database have it, would be that of an earlier score.
-    earlier = _SCORE_KEYS if _PREFIX + _SCORE_KEYS[0] in info else ()
-    keys = {key: value for key, value in info.items() if not key.startswith(_PREFIX) and key not in earlier} | own
-    data = {"info": info} | ({"arrays": _plain(arrays, "arrays")} if arrays else {})
-    return {key: value for key, value in keys.items() if _is_key(key, value)}, data
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Returns a value as plain Python and arrays of numbers, which is what ase.db and JSON know."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return value.astype(value.dtype.newbyteorder("="), copy=False)
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mMV":  # times would become bare numbers
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(item, f"{name}[{key!r}]") for key, item in _named(value, name).items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
-    if isinstance(value, str):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | complex) or hasattr(value, "ase_objtype"):
-        return value
-    if hasattr(value, "todict"):
-        return _plain(value.todict(), name)
-    raise ValueError(
-        f"{name} = {_shown(value)}: the file would hold no {type(value).__name__}; remove it, or make it numbers and "
-        "texts"
-    )
-
-
-def _named(values: dict[Any, Any], name: str) -> dict[str, Any]:
-    """Returns a dictionary with texts as keys."""
-    named = {str(key): value for key, value in values.items()}
-    if len(named) < len(values):
-        raise ValueError(f"{name}: two of its keys are the same as texts ({_shown(list(values))}); rename one")
-    return named
-
-
-def _shown(value: Any) -> str:
-    """Returns the beginning of a value in one line."""
-    return " ".join(repr(value).split())[:60]
-
-
-def _is_key(key: str, value: Any) -> bool:
-    """Whether ase.db takes an entry as a key to select by, and its rows still work with an attribute of that name."""
-    from ase.db.core import check
-    from ase.db.row import AtomsRow
-
-    if key.startswith("_") or hasattr(AtomsRow, key):
-        return False
-    try:
-        check({key: value})
-    except ValueError:
-        return False
-    return True

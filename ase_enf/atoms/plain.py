@@ -1,0 +1,71 @@
+"""Entries of `info` as plain Python, which is what databases and JSON hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def as_plain(value: Any, name: str) -> Any:
+    """Returns a value as plain Python and arrays of numbers, the kinds that ase.db and JSON know.
+
+    Args:
+        value: An entry of ``info`` or of ``arrays``, or all of them.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: There is no such form of it, or two keys are the same as texts.
+
+    Example:
+        >>> as_plain({"n": np.int64(3), 2: ("a", None)}, "info")
+        {'n': 3, '2': ['a', None]}
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return value.astype(value.dtype.newbyteorder("="), copy=False)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "mMV":  # times would become bare numbers
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: as_plain(item, f"{name}[{key!r}]") for key, item in text_keys(value, name).items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item, name) for item in value]
+    if isinstance(value, str):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | complex) or hasattr(value, "ase_objtype"):
+        return value
+    if hasattr(value, "todict"):
+        return as_plain(value.todict(), name)
+    raise ValueError(
+        f"{name} = {shown(value)}: the file would hold no {type(value).__name__}; remove it, or make it numbers and "
+        "texts"
+    )
+
+
+def text_keys(values: dict[Any, Any], name: str) -> dict[str, Any]:
+    """Returns a dictionary whose keys are texts.
+
+    Args:
+        values: A dictionary with keys of any kind.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: Two of the keys are the same as texts.
+
+    Example:
+        >>> text_keys({1: "one"}, "info")
+        {'1': 'one'}
+    """
+    named = {str(key): value for key, value in values.items()}
+    if len(named) < len(values):
+        raise ValueError(f"{name}: two of its keys are the same as texts ({shown(list(values))}); rename one")
+    return named
+
+
+def shown(value: Any) -> str:
+    """Returns the beginning of a value on one line, for messages.
+
+    Example:
+        >>> shown("two lines".split())
+        "['two', 'lines']"
+    """
+    return " ".join(repr(value).split())[:60]
