@@ -156,3 +156,22 @@ def test_the_first_flow_is_close_to_the_identity():
     x = torch.randn(1, 5, 3)
     _, x_out = network(torch.zeros(1, 5, 1), x, pair_mask(torch.ones(1, 5, dtype=torch.bool)).float())
     assert 0 < (x_out - x).abs().max() < 0.1
+
+
+def test_context_of_pairs_turns_and_permutes_with_the_atoms(graph, stir, dtype, device, tolerance):
+    network = stir(EGNN(4, 3, hidden=8, layers=2, pair_features=2), scale=1.5).to(device, dtype)
+    h, x, mask = graph(3, 4)
+    pairs = pair_mask(mask).to(x)
+    kind = torch.arange(25, device=device).view(5, 5) % 3
+    context = torch.nn.functional.one_hot((kind + kind.T) % 3, 3)[..., 1:].to(x).expand(2, -1, -1, -1)
+    h_out, x_out = network(h, x, pairs, context)
+    q = torch.linalg.qr(random_rotations(1, 3, torch.Generator().manual_seed(0))[0].double())[0].to(x)
+    h_turned, x_turned = network(h, x @ q.T, pairs, context)
+    assert torch.allclose(x_turned, x_out @ q.T, **tolerance) and torch.allclose(h_turned, h_out, **tolerance)
+    order = torch.tensor([3, 0, 4, 1, 2], device=device)
+    along = context[:, order][:, :, order]
+    h_shuffled, x_shuffled = network(h[:, order], x[:, order], pair_mask(mask[:, order]).to(x), along)
+    assert torch.allclose(x_shuffled, x_out[:, order], **tolerance)
+    assert torch.allclose(h_shuffled, h_out[:, order], **tolerance)
+    left = network(h[:, order], x[:, order], pair_mask(mask[:, order]).to(x), context)[1]
+    assert (left - x_out[:, order]).abs().max() > 1e-3  # pairs that stay behind are other pairs

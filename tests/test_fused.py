@@ -84,6 +84,36 @@ def test_float32(n: int, radial: int) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize(("start", "radial"), [(True, 3), (False, 0)])
+def test_context_of_pairs(start: bool, radial: int) -> None:
+    torch.manual_seed(0)
+    network = EGNN(3, 2, hidden=48, layers=3, input_distance=start, radial=radial, pair_features=5).double()
+    for layer in network.layers:
+        torch.nn.init.normal_(layer.position_out.weight, std=0.3)
+    _, h, x, pairs = network_and_inputs(torch.float64, True, start, 15.0, 2, sizes=(13, 2, 7), radial=radial)
+    context = torch.nn.functional.one_hot(torch.randint(0, 6, (3, 13, 13)), 6)[..., 1:].double()
+    bound = Bound(network, context)
+    plain = outputs_and_gradients(bound, h, x, pairs)
+    network.fuse()
+    for expected, got in zip(plain, outputs_and_gradients(bound, h, x, pairs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    weight = network.layers[0].messages.edge_in.weight
+    (gradient,) = torch.autograd.grad(network(h, x, pairs, context)[1].sin().sum(), [weight])
+    assert (gradient[:, -5:].abs().amax(dim=0) > 1e-6).all()  # every kind of pair is learned from
+
+
+class Bound(torch.nn.Module):
+    """A network with its context bound."""
+
+    def __init__(self, network: EGNN, context: Tensor) -> None:
+        super().__init__()
+        self.network, self.context = network, context
+
+    def forward(self, h: Tensor, x: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(h, x, pairs, self.context)
+
+
+@needs_kernel
 def test_saturated_gates_and_activations() -> None:
     """e underflows to zero, SiLUs and tanh saturate: still the plain numbers, and all finite."""
     network, h, x, pairs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(6,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -207,3 +208,46 @@ def test_the_compiled_kernel_gives_the_same_trace(dtype, stir, mask, tolerance, 
     for one, other in zip(expected, found, strict=True):
         assert torch.allclose(one, other, **tolerance)
     assert ((expected.by_x + expected.by_h)[:2] - 5 * torch.tensor(SIZES[:2])).abs().min() > 0.01
+
+
+def kinds_of_pairs(mask, dtype, kinds=3, seed=3):
+    """Symmetric one-hot features of the pairs, none of the diagonal and of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    size, atoms = mask.shape
+    kind = torch.randint(0, kinds + 1, (size, atoms, atoms), generator=generator).triu(1)
+    kind = (kind + kind.mT).to(mask.device) * pair_mask(mask)
+    return torch.nn.functional.one_hot(kind, kinds + 1)[..., 1:].to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("layers", "gate", "features", "input_distance", "radial"),
+    [*itertools.product((1, 2, 4), (True, False), (0, 2), (True, False), (0,)), (3, True, 2, True, 4)],
+)
+def test_context_of_pairs(build, mask, dtype, tolerance, layers, gate, features, input_distance, radial):
+    network = build(layers, features, gate=gate, input_distance=input_distance, radial=radial, pair_features=3)
+    h, x, pairs = point(mask, features, dtype)
+    context = kinds_of_pairs(mask, dtype)
+    expected = by_autograd(functools.partial(network, pairs=context), h, x, pairs, mask)
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            h_out, x_out, trace = traced(network, h, x, pairs, mask, context)
+        assert torch.allclose(h_out * mask.unsqueeze(-1), expected[0], **tolerance)
+        assert torch.allclose(x_out * mask.unsqueeze(-1), expected[1], **tolerance)
+        assert torch.allclose(trace, expected[2], **tolerance)
+    other = traced(network, h, x, pairs, mask, context.flip(-1))[2]
+    assert (trace - other)[:2].abs().max() > 1e-3  # and it matters
+
+
+def test_the_compiled_kernel_traces_with_context(dtype, stir, mask, tolerance):
+    reason = fused.unavailable(16, dtype, mask.device)
+    if reason:
+        pytest.skip(f"no kernel here: {reason}")
+    network = stir(EGNN(4, 2, 16, 4, radial=3, pair_features=3), 0.9).to(mask.device, dtype)
+    h, x, pairs = point(mask, 2, dtype)
+    context = kinds_of_pairs(mask, dtype)
+    with torch.no_grad():
+        expected = egnn_trace(network, h, x, pairs, mask, context)
+        network.fuse()
+        found = egnn_trace(network, h, x, pairs, mask, context)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, **tolerance)

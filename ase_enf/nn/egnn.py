@@ -24,7 +24,7 @@ class EGCL(nn.Module):
 
     Args:
         features: Width F.
-        edge_features: Number of constant pair scalars a_ij.
+        edge_features: Number of constant pair scalars a_ij, context included.
         radial: Number K of radial functions of the distance beside ‖x_i − x_j‖²; see ``nn.radial.pair_scalars``.
         gate: Soft edges e_ij (eq. 4).
         bound: The largest |φ_x|, in the units of x; None for no bound.
@@ -58,16 +58,18 @@ class EGCL(nn.Module):
         self,
         h: Tensor,  # (B, M, F)
         x: Tensor,  # (B, M, n)
-        a: Tensor | None,  # (B, M, M, k)
+        a: Tensor | None,  # (B, M, M, k), of the input distances
         pair_mask: Tensor,  # (B, M, M)
+        context: Tensor | None = None,  # (B, M, M, A), what else is known of each pair
     ) -> tuple[Tensor, Tensor]:
         """Returns the updated h (B, M, F) and x (B, M, n)."""
         if self.uses_kernel(x):
-            m_sum, shift = self._fused_pairs(h, x, a, pair_mask)
+            m_sum, shift = self._fused_pairs(h, x, a, pair_mask, context)
             return (h if self.node is None else self.node(h, m_sum)), x + shift
         difference, squared = pair_differences(x)
         edges = pair_scalars(squared, self.radial)
-        edges = edges if a is None else torch.cat([edges, a], dim=-1)
+        if more := [t for t in (a, context) if t is not None]:
+            edges = torch.cat([edges, *more], dim=-1)
         m = self.messages(h, edges, pair_mask)
         if self.position_in is not None:
             products = self.messages.products
@@ -88,7 +90,9 @@ class EGCL(nn.Module):
         # The dtype may be another than the one that the kernel was chosen for.
         return fused.fits(self.messages.edge_out.out_features, x.dtype)
 
-    def _fused_pairs(self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _fused_pairs(
+        self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         messages, width = self.messages, h.shape[-1]
         first, moves = messages.edge_in.weight, self.position_in is not None
         gate = messages.gate
@@ -105,7 +109,7 @@ class EGCL(nn.Module):
         target = F.linear(h, first[:, :width], messages.edge_in.bias)
         source = F.linear(h, first[:, width : 2 * width])
         extra = None if a is None else a[..., 0]
-        return fused.pair_layer(target, source, x, extra, pair_mask, self.radial, self.bound, weights)
+        return fused.pair_layer(target, source, x, extra, pair_mask, self.radial, self.bound, weights, context)
 
 
 class EGNN(nn.Module):
@@ -121,6 +125,7 @@ class EGNN(nn.Module):
         input_distance: Whether ‖x^0_i − x^0_j‖² of the *input* is a feature of every layer.
         radial: Number K of radial functions of each distance beside its square.
         positions_out: Whether x^L is read; if not, the last layer has no φ_x.
+        pair_features: Number A of constant features of each pair, such as its bond order (a_ij of eq. 4).
 
     Example:
         >>> network = EGNN(in_features=2, out_features=3, hidden=8, layers=2)
@@ -141,6 +146,7 @@ class EGNN(nn.Module):
         input_distance: bool = True,
         radial: int = 0,
         positions_out: bool = True,
+        pair_features: int = 0,
     ) -> None:
         super().__init__()
         self.input_distance = input_distance
@@ -149,7 +155,7 @@ class EGNN(nn.Module):
         self.layers = nn.ModuleList(
             EGCL(
                 hidden,
-                edge_features=1 + radial if input_distance else 0,
+                edge_features=(1 + radial if input_distance else 0) + pair_features,
                 radial=radial,
                 gate=gate,
                 bound=None if reach is None else reach / layers,
@@ -179,25 +185,27 @@ class EGNN(nn.Module):
         h: Tensor,  # (B, M, in_features)
         x: Tensor,  # (B, M, n)
         pair_mask: Tensor,  # (B, M, M), same dtype as h
+        pairs: Tensor | None = None,  # (B, M, M, pair_features)
     ) -> tuple[Tensor, Tensor]:
         """Returns h^L (B, M, out_features) and x^L (B, M, n)."""
         count = 1 if torch.is_grad_enabled() or not self.layers[0].uses_kernel(x) else shares(len(x))
         if count == 1:
-            return self._evaluate(h, x, pair_mask)
+            return self._evaluate(h, x, pair_mask, pairs)
         # Molecules are independent: whole networks side by side do not wait for each other after every operation.
-        pieces = list(zip(*(t.chunk(count) for t in (h, x, pair_mask)), strict=True))
+        inputs = (h, x, pair_mask) if pairs is None else (h, x, pair_mask, pairs)
+        pieces = list(zip(*(t.chunk(count) for t in inputs), strict=True))
         done = map_threads(lambda piece: self._evaluate(*piece), pieces)
         h_out, x_out = (torch.cat(parts) for parts in zip(*done, strict=True))
         return h_out, x_out
 
-    def _evaluate(self, h: Tensor, x: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, h: Tensor, x: Tensor, pair_mask: Tensor, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a = None
         if self.input_distance:
             expanded = 0 if self.layers[0].uses_kernel(x) else self.radial  # the kernel does it itself
             a = pair_scalars(pair_differences(x)[1], expanded)
         h = self.embed(h)
         for layer in self.layers:
-            h, x = layer(h, x, a, pair_mask)
+            h, x = layer(h, x, a, pair_mask, pairs)
         if self.out is None:
             return h[..., :0], x
         return self.out(h), x

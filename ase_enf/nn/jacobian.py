@@ -49,7 +49,9 @@ class Traced(NamedTuple):
     by_h: Tensor  # (B,), Σ_is ∂h^L_is/∂h^0_is over the features that flow
 
 
-def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor) -> Traced:
+def egnn_trace(
+    network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor, pairs: Tensor | None = None
+) -> Traced:
     """Output of an EGNN with ``Σ_ic ∂x^L_ic/∂x^0_ic`` and ``Σ_is ∂h^L_is/∂h^0_is``, exact and differentiable.
 
     Args:
@@ -58,6 +60,7 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
         x: Positions, shape (B, M, n).
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M), in the dtype of h.
         mask: True for real atoms, shape (B, M).
+        pairs: Constant features of the pairs, shape (B, M, M, A), where the network takes some.
 
     Returns:
         h^L, x^L and the two traces.
@@ -80,9 +83,10 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
     if network.layers[0].uses_kernel(x):  # which holds no blocks
         needed = min(together, len(x)) * fused.push_memory(atoms, atoms * (n + features), hidden, n, x.dtype)
     work = None if torch.is_grad_enabled() else x.new_empty(needed * middle)
+    inputs = (h, x, pair_mask, mask) if pairs is None else (h, x, pair_mask, mask, pairs)
     pieces = [
-        _trace(network, *arguments, blocks, work)
-        for arguments in zip(*(t.split(together) for t in (h, x, pair_mask, mask)), strict=True)
+        _trace(network, blocks, work, *arguments)
+        for arguments in zip(*(t.split(together) for t in inputs), strict=True)
     ]
     if len(pieces) == 1:
         return pieces[0]
@@ -90,7 +94,14 @@ def egnn_trace(network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Ten
 
 
 def _trace(
-    network: EGNN, h: Tensor, x: Tensor, pair_mask: Tensor, mask: Tensor, blocks: int, work: Tensor | None
+    network: EGNN,
+    blocks: int,
+    work: Tensor | None,
+    h: Tensor,
+    x: Tensor,
+    pair_mask: Tensor,
+    mask: Tensor,
+    pairs: Tensor | None = None,
 ) -> Traced:
     width = network.out.out_features if network.out is not None else 0
     start = pair_differences(x)
@@ -99,7 +110,7 @@ def _trace(
     tangent = _unit_tangent(lift, h_in, x)
     last = len(network.layers) - 1
     for depth, module in enumerate(network.layers):
-        layer = _Layer(module, h_in, x, start if network.input_distance else None, pair_mask)
+        layer = _Layer(module, h_in, x, start if network.input_distance else None, pair_mask, pairs)
         if depth == last:
             by_x, by_h = layer.trace(tangent, network.out.weight if network.out is not None else None, mask)
         elif depth == 0:
@@ -205,10 +216,17 @@ class _Layer:
         x: Positions, shape (B, M, n).
         start: Differences and squared distances of the network's input; None if no layer sees them.
         pair_mask: Shape (B, M, M).
+        pairs: Constant features of the pairs, which only shift a_ij; shape (B, M, M, A), or None.
     """
 
     def __init__(
-        self, module: EGCL, h: Tensor, x: Tensor, start: tuple[Tensor, Tensor] | None, pair_mask: Tensor
+        self,
+        module: EGCL,
+        h: Tensor,
+        x: Tensor,
+        start: tuple[Tensor, Tensor] | None,
+        pair_mask: Tensor,
+        pairs: Tensor | None = None,
     ) -> None:
         self.h, self.x, self.module = h, x, module
         self.r, squared = pair_differences(x)
@@ -217,7 +235,8 @@ class _Layer:
         first = module.messages.edge_in
         self.a_i, self.a_j = first.weight[:, :width], first.weight[:, width : 2 * width]  # A, B
         distances = [squared] if start is None else [squared, start[1]]
-        by_scalar = first.weight[:, 2 * width :].T.contiguous().split(1 + module.radial)
+        by_edge = first.weight[:, 2 * width :].T.contiguous()
+        by_scalar = by_edge[: len(distances) * (1 + module.radial)].split(1 + module.radial)
         a = sum(pair_scalars(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True))
         # c, c⁰: (1 or 2, F), or each pair its own, (B, M, M, 1 or 2, F)
         self.by_distance = torch.cat(by_scalar)
@@ -225,6 +244,8 @@ class _Layer:
             slopes = [pair_scalar_slopes(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True)]
             self.by_distance = torch.stack(slopes, dim=-2)
         a = a + F.linear(h, self.a_i, first.bias).unsqueeze(2) + F.linear(h, self.a_j).unsqueeze(1)
+        if pairs is not None:
+            a = a + pairs @ by_edge[len(distances) * (1 + module.radial) :]
         self.message = _MessageJacobian(module.messages, a, pair_mask)
         self.g = self.message.apply(self.by_distance)  # (B, M, M, 1 or 2, F): G c, G c⁰
         self._positions(squared, pair_mask)

@@ -48,9 +48,9 @@ class KernelError(RuntimeError):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "radial", "scalars")),
+        *((name, ctypes.c_int) for name in ("atoms", "dimension", "width", "radial", "scalars", "given")),
         ("bound", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("mask", *_DIFFERENTIABLE)),
+        *((name, ctypes.c_void_p) for name in ("mask", "context", *_DIFFERENTIABLE)),
     ]
 
 
@@ -100,6 +100,7 @@ def pair_layer(
     radial: int,
     bound: float | None,
     weights: dict[str, Tensor | None],
+    context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the gated messages of each atom, and how far they move it (eq. 4, 5 and 9).
 
@@ -111,9 +112,10 @@ def pair_layer(
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
         radial: Number K of radial functions of each distance.
         bound: The largest |φ_x|; None for no bound.
-        weights: ``by_scalar`` ((1 or 2) · (1 + K), F) for d² and its K radial functions, then those of the second
-            distance, see ``nn.radial``; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
+        weights: ``by_scalar`` ((1 or 2) · (1 + K) + A, F) for d² and its K radial functions, then those of the second
+            distance, see ``nn.radial``, then the context; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
             ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
+        context: Constant features of each pair, shape (B, M, M, A), or None; no gradient flows to them.
 
     Returns:
         Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
@@ -121,7 +123,8 @@ def pair_layer(
     Raises:
         ValueError: For more than three dimensions, or scalars of a pair that are not those above.
     """
-    rows, expected = len(weights["by_scalar"]), (1 + radial) * (1 if extra is None else 2)
+    given = 0 if context is None else context.shape[-1]
+    rows, expected = len(weights["by_scalar"]), (1 + radial) * (1 if extra is None else 2) + given
     if x.shape[-1] > 3 or rows != expected:
         raise ValueError(
             f"the kernel knows up to 3 dimensions and {expected} scalars of a pair here; got {x.shape[-1]} and {rows}"
@@ -129,7 +132,7 @@ def pair_layer(
     mask = pair_mask.ne(0)
     tensors = (target, source, x, extra, *(weights[name] for name in _WEIGHTS))
     settings = (radial, 0.0 if bound is None else float(bound))
-    return _PairLayer.apply(mask, settings, torch.is_grad_enabled(), *tensors)
+    return _PairLayer.apply(mask, context, settings, torch.is_grad_enabled(), *tensors)
 
 
 def push_tangents(h: Tensor, x: Tensor, terms: dict[str, Tensor | None], work: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ def push_memory(atoms: int, directions: int, width: int, n: int, dtype: torch.dt
 
 class _PairLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mask, settings, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own signature)
+    def forward(ctx, mask, context, settings, with_grad, *tensors):  # noqa: ANN001, ANN002, ANN205 (autograd's own)
         inputs = {
             name: None if t is None else t.detach().contiguous()
             for name, t in zip(_DIFFERENTIABLE, tensors, strict=True)
@@ -185,20 +188,21 @@ class _PairLayer(torch.autograd.Function):
         p = target.new_empty(size, atoms * atoms, width) if keep and moves else None
         scalars = target.new_empty(size, atoms * atoms, 2) if keep else None
         mask = mask.contiguous()
-        problem = _problem(mask, settings, inputs)
+        context = None if context is None else context.detach().to(target.dtype).contiguous()
+        problem = _problem(mask, context, settings, inputs)
         function = _function("forward", target.dtype)
         outputs = [_address(t) for t in (messages, shift if moves else None, v, p, scalars)]
         share_out(size, lambda k, first, last: function(problem, first, last, *outputs))
-        ctx.save_for_backward(mask, v, p, scalars, *inputs.values())
+        ctx.save_for_backward(mask, context, v, p, scalars, *inputs.values())
         ctx.settings = settings
         return messages, shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
-        mask, v, p, scalars, *kept = ctx.saved_tensors
+        mask, context, v, p, scalars, *kept = ctx.saved_tensors
         inputs = dict(zip(_DIFFERENTIABLE, kept, strict=True))
-        needs = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[3:], strict=True))
+        needs = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[4:], strict=True))
         target = inputs["target"]
         size = len(target)
         out = {name: torch.zeros_like(inputs[name]) for name in ("target", "source", "x")}
@@ -211,7 +215,7 @@ class _PairLayer(torch.autograd.Function):
             for name in _WEIGHTS
             if learn and inputs[name] is not None
         }
-        problem = _problem(mask, ctx.settings, inputs)
+        problem = _problem(mask, context, ctx.settings, inputs)
         function = _function("backward", target.dtype)
         g_messages, g_shift = g_messages.contiguous(), g_shift.contiguous()
         given = [_address(t) for t in (v, p, scalars, g_messages, g_shift)]
@@ -222,14 +226,17 @@ class _PairLayer(torch.autograd.Function):
 
         share_out(size, work)
         out |= {name: t.sum(dim=0) for name, t in own.items()}
-        return None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
+        return None, None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
 
 
-def _problem(mask: Tensor, settings: tuple[int, float], inputs: dict[str, Tensor | None]) -> _Problem:
+def _problem(
+    mask: Tensor, context: Tensor | None, settings: tuple[int, float], inputs: dict[str, Tensor | None]
+) -> _Problem:
     atoms, width = inputs["target"].shape[1:]
     radial, bound = settings
-    pointers = (_address(t) for t in (mask, *(inputs[name] for name in _DIFFERENTIABLE)))
-    return _Problem(atoms, inputs["x"].shape[-1], width, radial, len(inputs["by_scalar"]), bound, *pointers)
+    given = 0 if context is None else context.shape[-1]
+    pointers = (_address(t) for t in (mask, context, *(inputs[name] for name in _DIFFERENTIABLE)))
+    return _Problem(atoms, inputs["x"].shape[-1], width, radial, len(inputs["by_scalar"]), given, bound, *pointers)
 
 
 def _address(t: Tensor | None) -> int | None:

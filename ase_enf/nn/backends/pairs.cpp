@@ -1,6 +1,7 @@
 // The pairs of one EGCL, forward and backward, fused: no tensor of all pairs leaves the caches but what backward needs.
 //
-//   a = t_i + s_j + Σ_k c_k q_k(i, j)      q: d² and K functions of d; the same of a second distance, if there is one
+//   a = t_i + s_j + Σ_k c_k q_k(i, j)      q: d² and K functions of d; the same of a second distance, if there is one;
+//                                          what is given of the pair besides (its context), if there is something
 //   v = W2 silu(a) + b2,  u = silu(v),  e = sigmoid(w·u + β),  m = e u            (eq. 4)
 //   p = W3 m + b3,  φ = w4·silu(p)  (bounded: b tanh φ)                           (eq. 5, 9)
 //   out: Σ_j m  and  Σ_j φ (x_i − x_j) / (‖x_i − x_j‖ + 1)
@@ -126,9 +127,10 @@ void multiply(int rows, int width, int depth, const T* a, long row_stride, long 
 
 template <typename T>
 struct Problem {
-    int atoms, dimension, width, radial, scalars;  // M, n, F, K, rows of by_scalar
+    int atoms, dimension, width, radial, scalars, given;  // M, n, F, K, rows of by_scalar, A of them of the context
     double bound;                                  // of φ; not positive for none
     const uint8_t* mask;                                 // (B, M, M)
+    const T* context;                                    // (B, M, M, A) or null
     const T *target, *source, *x, *extra;                // (B, M, F) twice, (B, M, n), (B, M, M) or null
     const T *by_scalar;                                  // (scalars, F)
     const T *w2, *b2, *gate, *gate_bias, *w3, *b3, *w4;  // gate or w3 null where the layer has none
@@ -139,6 +141,7 @@ struct Pairs {  // a chunk of pairs of one molecule
     int count = 0;
     int i[CHUNK], j[CHUNK];
     T squared[CHUNK], extra[CHUNK], r[CHUNK][MAX_DIMENSION];
+    const T* context[CHUNK];
 };
 
 // The scalars of a chunk, (pairs, stride) with zeros from `scalars` on, and their derivatives by the squared distance.
@@ -158,6 +161,8 @@ struct Scalars {
         for (int k = 0; k < pairs.count; ++k) {
             expand(pairs.squared[k], problem.radial, k * stride);
             if (problem.extra) expand(pairs.extra[k], problem.radial, k * stride + 1 + problem.radial);
+            const int at = k * stride + problem.scalars - problem.given;  // where the slope stays zero: it is constant
+            for (int g = 0; g < problem.given; ++g) value[at + g] = pairs.context[k][g];
         }
     }
 
@@ -200,6 +205,7 @@ void each_chunk(const Problem<T>& problem, int molecule, Work work) {
                 pairs.squared[k] += pairs.r[k][c] * pairs.r[k][c];
             }
             pairs.extra[k] = extra ? extra[i * atoms + j] : T(0);
+            pairs.context[k] = problem.context + (((long)molecule * atoms + i) * atoms + j) * problem.given;
             if (pairs.count == CHUNK) {
                 work(pairs, done);
                 done += CHUNK, pairs.count = 0;
