@@ -113,8 +113,8 @@ def pair_layer(
         radial: Number K of radial functions of each distance.
         bound: The largest |φ_x|; None for no bound.
         weights: ``by_scalar`` ((1 or 2) · (1 + K) + A, F) for d² and its K radial functions, then those of the second
-            distance, see ``nn.radial``, then the context; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
-            ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
+            distance, see ``nn.radial``, then the context; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1)
+            or None, ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
         context: Constant features of each pair, shape (B, M, M, A), or None; no gradient flows to them.
 
     Returns:
