@@ -308,6 +308,8 @@ def _add_train(commands: Any, complete: bool) -> None:
         about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
         if kind is bool:
             command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **about)
+        elif kind is tuple:  # once for each
+            command.add_argument(_flag(name), action="append", **about)
         else:
             command.add_argument(_flag(name), type=kind, **about)
     for old, new in _renamed_fields().items():
@@ -339,7 +341,9 @@ def _train_fields() -> list[tuple[str, type, Any, str]]:
 
 
 def _plain_type(hint: Any) -> type:
-    """Returns T of ``T | None``."""
+    """Returns T of ``T | None``, and tuple for any."""
+    if typing.get_origin(hint) is tuple:
+        return tuple
     if isinstance(hint, types.UnionType):
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint

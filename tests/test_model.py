@@ -82,7 +82,7 @@ def test_log_prob_is_that_of_each_molecule_alone(flow, molecules, tolerance):
     noise = noise_for(flow, molecules)
     together = flow.log_prob(molecules, noise, solver=FIXED)
     alone = molecules.select(torch.tensor([1], device=molecules.mask.device))
-    alone = type(alone)(*(field[:, :3] for field in alone))
+    alone = type(alone)(*(field[:, :3] for field in alone[:4]))
     single = flow.log_prob(alone, noise[1:, :3], solver=FIXED)
     assert torch.allclose(single.log_prob[0], together.log_prob[1], **tolerance)
 
@@ -250,7 +250,7 @@ def test_log_prob_leaves_model_and_batch_alone(flow, molecules):
     assert torch.equal(first, second) and not first.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
-    assert all(torch.equal(a.double(), b.double()) for a, b in zip(molecules, copy, strict=True))
+    assert all(torch.equal(a.double(), b.double()) for a, b in zip(molecules[:4], copy[:4], strict=True))
     assert all(p.grad is None and p.requires_grad for p in flow.parameters())
 
 

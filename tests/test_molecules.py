@@ -51,7 +51,8 @@ def test_two_dimensions_survive_the_round_trip():
 
 def test_batch_holds_what_its_table_says(methane, water):
     batch = to_batch([methane, water], SPECIES, max_atoms=6)
-    assert [tuple(t.shape) for t in batch] == [(2, 6, 3), (2, 6, 3), (2, 6, 1), (2, 6)]
+    assert [tuple(t.shape) for t in batch[:4]] == [(2, 6, 3), (2, 6, 3), (2, 6, 1), (2, 6)]
+    assert batch[4:] == (None, None)
     assert batch.n_atoms.tolist() == [5, 3]
     for field in batch[:3]:
         assert (field[~batch.mask] == 0).all() and field.dtype == torch.float32

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     types      (B, M, K)    –            one-hot over the model's species, zero at padding
     charges    (B, M, 1)    e            nuclear charges Z, zero at padding
     mask       (B, M)       –            True for real atoms
+    conditions (B, C)       their own    numbers of each molecule, NaN where unknown; or None
+    bonds      (B, M, M)    –            0 none, 1, 2, 3, or 4 for an aromatic bond; or None
     ========== ============ ============ =================================================
     """
 
@@ -46,6 +48,8 @@ class Batch(NamedTuple):
     types: Tensor
     charges: Tensor
     mask: Tensor
+    conditions: Tensor | None = None
+    bonds: Tensor | None = None
 
     @property
     def n_atoms(self) -> Tensor:
@@ -54,16 +58,21 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """Moves every field; ``dtype`` applies to the floating ones."""
-        positions, types, charges = (t.to(device=device, dtype=dtype) for t in self[:3])
-        return Batch(positions, types, charges, self.mask.to(device=device))
+        floating = {"positions", "types", "charges", "conditions"}
+        return Batch(
+            *(
+                None if t is None else t.to(device=device, dtype=dtype if name in floating else None)
+                for name, t in zip(self._fields, self, strict=True)
+            )
+        )
 
     def select(self, index: Tensor) -> Batch:
         """Returns the molecules ``index`` (integers or booleans, shape (B',))."""
-        return Batch(*(t[index] for t in self))
+        return Batch(*(None if t is None else t[index] for t in self))
 
     def repeat(self, times: int) -> Batch:
         """Returns every molecule ``times`` times, copies side by side."""
-        return Batch(*(t.repeat_interleave(times, dim=0) for t in self))
+        return Batch(*(None if t is None else t.repeat_interleave(times, dim=0) for t in self))
 
 
 def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:

@@ -24,12 +24,21 @@ class MoleculeSet:
         atoms: Structures, checked one by one; never modified.
         species: Elements of the one-hot columns; empty for positions only.
         dimension: Dimension of space.
+        conditions: Numbers that condition the flow, shape (molecules, C); None for none.
+        bonds: Bonds of each structure, (M, M) arrays; None for a flow that knows none.
 
     Raises:
         ValueError: See ``molecules.check_atoms``; also for an empty set.
     """
 
-    def __init__(self, atoms: Sequence[Atoms], species: Sequence[str], dimension: int) -> None:
+    def __init__(
+        self,
+        atoms: Sequence[Atoms],
+        species: Sequence[str],
+        dimension: int,
+        conditions: np.ndarray | None = None,
+        bonds: Sequence[np.ndarray] | None = None,
+    ) -> None:
         if not atoms:
             raise ValueError("no structures to train on; the data set is empty")
         for index, item in enumerate(atoms):
@@ -38,6 +47,8 @@ class MoleculeSet:
         numbers = np.concatenate([item.numbers for item in atoms])
         positions = np.concatenate([item.positions[:, :dimension] for item in atoms])
         self._fill(sizes, numbers, positions, species)
+        self.conditions = None if conditions is None else torch.from_numpy(conditions).float()
+        self._keep_bonds(bonds)
 
     @classmethod
     def from_arrays(
@@ -56,6 +67,8 @@ class MoleculeSet:
         return table
 
     def _fill(self, sizes: np.ndarray, numbers: np.ndarray, positions: np.ndarray, species: Sequence[str]) -> None:
+        self.conditions: Tensor | None = None  # (B, C)
+        self.bonds: Tensor | None = None  # (Σ M²,), the matrices of all on end
         first = np.cumsum(sizes) - sizes
         centroids = np.add.reduceat(positions, first, axis=0) / sizes[:, None]
         centered = positions - np.repeat(centroids, sizes, axis=0)
@@ -69,6 +82,11 @@ class MoleculeSet:
         self.types = nn.functional.one_hot(torch.from_numpy(column[numbers]), max(len(species), 1)).float()[
             :, : len(species)
         ]
+
+    def _keep_bonds(self, bonds: Sequence[np.ndarray] | None) -> None:
+        if bonds is not None:
+            self.bonds = torch.from_numpy(np.concatenate([matrix.astype(np.uint8).ravel() for matrix in bonds]))
+            self.bond_starts = self.sizes.square().cumsum(0) - self.sizes.square()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -87,7 +105,17 @@ class MoleculeSet:
         mask = slots < sizes[:, None]
         atom = torch.where(mask, starts[:, None] + slots, starts[:, None])
         real = mask.unsqueeze(-1).float()
-        return Batch(self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real, mask)
+        conditions = None if self.conditions is None else self.conditions[index]
+        bonds = None if self.bonds is None else self._bonds(index, mask)
+        atoms = (self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real)
+        return Batch(*atoms, mask, conditions, bonds)
+
+    def _bonds(self, index: Tensor, mask: Tensor) -> Tensor:
+        """Returns the bonds of some molecules, padded to (B, M, M)."""
+        slots = torch.arange(mask.shape[1])
+        inside = mask.unsqueeze(2) & mask.unsqueeze(1)
+        place = self.bond_starts[index, None, None] + slots[:, None] * self.sizes[index, None, None] + slots
+        return torch.where(inside, self.bonds[torch.where(inside, place, 0)], 0)
 
     def epoch_plan(self, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
         """Returns the batches of one epoch as index arrays: one size each, the leftovers together in order of size."""

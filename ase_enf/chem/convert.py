@@ -180,7 +180,7 @@ def sanitise(mol: Mol) -> Mol | None:
     from rdkit import Chem
 
     copy = Chem.Mol(mol)
-    with _quiet_rdkit():
+    with quiet_rdkit():
         try:
             Chem.SanitizeMol(copy)
         except ValueError:  # of which all of RDKit's MolSanitizeException are
@@ -203,7 +203,7 @@ def canonical_smiles(mol: Mol) -> str:
     """
     from rdkit import Chem
 
-    with _quiet_rdkit():
+    with quiet_rdkit():
         return Chem.MolToSmiles(Chem.RemoveHs(_unmarked(mol)), isomericSmiles=False)
 
 
@@ -233,7 +233,7 @@ def normalise_smiles(smiles: str) -> str | None:
     """
     from rdkit import Chem
 
-    with _quiet_rdkit():
+    with quiet_rdkit():
         mol = Chem.MolFromSmiles(smiles)
     return None if mol is None else canonical_smiles(mol)
 
@@ -284,7 +284,7 @@ def _rdkit_mol(atoms: Atoms) -> Mol:
     unbonded = _with_conformer(bond_graph(atoms.numbers, np.zeros((len(atoms), len(atoms)), dtype=np.int8)), atoms)
     for charged in (True, False):  # nitro groups need formal charges; radicals are found only without
         mol = Chem.Mol(unbonded)
-        with _quiet_rdkit():
+        with quiet_rdkit():
             try:
                 rdDetermineBonds.DetermineBonds(
                     mol, charge=0, allowChargedFragments=charged, embedChiral=False, maxIterations=_MAX_ITERATIONS
@@ -341,7 +341,7 @@ def _with_conformer(mol: Mol, atoms: Atoms) -> Mol:
 
 
 @contextmanager
-def _quiet_rdkit() -> Iterator[None]:
+def quiet_rdkit() -> Iterator[None]:
     """Keep RDKit's messages about broken molecules off the user's terminal; the state before comes back after."""
     from rdkit import rdBase
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ase_enf.flow.context import Context, split_context
 from ase_enf.flow.parameterisation import Coefficients, Parameterisation
 from ase_enf.geometry import center, pair_mask
 from ase_enf.nn.backends import fused
@@ -43,12 +44,14 @@ class Dynamics(nn.Module):
         x: Tensor,  # (B, M, n)
         h: Tensor,  # (B, M, F), F may be 0
         mask: Tensor,  # (B, M), bool
-        context: Tensor | None = None,  # (B, M, K), features that do not flow
+        context: Tensor | Context | None = None,  # features that do not flow: (B, M, K), or of pairs, too
     ) -> tuple[Tensor, Tensor]:
         """Returns dx/dt (B, M, n) on the zero-mean subspace and dh/dt (B, M, F), zero at padding."""
         c = self.parameterisation(self._times(t, x))
         y = c.x_in * x
-        h_out, x_out = self.network(self._nodes(t, c.h_in * h, context), y, pair_mask(mask).to(x.dtype))
+        known = split_context(context)
+        pairs = () if known.pairs is None else (known.pairs,)  # which an EGNN alone takes
+        h_out, x_out = self.network(self._nodes(t, c.h_in * h, known.nodes), y, pair_mask(mask).to(x.dtype), *pairs)
         return self._velocity(c, x, h, y, h_out, x_out, mask)
 
     def trace(
@@ -57,7 +60,7 @@ class Dynamics(nn.Module):
         x: Tensor,  # (B, M, n)
         h: Tensor,  # (B, M, F)
         mask: Tensor,  # (B, M), bool
-        context: Tensor | None = None,  # (B, M, K)
+        context: Tensor | Context | None = None,  # as in forward
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
 
@@ -70,11 +73,12 @@ class Dynamics(nn.Module):
             return None
         c = self.parameterisation(self._times(t, x))
         y, pairs = c.x_in * x, pair_mask(mask).to(x.dtype)
-        nodes = self._nodes(t, c.h_in * h, context)
+        known = split_context(context)
+        nodes = self._nodes(t, c.h_in * h, known.nodes)
         atoms = mask.sum(dim=-1)
         x_gain, h_gain = ((out * scale).flatten() for out, scale in ((c.x_out, c.x_in), (c.h_out, c.h_in)))
         if isinstance(self.network, EGNN):
-            h_out, x_out, by_x, by_h = egnn_trace(self.network, nodes, y, pairs, mask)
+            h_out, x_out, by_x, by_h = egnn_trace(self.network, nodes, y, pairs, mask, known.pairs)
             trace = x_gain * (by_x - x.shape[-1] * atoms) + h_gain * by_h  # of x^L − y
         else:
             h_out, x_out, by_x = self.network.with_trace(nodes, y, pairs)
@@ -135,12 +139,12 @@ class BoundDynamics:
     Args:
         dynamics: The dynamics.
         mask: True for real atoms, shape (B, M).
-        context: Features that do not flow, shape (B, M, K), or None.
+        context: Features that do not flow, of nodes (B, M, K) or of pairs, too; or None.
     """
 
     dynamics: Dynamics
     mask: Tensor
-    context: Tensor | None = None
+    context: Tensor | Context | None = None
 
     def __call__(self, t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Returns dx/dt and dh/dt."""
@@ -160,14 +164,17 @@ def build_network(
     layers: int,
     attention: bool,
     radial: int = 0,
+    pair_features: int = 0,
 ) -> nn.Module:
-    """Builds a network by name; ``in_features`` counts the time, ``radial`` is for an EGNN only.
+    """Builds a network by name; ``in_features`` counts the time; ``radial``, ``pair_features`` are for an EGNN only.
 
     Raises:
         ValueError: If ``kind`` is unknown, or moves positions only and there are features.
     """
     if kind == "egnn":
-        return EGNN(in_features, out_features, hidden, layers, gate=attention, radial=radial)
+        return EGNN(
+            in_features, out_features, hidden, layers, gate=attention, radial=radial, pair_features=pair_features
+        )
     if kind == "gnn":
         return GNN(in_features, out_features, dimension, hidden, layers, gate=attention)
     if kind not in POSITION_NETWORKS:

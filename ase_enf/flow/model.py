@@ -22,6 +22,15 @@ from torch import Tensor, nn
 from ase_enf.atoms.batch import Batch
 from ase_enf.atoms.files import atomic_write, require_folder
 from ase_enf.flow import base, divergence
+from ase_enf.flow.context import (
+    GRAPH_FEATURES,
+    Condition,
+    Context,
+    condition_features,
+    graph_features,
+    read_conditions,
+    split_context,
+)
 from ase_enf.flow.continuous import (
     INTERVALS,
     PATH_REDUCTION,
@@ -80,6 +89,9 @@ class ENFConfig:
         feature_std: Standard deviation of the flowing features inside the flow, for "denoising".
         path: "linear", where flow matching trained it, so that the path from data to noise is (1 − t) x + t z in
             distribution; None where that is not known.
+        conditions: Numbers of the whole molecule that condition the flow where they are known; see
+            ``context.Condition``.
+        graph: Whether the molecular graph conditions the flow, for "given" with "egnn": density p(x | graph).
 
     Raises:
         ValueError: For an unknown or inconsistent value.
@@ -102,12 +114,15 @@ class ENFConfig:
     parameterisation: str = "velocity"
     feature_std: float = 1.0
     path: str | None = None
+    conditions: tuple[Condition, ...] = ()
+    graph: bool = False
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)
         set_field("species", () if self.features == "none" else tuple(self.species))
         set_field("sizes", {int(size): int(count) for size, count in self.sizes.items()})
         set_field("compositions", dict(self.compositions))
+        set_field("conditions", read_conditions(self.conditions))
         width = self.flow_features
         set_field("feature_shift", tuple(self.feature_shift) or (0.0,) * width)
         set_field("feature_scale", tuple(self.feature_scale) or (1.0,) * width)
@@ -120,6 +135,12 @@ class ENFConfig:
         if self.network in POSITION_NETWORKS and self.features != "none":
             raise ValueError(
                 f"network {self.network!r} moves positions only, but features={self.features!r}; use features='none'"
+            )
+        if self.conditions and self.network in POSITION_NETWORKS:
+            raise ValueError(f"network {self.network!r} knows no conditions; use 'egnn' or 'gnn'")
+        if self.graph and (self.features, self.network) != ("given", "egnn"):
+            raise ValueError(
+                f"graph=True needs features='given' and network='egnn', not {self.features!r} and {self.network!r}"
             )
         if self.features != "none" and not self.species:
             raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
@@ -150,8 +171,8 @@ class ENFConfig:
 
     @property
     def context_features(self) -> int:
-        """Number of features that condition the flow."""
-        return len(self.species) if self.features == "given" else 0
+        """Number of features of an atom that condition the flow."""
+        return (len(self.species) if self.features == "given" else 0) + 2 * len(self.conditions)
 
 
 class Encoded(NamedTuple):
@@ -160,7 +181,7 @@ class Encoded(NamedTuple):
     x: Tensor  # (B, M, n), scaled and centred
     h: Tensor  # (B, M, F), lifted, shifted and scaled
     mask: Tensor  # (B, M)
-    context: Tensor | None  # (B, M, K) for "given"
+    context: Tensor | Context | None  # (B, M, K) for "given" and of conditions; of a graph those of the pairs, too
     log_volume: Tensor  # (B,), log|det| of the scaling, on the subspace
     log_q: Tensor  # (B,), log q(h̃|h)
 
@@ -219,6 +240,7 @@ class ENF(nn.Module):
             layers=config.layers,
             attention=config.attention,
             radial=config.radial,
+            pair_features=GRAPH_FEATURES if config.graph else 0,
         )
         self.dynamics = Dynamics(network, Parameterisation(config.parameterisation, config.feature_std))
         self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
@@ -318,11 +340,13 @@ class ENF(nn.Module):
         """
         return self.dynamics.use_kernel(kernel)
 
-    def velocity(self, mask: Tensor, context: Tensor | None = None) -> BoundDynamics:
+    def velocity(self, mask: Tensor, context: Tensor | Context | None = None) -> BoundDynamics:
         """Returns ``(t, x, h) → (dx, dh)`` with mask and context bound."""
         return BoundDynamics(self.dynamics, mask, context)
 
-    def flow(self, mask: Tensor, context: Tensor | None = None, solver: Solver | None = None) -> ContinuousFlow:
+    def flow(
+        self, mask: Tensor, context: Tensor | Context | None = None, solver: Solver | None = None
+    ) -> ContinuousFlow:
         """Returns the continuous flow of one batch, integrated by :attr:`likelihood_solver` unless another is given."""
         return ContinuousFlow(self.velocity(mask, context), mask, solver or self.likelihood_solver)
 
@@ -339,24 +363,45 @@ class ENF(nn.Module):
         real = batch.mask.unsqueeze(-1)
         x = batch.positions / config.position_scale
         log_volume = -subspace_dim(batch.mask, config.dimension).to(x.dtype) * math.log(config.position_scale)
+        context = self.context(batch)
         if self.q is None:
-            context = batch.types if config.features == "given" else None
             return Encoded(x, x[..., :0], batch.mask, context, log_volume, torch.zeros_like(log_volume))
         if noise is None:
             noise = torch.randn(*x.shape[:2], config.flow_features, dtype=x.dtype, device=x.device)
         lifted = lift(self.q, batch.positions, batch.types, batch.charges, batch.mask, noise)
         h = (lifted.features - self._feature(config.feature_shift)) * self._feature(config.feature_scale) * real
         log_volume = log_volume + batch.n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
-        return Encoded(x, h, batch.mask, None, log_volume, lifted.log_q)
+        return Encoded(x, h, batch.mask, context, log_volume, lifted.log_q)
 
-    def decode(self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | None = None) -> Batch:
+    def context(self, batch: Batch) -> Tensor | Context | None:
+        """Returns what conditions the dynamics of a batch: given types, conditions, and features of the graph's pairs.
+
+        Raises:
+            ValueError: If the flow needs a graph, and the batch has none.
+        """
+        config = self.config
+        nodes = [batch.types] if config.features == "given" else []
+        if config.conditions:
+            mean, std = (self._feature([getattr(c, name) for c in config.conditions]) for name in ("mean", "std"))
+            known = condition_features(batch.conditions, batch.positions, mean, std)
+            nodes.append(known * batch.mask.unsqueeze(-1))
+        together = torch.cat(nodes, dim=-1) if len(nodes) > 1 else nodes[0] if nodes else None
+        if not config.graph:
+            return together
+        if batch.bonds is None:
+            raise ValueError(f"the flow {self.name!r} is one of molecular graphs; give the batch its bonds")
+        return Context(together, graph_features(batch.bonds, batch.positions.dtype))
+
+    def decode(self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | Context | None = None) -> Batch:
         """Returns molecules in Å with discrete features; the inverse of :meth:`encode`."""
         positions = x * self.config.position_scale
         if self.q is not None:
             features = h / self._feature(self.config.feature_scale) + self._feature(self.config.feature_shift)
             types, charges = quantize(features)
             return Batch(positions, types * mask.unsqueeze(-1), charges * mask.unsqueeze(-1), mask)
-        types = context if context is not None else x[..., :0]
+        types = x[..., :0]
+        if self.config.features == "given":
+            types = split_context(context).nodes[..., : len(self.species)]
         return Batch(positions, types, torch.zeros_like(x[..., :1]), mask)
 
     def log_prob(
@@ -450,7 +495,7 @@ class ENF(nn.Module):
         z_x: Tensor,
         z_h: Tensor,
         mask: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | Context | None = None,
         solver: Solver | None = None,
         noise: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Batch:
@@ -464,7 +509,8 @@ class ENF(nn.Module):
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
             z_h: Gaussian features, shape (B, M, F).
             mask: True for real atoms, shape (B, M).
-            context: One-hot types for "given", shape (B, M, K).
+            context: One-hot types for "given", shape (B, M, K), and what else conditions the flow; see
+                :meth:`context`.
             solver: How to integrate; when None, :attr:`sampling_solver`, or :attr:`ode_solver` if there is no noise.
             noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
 

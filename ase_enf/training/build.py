@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ase_enf.atoms.batch import species_of
 from ase_enf.atoms.dataset import MoleculeSet
+from ase_enf.chem.convert import PerceptionError
+from ase_enf.chem.graph import bonds_of
+from ase_enf.data.properties import UNITS, property_table
+from ase_enf.flow.context import GRAPH_FEATURES, Condition
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF, ENFConfig, load
 from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
@@ -54,6 +61,19 @@ def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...
         parameterisation=config.parameterisation,
         feature_std=data.feature_std(scale) if config.parameterisation == "denoising" and scale else 1.0,
         path=training_path(config),
+        conditions=conditions_of(config, data),
+        graph=config.graph,
+    )
+
+
+def conditions_of(config: TrainConfig, data: MoleculeSet) -> tuple[Condition, ...]:
+    """Returns what training knows of the numbers that condition a flow."""
+    if not config.condition:
+        return ()
+    sizes = data.sizes.numpy()
+    return tuple(
+        Condition.of(name, UNITS.get(name, ""), values, sizes)
+        for name, values in zip(config.condition, data.conditions.double().numpy().T, strict=True)
     )
 
 
@@ -76,7 +96,7 @@ def begin(
     _check_not_empty(train_atoms, valid_atoms)
     initial = _initial(config) if config.init_from else None
     if initial is not None:
-        config = dataclasses.replace(config, **model_fields(initial.config))
+        config = dataclasses.replace(config, **model_fields(initial.config), **_context_fields(initial, config))
         species = initial.species
     else:
         species = () if config.features == "none" else species_of(train_atoms)
@@ -152,21 +172,61 @@ def _data_sets(
     config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], species: tuple[str, ...]
 ) -> tuple[MoleculeSet, MoleculeSet]:
     """Returns training and validation set; what is wrong with a structure says which set it is in."""
-    data = _molecules("training set", train_atoms, species, config.dimension)
+    data = _molecules("training set", train_atoms, species, config)
     for index, item in enumerate(valid_atoms if species and not config.init_from else ()):
         if foreign := sorted(set(item.symbols) - set(species)):
             raise ValueError(
                 f"validation set: structure {index} ({item.get_chemical_formula()}): element(s) "
                 f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
             )
-    return data, _molecules("validation set", valid_atoms, species, config.dimension)
+    return data, _molecules("validation set", valid_atoms, species, config)
 
 
-def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], dimension: int) -> MoleculeSet:
+def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], config: TrainConfig) -> MoleculeSet:
     try:
-        return MoleculeSet(atoms, species, dimension)
+        bonds = None
+        if config.graph:
+            atoms, bonds = _with_graphs(name, atoms)
+        conditions = property_table(atoms, config.condition, required=True) if config.condition else None
+        return MoleculeSet(atoms, species, config.dimension, conditions, bonds)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _with_graphs(name: str, atoms: list[Atoms]) -> tuple[list[Atoms], list[np.ndarray]]:
+    """Returns the structures whose molecular graph is clear, and these graphs; a warning says how many are left out."""
+    kept, bonds = [], []
+    for item in atoms:
+        try:
+            bonds.append(bonds_of(item))
+        except PerceptionError:
+            continue
+        kept.append(item)
+    if len(kept) < len(atoms):
+        warnings.warn(
+            f"{name}: {len(atoms) - len(kept)} of {len(atoms)} structures are left out, of which RDKit finds no "
+            "bonds, or such with charges, radicals or fragments",
+            stacklevel=2,
+        )
+    if not kept:
+        raise ValueError("RDKit finds the bonds of no structure; train without graph")
+    return kept, bonds
+
+
+def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
+    """Returns what conditions a flow that starts from weights: what these know, or new conditions."""
+    names = tuple(condition.name for condition in initial.config.conditions)
+    if names and config.condition and names != config.condition:
+        raise ValueError(
+            f"condition={config.condition!r}: the model of init_from={config.init_from!r} has the conditions "
+            f"{', '.join(names)}; leave condition out, or start from a model without"
+        )
+    if config.graph and (initial.features != "given" or initial.config.network != "egnn"):
+        raise ValueError(
+            f"graph=True: the model of init_from={config.init_from!r} has features={initial.features!r}; start from an "
+            "EGNN with features='given'"
+        )
+    return {"condition": names or config.condition, "graph": initial.config.graph or config.graph}
 
 
 def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
@@ -180,10 +240,32 @@ def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
 def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
     """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
     counts = _counts(data, initial.features)
-    known = dataclasses.replace(initial.config, path=training_path(config), **counts)
+    conditions = initial.config.conditions or conditions_of(config, data)
+    known = dataclasses.replace(
+        initial.config, path=training_path(config), **counts, conditions=conditions, graph=config.graph
+    )
     model = ENF(known, initial.provenance)
-    model.load_state_dict(initial.state_dict())
+    model.load_state_dict(widened(initial.state_dict(), initial.config, known))
     return model
+
+
+def widened(state: Mapping[str, Tensor], before: ENFConfig, after: ENFConfig) -> dict[str, Tensor]:
+    """Returns weights for a network that sees more of the context, and does not mind: new inputs have weight zero.
+
+    Args:
+        state: Weights of the network as it was.
+        before: What it was.
+        after: What it is to be, with more conditions, or with a graph.
+    """
+    result = dict(state)
+    nodes = after.context_features - before.context_features
+    pairs = GRAPH_FEATURES * (after.graph - before.graph)
+    for name, value in state.items():
+        if name == "dynamics.network.embed.weight" and nodes:  # the time comes last
+            result[name] = torch.cat([value[:, :-1], value.new_zeros(len(value), nodes), value[:, -1:]], dim=1)
+        elif name.endswith("messages.edge_in.weight") and name.startswith("dynamics.") and pairs:
+            result[name] = torch.cat([value, value.new_zeros(len(value), pairs)], dim=1)
+    return result
 
 
 def _check_same_data(config: TrainConfig, known: ENFConfig, data: MoleculeSet) -> None:

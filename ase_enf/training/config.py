@@ -87,6 +87,15 @@ class TrainConfig:
     """
 
     features: str = setting("joint", '"joint", "given" or "none"; see ENFConfig')
+    condition: tuple[str, ...] = setting(
+        (),
+        "names of numbers in the info of the structures that condition the flow, such as gap; training drops them at "
+        "random, so that the same weights also draw without them",
+    )
+    graph: bool = setting(
+        False,
+        "whether the molecular graph, perceived from the positions, conditions the flow (features given, network egnn)",
+    )
     dimension: int = setting(3, "3, or 2 for structures in the xy plane")
     network: str = setting(
         "egnn", '"egnn", "gnn" or, with features "none", "simple" or "kernel" (Köhler et al. 2020); see ENFConfig'
@@ -233,6 +242,14 @@ class TrainConfig:
 
 _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     (
+        lambda c: c.graph and not c.init_from and (c.features != "given" or c.network != "egnn"),
+        "graph=True conditions an EGNN of given types; use features='given' and network='egnn'",
+    ),
+    (
+        lambda c: bool(c.condition) and c.network in ("simple", "kernel"),
+        "condition: the networks 'simple' and 'kernel' know no conditions; use 'egnn' or 'gnn'",
+    ),
+    (
         lambda c: c.objective == "flow_matching" and c.dequantizer == "learned" and c.features == "joint",
         "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'",
     ),
@@ -292,7 +309,17 @@ def _text(name: str, value: Any, _: int) -> str:
     return os.fsdecode(value)
 
 
-_PLAIN: dict[str, Callable[[str, Any, int], Any]] = {"bool": _flag, "int": check_whole, "float": _real, "str": _text}
+def _names(name: str, value: Any, _: int) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}={value!r}: must be a tuple of names, like ('gap',)")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name}={value!r}: names one twice; leave it out once")
+    return tuple(value)
+
+
+_PLAIN: dict[str, Callable[[str, Any, int], Any]] = {
+    "bool": _flag, "int": check_whole, "float": _real, "str": _text, "tuple[str, ...]": _names,
+}  # fmt: skip
 
 
 def field_help() -> dict[str, str]:
@@ -317,7 +344,9 @@ def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
         >>> migrated({"ema": 0.99, "kernel": "plain"})
         {'ema_decay': 0.99, 'backend': 'torch'}
     """
-    settings = {RENAMED.get(name, name): value for name, value in saved.items()}
+    settings = {
+        RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+    }
     if "kernel" in saved:
         settings["backend"] = {old: new for new, old in BACKENDS.items()}.get(saved["kernel"], saved["kernel"])
     return settings

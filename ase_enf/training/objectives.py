@@ -15,6 +15,8 @@ from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, subspace_dim
 
 TIMES = ("power", "beta")
+# How often a molecule keeps none of its conditions, none or a single one, and each of several.
+KEEP_NONE, KEEP_ONE, KEEP_EACH = 0.1, 0.5, 0.7
 
 
 class Loss(NamedTuple):
@@ -41,6 +43,26 @@ def _uniform(like: Tensor, size: int, generator: torch.Generator | None) -> Tens
     """Uniform numbers in [0, 1), drawn like :func:`_normal`."""
     device = like.device if generator is None else generator.device
     return torch.rand(size, generator=generator, dtype=torch.float32, device=device)
+
+
+def drop_conditions(batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    """Returns a batch in which some conditions of each molecule are unknown, so that a flow learns to do without.
+
+    A molecule keeps none with probability 0.1, one alone with 0.4, else each with probability 0.7.
+
+    Args:
+        batch: Molecules; without conditions it is returned as it is, and nothing is drawn.
+        generator: Of the choice.
+    """
+    if batch.conditions is None:
+        return batch
+    size, count = batch.conditions.shape
+    device = batch.conditions.device if generator is None else generator.device
+    draws = torch.rand(size, count + 2, generator=generator, device=device).to(batch.conditions.device)
+    kind, place, each = draws[:, :1], (draws[:, 1:2] * count).long(), draws[:, 2:]
+    alone = torch.arange(count, device=place.device) == place
+    keep = torch.where(kind < KEEP_ONE, alone, each < KEEP_EACH) & (kind >= KEEP_NONE)
+    return batch._replace(conditions=torch.where(keep, batch.conditions, torch.nan))
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,7 @@ class FlowMatching:
         size, width, _ = batch.positions.shape
         features = model.config.flow_features
         like = batch.positions
+        batch = drop_conditions(batch, generator)
         with torch.no_grad():
             noise = _normal(like, size, width, features, generator=generator)
             data = model.encode(batch, noise)
@@ -122,6 +145,7 @@ class NegativeLogLikelihood:
     def __call__(self, model: ENF, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """Returns the regularised loss; ``value`` is the NLL in nats."""
         size, width, _ = batch.positions.shape
+        batch = drop_conditions(batch, generator)
         noise = _normal(batch.positions, size, width, model.config.flow_features, generator=generator)
         data = model.encode(batch, noise)
         v_x, v_h = divergence.draw_probes(data.x, data.h, 1, generator, self.probe)

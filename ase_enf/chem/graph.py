@@ -1,0 +1,183 @@
+"""Molecular graphs: from a SMILES, from positions, and as a text in ``info``.
+
+A graph is a matrix of bonds: 0 for none, 1, 2, 3 for their orders and 4 for an aromatic bond, by RDKit's model of
+aromaticity, so that the Kekulé structure does not matter. Hydrogens are atoms like all others. Charges, radicals and
+stereochemistry are no part of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from ase_enf.chem.convert import PerceptionError, canonical_smiles, quiet_rdkit, to_mol
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+
+AROMATIC = 4
+BONDS_KEY = "enf_bonds"
+"""Key in ``info`` under which a structure carries its graph, as `write_bonds` writes it."""
+
+
+class Graph(NamedTuple):
+    """A molecule without positions.
+
+    Attributes:
+        numbers: shape (M,), atomic numbers, hydrogens included.
+        bonds: shape (M, M), symmetric, 0 to 4.
+        smiles: canonical SMILES without stereochemistry.
+    """
+
+    numbers: NDArray[np.int64]
+    bonds: NDArray[np.int8]
+    smiles: str
+
+
+def graph_of_smiles(smiles: str) -> Graph:
+    """The graph of a SMILES, its hydrogens added behind the atoms that are written.
+
+    Args:
+        smiles: Of one neutral closed-shell molecule. What it says of stereochemistry is left out.
+
+    Returns:
+        The graph; atoms in the order of the SMILES, then hydrogens.
+
+    Raises:
+        ValueError: RDKit cannot read it, or it has charges, radicals, isotopes, or several fragments.
+
+    >>> water = graph_of_smiles("O")
+    >>> water.numbers.tolist(), water.bonds.tolist()
+    ([8, 1, 1], [[0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    """
+    from rdkit import Chem
+
+    with quiet_rdkit():
+        mol = Chem.MolFromSmiles(str(smiles).strip())
+    if mol is None or not mol.GetNumAtoms():
+        raise ValueError(f"smiles {smiles!r}: RDKit cannot read it; write it like CCO")
+    if reason := _unfit(mol):
+        raise ValueError(f"smiles {smiles!r}: has {reason}; give one neutral closed-shell molecule")
+    whole = Chem.AddHs(mol)
+    return Graph(np.array([atom.GetAtomicNum() for atom in whole.GetAtoms()]), _bonds(whole), canonical_smiles(mol))
+
+
+def has_stereo(smiles: str) -> bool:
+    """Whether a SMILES says something of stereochemistry.
+
+    >>> has_stereo("F/C=C/F"), has_stereo("C[C@H](O)F"), has_stereo("CCO")
+    (True, True, False)
+    """
+    return any(mark in smiles for mark in "@/\\")
+
+
+def perceived_bonds(atoms: Atoms) -> NDArray[np.int8]:
+    """The graph of a structure as RDKit perceives it from the positions.
+
+    Args:
+        atoms: A molecule. It is not modified.
+
+    Returns:
+        shape (M, M), symmetric, 0 to 4.
+
+    Raises:
+        PerceptionError: RDKit finds no bonds, or such with charges, radicals or several fragments.
+
+    >>> from ase.build import molecule
+    >>> perceived_bonds(molecule("C6H6"))[:3, :3].tolist()
+    [[0, 4, 0], [4, 0, 4], [0, 4, 0]]
+    """
+    mol = to_mol(atoms, "rdkit")
+    if reason := _unfit(mol):
+        raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, {reason}")
+    return _bonds(mol)
+
+
+def bonds_of(atoms: Atoms) -> NDArray[np.int8]:
+    """The graph that a structure carries in ``info["enf_bonds"]``, or else the one perceived.
+
+    Args:
+        atoms: A molecule. It is not modified.
+
+    Returns:
+        shape (M, M), symmetric, 0 to 4.
+
+    Raises:
+        PerceptionError: See `perceived_bonds`.
+        ValueError: What it carries is no graph of its atoms.
+
+    >>> bonds_of(Atoms("H2", info={"enf_bonds": "0-1-1"})).tolist()
+    [[0, 1], [1, 0]]
+    """
+    text = atoms.info.get(BONDS_KEY)
+    return perceived_bonds(atoms) if text is None else read_bonds(str(text), len(atoms))
+
+
+def write_bonds(bonds: NDArray[np.integer]) -> str:
+    """A graph as a text that every format keeps: ``i-j-bond`` for each, apart by spaces.
+
+    >>> write_bonds(np.array([[0, 2], [2, 0]]))
+    '0-1-2'
+    """
+    first, second = np.nonzero(np.triu(bonds))
+    return " ".join(f"{i}-{j}-{bonds[i, j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True))
+
+
+def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
+    """The graph that `write_bonds` has written.
+
+    Args:
+        text: The text.
+        n_atoms: M.
+
+    Returns:
+        shape (M, M), symmetric, 0 to 4.
+
+    Raises:
+        ValueError: It is no such text, or not of so many atoms.
+
+    >>> read_bonds("0-1-2", 2).tolist()
+    [[0, 2], [2, 0]]
+    """
+    bonds = np.zeros((n_atoms, n_atoms), dtype=np.int8)
+    try:
+        for word in text.split():
+            i, j, kind = (int(part) for part in word.split("-"))
+            if not (0 <= i < n_atoms and 0 <= j < n_atoms and i != j and 1 <= kind <= AROMATIC):
+                raise ValueError
+            bonds[i, j] = bonds[j, i] = kind
+    except ValueError:
+        raise ValueError(
+            f"info[{BONDS_KEY!r}]={text[:40]!r}: is no list of bonds i-j-kind between {n_atoms} atoms; remove it to "
+            "have the bonds perceived"
+        ) from None
+    return bonds
+
+
+def _unfit(mol: Mol) -> str | None:
+    """Returns in words what a molecule has that a graph cannot tell, None if nothing."""
+    from rdkit import Chem
+
+    atoms = list(mol.GetAtoms())
+    if any(atom.GetAtomicNum() == 0 for atom in atoms):
+        return "an atom of no element"
+    if any(atom.GetFormalCharge() for atom in atoms):
+        return "formal charges"
+    if any(atom.GetNumRadicalElectrons() for atom in atoms):
+        return "unpaired electrons"
+    if any(atom.GetIsotope() for atom in atoms):
+        return "isotopes"
+    if len(Chem.GetMolFrags(mol)) > 1:
+        return "several fragments"
+    return None
+
+
+def _bonds(mol: Mol) -> NDArray[np.int8]:
+    bonds = np.zeros((mol.GetNumAtoms(), mol.GetNumAtoms()), dtype=np.int8)
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        bonds[i, j] = bonds[j, i] = AROMATIC if bond.GetIsAromatic() else int(bond.GetBondTypeAsDouble())
+    return bonds
