@@ -13,7 +13,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ase_enf.chem.convert import PerceptionError, canonical_smiles, quiet_rdkit, to_mol
+from ase_enf.chem.convert import PerceptionError, canonical_smiles, quiet_rdkit, sanitise, to_mol
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -90,7 +90,9 @@ def perceived_bonds(atoms: Atoms) -> NDArray[np.int8]:
     >>> perceived_bonds(molecule("C6H6"))[:3, :3].tolist()
     [[0, 4, 0], [4, 0, 4], [0, 4, 0]]
     """
-    mol = to_mol(atoms, "rdkit")
+    mol = sanitise(to_mol(atoms, "rdkit"))  # which finds what is aromatic
+    if mol is None:
+        raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, bonds that RDKit refuses")
     if reason := _unfit(mol):
         raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, {reason}")
     return _bonds(mol)

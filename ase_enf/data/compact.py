@@ -9,7 +9,12 @@ array           shape        meaning
 ``gdb_index``   (B,)         optional: 1-based number in GDB-9, ``info["qm9_index"]``
 ``split``       (B,)         optional: 0 train, 1 valid, 2 test, 3 excluded
 ``smiles``      (B,)         optional: SMILES as published, ``info["qm9_smiles"]``
+``mu``, ...     (B,) each    optional: ``mu``, ``alpha``, ``homo``, ``lumo``, ``gap``, ``Cv`` as published, orbital
+                             energies in Hartree; in ``info`` of these names in the units of
+                             `ase_enf.data.properties`
 ==============  ===========  ========================================================================
+
+A file of the same name that ends in ``_properties.npz`` may lie beside it, with ``gdb_index`` and the last six.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from numpy.typing import NDArray
 
 from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError, DataNotFoundError
+from ase_enf.data.properties import UNITS, from_published, property_table, to_published
 
 SPLITS = ("train", "valid", "test")
 """Names of the codes 0, 1 and 2 of a split; code 3 marks the excluded molecules."""
@@ -35,6 +41,8 @@ EXCLUDED = 3
 
 _REQUIRED = ("numbers", "positions", "n_atoms")
 _KINDS = {"numbers": "iu", "positions": "f", "n_atoms": "iu", "gdb_index": "iu", "split": "iu", "smiles": "U"}
+_KINDS |= dict.fromkeys(UNITS, "f")
+_BESIDE = "_properties.npz"
 
 
 class MoleculeTable(NamedTuple):
@@ -46,6 +54,12 @@ class MoleculeTable(NamedTuple):
     gdb_index: NDArray[np.int32] | None = None  # (B,)
     split: NDArray[np.uint8] | None = None  # (B,)
     smiles: NDArray[np.str_] | None = None  # (B,)
+    mu: NDArray[np.float32] | None = None  # (B,), and so the others, in published units
+    alpha: NDArray[np.float32] | None = None
+    homo: NDArray[np.float32] | None = None
+    lumo: NDArray[np.float32] | None = None
+    gap: NDArray[np.float32] | None = None
+    Cv: NDArray[np.float32] | None = None
 
     def to_atoms(self, rows: Iterable[int] | None = None) -> list[Atoms]:
         """Returns molecules as `Atoms`.
@@ -54,7 +68,8 @@ class MoleculeTable(NamedTuple):
             rows: Which of the B molecules, in which order; all by default.
 
         Returns:
-            Non-periodic molecules with ``info["qm9_index"]`` and ``info["qm9_smiles"]`` where the table has them.
+            Non-periodic molecules with ``info["qm9_index"]``, ``info["qm9_smiles"]`` and the properties, where the
+            table has them.
 
         Example:
             >>> table = MoleculeTable(np.array([1, 1, 2]), np.zeros((3, 3)), np.array([2, 1]), np.array([7, 8]))
@@ -80,7 +95,8 @@ class MoleculeTable(NamedTuple):
             info["qm9_index"] = int(self.gdb_index[row])
         if self.smiles is not None and self.smiles[row]:
             info["qm9_smiles"] = str(self.smiles[row])
-        return info
+        columns = ((name, getattr(self, name)) for name in UNITS)
+        return info | {name: from_published(name, column[row]) for name, column in columns if column is not None}
 
 
 def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None) -> MoleculeTable:
@@ -112,6 +128,7 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
         gdb_index=_info_column(atoms, "qm9_index", np.int32),
         split=_codes(split, len(atoms)),
         smiles=_info_column(atoms, "qm9_smiles", np.str_),
+        **_property_columns(atoms),
     )
 
 
@@ -122,7 +139,7 @@ def read_npz(path: str | Path) -> MoleculeTable:
         path: The ``.npz``.
 
     Returns:
-        Its table; arrays it does not know are ignored.
+        Its table, with the properties of a file beside it; arrays it does not know are ignored.
 
     Raises:
         DataNotFoundError: There is no such file.
@@ -144,7 +161,26 @@ def read_npz(path: str | Path) -> MoleculeTable:
     missing = [name for name in _REQUIRED if name not in arrays]
     if missing:
         raise DataError(f"{path}: holds no {', '.join(missing)}; a compact file needs {', '.join(_REQUIRED)}")
-    return _checked(MoleculeTable(**arrays), str(path))
+    table = _checked(MoleculeTable(**arrays), str(path))
+    beside = Path(path).with_name(Path(path).stem + _BESIDE)
+    return _joined(table, beside) if table.gdb_index is not None and table.gap is None and beside.is_file() else table
+
+
+def _joined(table: MoleculeTable, beside: Path) -> MoleculeTable:
+    """Returns a table with the properties that another file has of its molecules, NaN where that knows one not."""
+    try:
+        with open(beside, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("gdb_index", *UNITS) if name in archive.files}
+        known = arrays.pop("gdb_index")
+        order = np.argsort(known)
+        place = order[np.minimum(np.searchsorted(known, table.gdb_index, sorter=order), len(order) - 1)]
+        found = known[place] == table.gdb_index
+        columns = {name: np.where(found, column[place], np.nan).astype(np.float32) for name, column in arrays.items()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{beside}: is no table of properties by gdb_index ({brief(error)}); repair it or take it away"
+        ) from error
+    return table._replace(**columns)
 
 
 def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
@@ -212,6 +248,16 @@ def _codes(split: str | Sequence[int] | None, n: int) -> NDArray[np.uint8] | Non
     if codes.shape != (n,) or not np.isin(codes, range(EXCLUDED + 1)).all():
         raise DataError(f"split must give one code of 0 to {EXCLUDED} for each of the {n} molecules")
     return codes.astype(np.uint8)
+
+
+def _property_columns(atoms: Sequence[Atoms]) -> dict[str, NDArray[np.float32]]:
+    """Returns the properties that every molecule has, in published units."""
+    values = property_table(atoms, tuple(UNITS))
+    return {
+        name: to_published(name, column).astype(np.float32)
+        for name, column in zip(UNITS, values.T, strict=True)
+        if len(atoms) and np.isfinite(column).all()
+    }
 
 
 def _info_column(atoms: Sequence[Atoms], key: str, dtype: type) -> NDArray[Any] | None:

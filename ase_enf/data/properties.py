@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 UNITS = {"mu": "D", "alpha": "Bohr³", "homo": "eV", "lumo": "eV", "gap": "eV", "Cv": "cal/mol/K"}
 """Properties of QM9 that condition flows in the literature, and their units here."""
 
+DECIMALS = 5
+"""More than any of them has as published."""
+
 HARTREE = ("homo", "lumo", "gap")
 """Those of them that QM9 publishes in Hartree."""
 
@@ -38,7 +41,18 @@ def from_published(name: str, value: float) -> float:
         >>> round(from_published("gap", 0.25), 3)
         6.803
     """
-    return value * units.Hartree if name in HARTREE else value
+    exact = round(float(value), DECIMALS)  # as published, where it was kept in single precision
+    return exact * units.Hartree if name in HARTREE else exact
+
+
+def to_published(name: str, values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Returns properties in the unit that QM9 is published in; the inverse of `from_published`.
+
+    Example:
+        >>> round(float(to_published("gap", np.array(6.803))), 3)
+        0.25
+    """
+    return np.asarray(values, dtype=np.float64) / (units.Hartree if name in HARTREE else 1.0)
 
 
 def property_of(atoms: Atoms, name: str) -> float | None:

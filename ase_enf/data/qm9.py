@@ -13,9 +13,10 @@ a folder                                       of raw files ``dsgdb9nsd_*.xyz``
 ``.db``, ``.extxyz``, ``.traj``, ...           whatever ASE reads
 =============================================  ================================================================
 
-All but the last give the same `Atoms`: positions in Å to float32, ``info["qm9_index"]`` (1-based number in GDB-9) and
-``info["qm9_smiles"]`` (published SMILES of the geometry), in the order of the index. What ASE reads is handed on as
-it is, in its own order. The published energies and charges are in the raw files: ``ase.io.read`` opens those.
+All but the last give the same `Atoms`: positions in Å to float32, ``info["qm9_index"]`` (1-based number in GDB-9),
+``info["qm9_smiles"]`` (published SMILES of the geometry) and, where the source has them, the properties of
+`ase_enf.data.properties` (``info["gap"]`` in eV and so on), in the order of the index. What ASE reads is handed on as
+it is, in its own order. The other published energies and charges are in the raw files: ``ase.io.read`` opens those.
 
 Without a path the environment variable ``ASE_ENF_QM9`` names the source, or else the archive `download` fetched.
 """
@@ -52,7 +53,7 @@ N_TRAIN, N_VALID, N_TEST = 100_000, 17_748, 13_083
 ENVIRONMENT = "ASE_ENF_QM9"
 """Environment variable that names the source when no path is given; read at the time of the call."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of the key of a cached file: raised when the reader changes what it makes of the same source."""
 
 AUTO_CACHE_MINIMUM = 2_000

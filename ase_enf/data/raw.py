@@ -20,6 +20,7 @@ from ase_enf.atoms.files import brief
 from ase_enf.data import DataError, DataNotFoundError, gdb9
 from ase_enf.data.compact import MoleculeTable
 from ase_enf.data.fetch import REMOTES, hide
+from ase_enf.data.properties import UNITS
 
 N_MOLECULES = 133_885
 """Molecules in QM9."""
@@ -34,6 +35,7 @@ class _Molecule(NamedTuple):
     numbers: NDArray[np.uint8]  # (M,)
     positions: NDArray[np.float32]  # (M, 3), Å
     smiles: str
+    properties: tuple[float, ...]  # of ``properties.UNITS``, as published
 
 
 def is_raw(source: Path) -> bool:
@@ -63,7 +65,7 @@ def read_raw(source: Path, progress: bool | None = None) -> MoleculeTable:
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
-        The table, with ``gdb_index`` and ``smiles``, without ``split``.
+        The table, with ``gdb_index``, ``smiles`` and properties, without ``split``.
 
     Raises:
         DataNotFoundError: The source holds no raw files.
@@ -93,7 +95,11 @@ def read_raw(source: Path, progress: bool | None = None) -> MoleculeTable:
 def _kept(record: gdb9.Record) -> _Molecule:
     """Returns what the table keeps of a raw molecule."""
     return _Molecule(
-        record.index, record.numbers.astype(np.uint8), record.positions.astype(np.float32), record.smiles[1]
+        record.index,
+        record.numbers.astype(np.uint8),
+        record.positions.astype(np.float32),
+        record.smiles[1],
+        tuple(record.properties[name] for name in UNITS),
     )
 
 
@@ -173,10 +179,12 @@ def _pack(molecules: list[_Molecule], source: Path) -> MoleculeTable:
     twice = indices[1:][np.diff(indices) == 0]
     if len(twice):
         raise DataError(f"{source}: holds molecule {twice[0]} more than once; remove the copies")
+    properties = np.array([molecule.properties for molecule in molecules], dtype=np.float32)
     return MoleculeTable(
         numbers=np.concatenate([molecule.numbers for molecule in molecules]),
         positions=np.concatenate([molecule.positions for molecule in molecules]),
         n_atoms=np.array([len(molecule.numbers) for molecule in molecules], dtype=np.int16),
         gdb_index=indices,
         smiles=np.array([molecule.smiles for molecule in molecules]),
+        **dict(zip(UNITS, properties.T, strict=True)),
     )
