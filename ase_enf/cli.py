@@ -308,7 +308,7 @@ def _add_train(commands: Any, complete: bool) -> None:
         about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
         if kind is bool:
             command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, **about)
-        elif kind is tuple:  # once for each
+        elif name == "condition":  # once for each
             command.add_argument(_flag(name), action="append", **about)
         else:
             command.add_argument(_flag(name), type=kind, **about)
@@ -341,9 +341,7 @@ def _train_fields() -> list[tuple[str, type, Any, str]]:
 
 
 def _plain_type(hint: Any) -> type:
-    """Returns T of ``T | None``, and tuple for any."""
-    if typing.get_origin(hint) is tuple:
-        return tuple
+    """Returns T of ``T | None``."""
     if isinstance(hint, types.UnionType):
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint
@@ -678,6 +676,8 @@ def _train(options: argparse.Namespace) -> None:
     from ase_enf.training.loop import train
 
     typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
+    if "condition" in typed:
+        typed["condition"] = ",".join(typed["condition"])
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     _check_apart(sources, folder)

@@ -73,7 +73,7 @@ def conditions_of(config: TrainConfig, data: MoleculeSet) -> tuple[Condition, ..
     sizes = data.sizes.numpy()
     return tuple(
         Condition.of(name, UNITS.get(name, ""), values, sizes)
-        for name, values in zip(config.condition, data.conditions.double().numpy().T, strict=True)
+        for name, values in zip(config.conditions, data.conditions.double().numpy().T, strict=True)
     )
 
 
@@ -187,7 +187,7 @@ def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], config: 
         bonds = None
         if config.graph:
             atoms, bonds = _with_graphs(name, atoms)
-        conditions = property_table(atoms, config.condition, required=True) if config.condition else None
+        conditions = property_table(atoms, config.conditions, required=True) if config.condition else None
         return MoleculeSet(atoms, species, config.dimension, conditions, bonds)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -216,7 +216,7 @@ def _with_graphs(name: str, atoms: list[Atoms]) -> tuple[list[Atoms], list[np.nd
 def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
     """Returns what conditions a flow that starts from weights: what these know, or new conditions."""
     names = tuple(condition.name for condition in initial.config.conditions)
-    if names and config.condition and names != config.condition:
+    if names and config.condition and names != config.conditions:
         raise ValueError(
             f"condition={config.condition!r}: the model of init_from={config.init_from!r} has the conditions "
             f"{', '.join(names)}; leave condition out, or start from a model without"
@@ -226,7 +226,7 @@ def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
             f"graph=True: the model of init_from={config.init_from!r} has features={initial.features!r}; start from an "
             "EGNN with features='given'"
         )
-    return {"condition": names or config.condition, "graph": initial.config.graph or config.graph}
+    return {"condition": names or config.conditions, "graph": initial.config.graph or config.graph}
 
 
 def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:

@@ -87,10 +87,11 @@ class TrainConfig:
     """
 
     features: str = setting("joint", '"joint", "given" or "none"; see ENFConfig')
-    condition: tuple[str, ...] = setting(
-        (),
-        "names of numbers in the info of the structures that condition the flow, such as gap; training drops them at "
-        "random, so that the same weights also draw without them",
+    condition: str = setting(
+        "",
+        "numbers in the info of the structures that condition the flow, such as gap: a name, or several with commas "
+        "(a tuple in Python, or the option more than once); training drops them at random, so that the same weights "
+        "also draw without them",
     )
     graph: bool = setting(
         False,
@@ -204,6 +205,8 @@ class TrainConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if isinstance(self.condition, list | tuple):
+            object.__setattr__(self, "condition", ",".join(self.condition))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         resolve_optimizer(self.optimizer, self.objective)
@@ -235,6 +238,16 @@ class TrainConfig:
         )
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions.
+
+        Example:
+            >>> TrainConfig(condition=("gap", "alpha")).conditions
+            ('gap', 'alpha')
+        """
+        return tuple(name.strip() for name in self.condition.split(",")) if self.condition else ()
+
+    @property
     def ema_decays(self) -> tuple[float, ...]:
         """Decays of the averages of the weights, one or two."""
         return (self.ema_decay,) if self.long_ema_decay is None else (self.ema_decay, self.long_ema_decay)
@@ -244,6 +257,10 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     (
         lambda c: c.graph and not c.init_from and (c.features != "given" or c.network != "egnn"),
         "graph=True conditions an EGNN of given types; use features='given' and network='egnn'",
+    ),
+    (
+        lambda c: len(set(c.conditions)) < len(c.conditions) or "" in c.conditions,
+        "condition: names one twice, or an empty name; write each once, like gap,alpha",
     ),
     (
         lambda c: bool(c.condition) and c.network in ("simple", "kernel"),
@@ -309,17 +326,7 @@ def _text(name: str, value: Any, _: int) -> str:
     return os.fsdecode(value)
 
 
-def _names(name: str, value: Any, _: int) -> tuple[str, ...]:
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{name}={value!r}: must be a tuple of names, like ('gap',)")
-    if len(set(value)) < len(value):
-        raise ValueError(f"{name}={value!r}: names one twice; leave it out once")
-    return tuple(value)
-
-
-_PLAIN: dict[str, Callable[[str, Any, int], Any]] = {
-    "bool": _flag, "int": check_whole, "float": _real, "str": _text, "tuple[str, ...]": _names,
-}  # fmt: skip
+_PLAIN: dict[str, Callable[[str, Any, int], Any]] = {"bool": _flag, "int": check_whole, "float": _real, "str": _text}
 
 
 def field_help() -> dict[str, str]:
@@ -344,9 +351,7 @@ def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
         >>> migrated({"ema": 0.99, "kernel": "plain"})
         {'ema_decay': 0.99, 'backend': 'torch'}
     """
-    settings = {
-        RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in saved.items()
-    }
+    settings = {RENAMED.get(name, name): value for name, value in saved.items()}
     if "kernel" in saved:
         settings["backend"] = {old: new for new, old in BACKENDS.items()}.get(saved["kernel"], saved["kernel"])
     return settings
