@@ -1,22 +1,14 @@
-"""Every example of README.md runs: python blocks in one namespace, shell blocks command by command, in one folder.
-
-A block is left out only by a comment ``<!-- not run: reason -->`` on the line before it; commands that set up an
-environment are left out by ``ENVIRONMENT``. Numbers are made small by ``SMALLER``, and by nothing else.
-"""
+"""Every example of README.md runs; numbers are made small by ``SMALLER``, and by nothing else. See ``documents``."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from documents import PYTHON, ROOT, SHELL, blocks, commands, run_all
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
 
@@ -26,92 +18,13 @@ SMALLER = [
     ("-n 10 ", "-n 2 "),
     ("-n 20 ", "-n 2 "),
     ("generate(flow, 10,", "generate(flow, 2,"),
-    ("ase-enf score qm9-conditional", "ase-enf score qm9-conditional --steps 4 --probes 2 --tolerance 1000"),
     (
-        'score(scorer, read("molecules.extxyz", index=":"))',
-        'score(scorer, read("molecules.extxyz", index=":1"), steps=4, tolerance=1e3)',
+        'score(scorer, read("isomers.extxyz", index=":"))',
+        'score(scorer, read("isomers.extxyz", index=":1"), steps=4, tolerance=1e3)',
     ),
-    ("annotate(scorer, atoms[0])", "annotate(scorer, atoms[0], steps=4, probes=2, tolerance=1e3)"),
     ("--epochs 2 --hidden 16", "--steps 3 --hidden 16 --validation-size 4"),
-    ('{"train": 20000, "valid": 1000}', '{"train": 20, "valid": 8}, ladders=4, burn_in=20'),
-    ("steps=2000, batch_size=256", "steps=2, batch_size=8, validation_size=4"),
-    ("n=1000, temperature", "n=4, intervals=8, temperature"),
     ("steps=20, hidden=16", "steps=2, hidden=16, validation_size=4"),
 ]
-# Commands that make an environment; the environment of this test is there already.
-ENVIRONMENT = re.compile(
-    r"^(python3? -m (venv|pip|pytest)|pip install|git clone|cd |source \S*activate|\. \S*activate)\b"
-)
-PYTHON, SHELL = ("python", "py"), ("bash", "console", "sh", "shell")
-
-
-class Block(NamedTuple):
-    """One fenced block."""
-
-    language: str
-    code: str
-    line: int  # of its first line of code, from 1
-    left_out: str | None  # the reason
-
-
-def blocks(text: str) -> list[Block]:
-    """All fenced blocks of a Markdown text, in order."""
-    found = []
-    lines = text.splitlines()
-    start = None
-    for number, line in enumerate(lines):
-        if start is None and re.match(r"```\w*\s*$", line):
-            start = number
-        elif start is not None and line.rstrip() == "```":
-            before = lines[start - 1] if start else ""
-            comment = re.fullmatch(r"<!--\s*not run:\s*(.+?)\s*-->", before.strip())
-            code = "\n".join(lines[start + 1 : number]) + "\n"
-            found.append(Block(lines[start][3:].strip(), code, start + 2, comment and comment.group(1)))
-            start = None
-    assert start is None, f"line {start}: the block is not closed"
-    return found
-
-
-def commands(block: Block) -> list[str]:
-    """The commands of a shell block that do not set up an environment."""
-    lines = block.code.replace("\\\n", " ").splitlines()
-    if block.language == "console":  # the others are output
-        lines = [line[2:] for line in lines if line.startswith("$ ")]
-    parts = [part.strip() for line in lines for part in re.sub(r"(^|\s)#.*", "", line).split("&&")]
-    return [part for part in parts if part and not ENVIRONMENT.match(part)]
-
-
-def smaller(code: str, table: list[tuple[str, str]]) -> str:
-    """The code with the substitutions of a table."""
-    for said, done in table:
-        code = code.replace(said, done)
-    return code
-
-
-def run_all(text: str, folder: Path, table: list[tuple[str, str]]) -> list[str]:
-    """Runs the blocks of a Markdown text in a folder and returns what was run."""
-    namespace: dict[str, object] = {"__name__": "__readme__"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    log = []
-    for block in blocks(text):
-        if block.left_out:
-            continue
-        small = block._replace(code=smaller(block.code, table))
-        if block.language in PYTHON:
-            source = "\n" * (block.line - 1) + small.code  # so that a traceback has the line of the README
-            exec(compile(source, "README.md", "exec"), namespace)
-            log.append(small.code)
-        elif block.language in SHELL:
-            for command in commands(small):
-                words = shlex.split(command)
-                assert words[0] == "ase-enf", (
-                    f"line {block.line}: cannot run {command!r}; mark it <!-- not run: reason -->"
-                )
-                words = [sys.executable, "-m", "ase_enf.cli", *words[1:]]
-                done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-                assert done.returncode == 0, f"line {block.line}: {command}\n{done.stderr}"
-                log.append(command)
-    return log
 
 
 def shipped() -> bool:

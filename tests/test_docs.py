@@ -1,0 +1,138 @@
+"""The code of the pages under docs/ runs: with small numbers by default, and as it is written under ``slow``.
+
+What a page claims of its own figures is asserted where it runs as written.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from documents import PYTHON, ROOT, SHELL, blocks, commands, run_all, smaller
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.parent.name != "modules")
+# Pages that run, those of one row after one another in one folder and with each other's names.
+RUNS = (
+    ("tutorials/generate.md",),
+    ("tutorials/train.md", "howto/out_of_distribution.md"),
+    ("tutorials/likelihood.md",),
+    ("howto/files.md",),
+    ("howto/conditions.md",),
+    ("howto/several_gpus.md",),
+    ("howto/calculator.md",),
+    ("howto/reweight.md",),
+)
+# Whose many commands, each tested in test_cli.py, run as written only.
+COMMANDS_ONLY = (("howto/files.md",),)
+# What a page says → what is run by default.
+SMALLER = [
+    ("generate(flow, 12, formula", "generate(flow, 2, formula"),
+    ("steps=300)", "steps=30)"),
+    ("n=800, seed", "n=40, seed"),
+    ("n=100, seed", "n=8, seed"),
+    ("dynamics.run(400)", "dynamics.run(4)"),
+    ("dynamics.run(20)", "dynamics.run(2)"),
+    ("--layers 3 --steps 600 --warmup 50", "--layers 1 --steps 3 --validation-size 4"),
+    ('index=":20"), tolerance=1)', 'index=":2"), tolerance=1e3)'),
+    ("n=10, seed=5), tolerance=1)", "n=2, seed=5), tolerance=1e3)"),
+    ("-n 20 ", "-n 2 "),
+    ("-n 5 ", "-n 1 "),
+    ("score(flow, [ethanol, stretched])", "score(flow, [ethanol, stretched], tolerance=1e3)"),
+    ("score(small, waters, ", "score(small, waters, tolerance=1e3, "),
+    ("kT=0.0257)", "kT=0.0257, steps=8)"),
+    ("(96, 48, 24)", "(16, 8)"),
+    ('{"train": 20000, "valid": 1000}', '{"train": 20, "valid": 8}, ladders=4, burn_in=20'),
+    ("steps=2000, batch_size=256", "steps=2, batch_size=8, validation_size=4"),
+    ("n=1000, temperature", "n=4, intervals=8, temperature"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pages", [run for run in RUNS if run not in COMMANDS_ONLY], ids=lambda pages: pages[0])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_pages_run(pages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for page in pages:
+        assert run_all((DOCS / page).read_text(), tmp_path, SMALLER, page, namespace)
+
+
+@pytest.mark.parametrize("pages", RUNS, ids=lambda pages: pages[0])
+@pytest.mark.slow
+def test_pages_run_as_written(pages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for page in pages:
+        run_all((DOCS / page).read_text(), tmp_path, [], page, namespace, timeout=1800)
+        if page in CLAIMS:
+            CLAIMS[page](namespace)
+
+
+def the_best_isomer_is_tetrahydrofuran(names: dict) -> None:
+    if "best" in names:  # with tblite
+        assert next(iter(names["best"])) == "C1CCOC1"
+
+
+def samplers_are_too_cold_and_too_hot(names: dict) -> None:
+    energies = {
+        name: names["energies"](names["read"](f"{name}.extxyz", index=":")) for name in ("valid", "drawn", "drawn0")
+    }
+    assert energies["drawn"].mean() < energies["valid"].mean() < energies["drawn0"].mean()
+
+
+def hotter_frames_are_outside(names: dict) -> None:
+    assert names["outside"] == 1.0  # at the last temperature, 1000 K
+
+
+def a_stretched_bond_is_less_likely(names: dict) -> None:
+    first, second = names["table"].log_likelihood
+    assert second < first - 10
+
+
+CLAIMS = {
+    "tutorials/generate.md": the_best_isomer_is_tetrahydrofuran,
+    "tutorials/train.md": samplers_are_too_cold_and_too_hot,
+    "howto/out_of_distribution.md": hotter_frames_are_outside,
+    "tutorials/likelihood.md": a_stretched_bond_is_less_likely,
+}
+
+
+def test_every_page_with_code_runs():
+    for page in PAGES:
+        code = [block for block in blocks((DOCS / page).read_text()) if block.language in (*PYTHON, *SHELL)]
+        left = [block for block in code if block.left_out is None]
+        assert bool(left) == any(page in pages for pages in RUNS), page
+
+
+def test_every_substitution_is_of_something():
+    pages = "".join((DOCS / page).read_text() for pages in RUNS for page in pages)
+    assert [said for said, _ in SMALLER if said not in pages] == []
+
+
+def test_python_compiles_and_commands_are_known():
+    for page in PAGES:
+        for block in blocks((DOCS / page).read_text()):
+            if block.language in PYTHON:
+                compile(smaller(block.code, SMALLER), page, "exec")
+            elif block.language in SHELL:
+                words = " ".join(commands(block)).split()
+                assert words[0] in ("ase-enf", "python", "torchrun"), page
+
+
+def test_links_lead_somewhere():
+    wrong = []
+    for path in (*(DOCS / page for page in PAGES), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+            made = "reference/" in f"{path.parent.name}/{target}"  # pages that the build makes
+            if not made and not (path.parent / target).exists():
+                wrong.append((path.name, target))
+    assert wrong == []
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(), flags=re.MULTILINE)
+    written = [page for page in PAGES if not re.match(r"reference/(cards|results|modules|cli)/|reference/cli", page)]
+    assert set(written) - {"index.md"} == {f"{name}.md" for name in listed} - {"reference/cli.md"}
+    assert np.unique(listed).size == len(listed)
