@@ -1,0 +1,85 @@
+"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill``.
+
+``fuzz`` tries malformed inputs, ``--each`` of every kind; ``kill`` ends commands by SIGKILL at ``--kills`` random
+moments each, and goes on with them. What went wrong is listed with the seed that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.reliability.fuzz import KINDS, SECONDS, fuzz
+from benchmarks.reliability.kill import VERBS, kill
+from benchmarks.tables import write_results
+
+
+def main() -> None:
+    """Runs the stages and writes ``results/reliability_STAGE``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reliability",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill"))
+    parser.add_argument("--each", type=int, default=400, help="malformed inputs of each kind (default: 400)")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kills", type=int, default=100, help="of each command (default: 100)")
+    parser.add_argument("--commands", nargs="+", default=list(VERBS), choices=list(VERBS))
+    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if "fuzz" in options.stages:
+        write_fuzz(options)
+    if "kill" in options.stages:
+        write_kills(options)
+
+
+def write_fuzz(options: argparse.Namespace) -> None:
+    """Tries malformed inputs of every kind."""
+    rows, wrong = [], []
+    for kind in options.kinds:
+        ways, found = fuzz(kind, options.each, options.seed)
+        wrong += found
+        rows.append({"kind": kind, "inputs": options.each, **ways, "wrong": len(found)})
+        print(rows[-1], *found, sep="\n", flush=True)
+    notes = (
+        "Calls that were done, refused in one line (exit code 2 of the command line; ValueError, TypeError or OSError "
+        f"in Python), and wrong: a traceback, another exception or exit code, or no end within {SECONDS} s. Seeds "
+        f"{options.seed} to {options.seed + options.each - 1} of each kind."
+    )
+    listed = [f"* {f.kind}, seed {f.seed}: {f.tried}: {f.happened}" for f in wrong]
+    table = pd.DataFrame(rows).fillna(0).astype({name: int for name in ("inputs", "done", "refused", "wrong")})
+    write_results(table, "reliability_fuzz", "Malformed inputs", "\n".join([notes, *([""] if listed else []), *listed]))
+
+
+def write_kills(options: argparse.Namespace) -> None:
+    """Kills every command."""
+    found = []
+    for what in options.commands:
+        with tempfile.TemporaryDirectory() as work:
+            found += kill(what, options.kills, options.seed, Path(work))
+        print(*found[-options.kills :], sep="\n", flush=True)
+    table = pd.DataFrame(found)
+    counted = table.groupby("what", sort=False).agg(
+        kills=("wrong", "size"), wrong=("wrong", lambda w: int((w != "").sum()))
+    )
+    listed = [f"* {f.what}, killed after {f.after} s, kept {f.kept}: {f.wrong}" for f in found if f.wrong]
+    notes = (
+        "Commands ended by SIGKILL at a random moment and gone on with (`--append --start K`, `--resume`). "
+        "Wrong: other structures, scores, weights or log rows than those of an undisturbed run, or files left behind."
+    )
+    write_results(
+        counted.reset_index(),
+        "reliability_kill",
+        "Killed commands",
+        "\n".join([notes, *([""] if listed else []), *listed]),
+    )
+
+
+if __name__ == "__main__":
+    main()

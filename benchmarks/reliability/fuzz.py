@@ -1,0 +1,271 @@
+"""Malformed inputs: each must be refused in one line, or done; nothing may hang, or end in a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import struct
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.build import molecule
+from ase.io import write
+
+import ase_enf
+from ase_enf import metrics
+from ase_enf.chem.convert import to_smiles
+from ase_enf.cli import main as command_line
+
+SECONDS = 120  # after which an input is taken to hang
+MODEL = "dw4"  # the fastest to load and to score with
+MOLECULES = "qm9-small"
+NAMES = ("H2O", "CH4", "NH3", "CO2", "C2H6", "HCN", "CH3OH")
+FORMATS = ("xyz", "extxyz", "traj", "db", "json", "cif", "pdb")
+
+
+DONE, REFUSED = "done", "refused"  # the two ways in which a call may end
+
+
+class Finding(NamedTuple):
+    """What one malformed input did that it should not."""
+
+    kind: str
+    seed: int
+    tried: str
+    happened: str
+
+
+class Hang(BaseException):
+    """Raised by the alarm; nothing that handles errors catches it."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """Ends what takes longer."""
+
+    def ring(*_: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def python(call: Callable[[], object]) -> str:
+    """Calls a function, and returns how it ended: done, refused in one line, or what is wrong."""
+    try:
+        with alarm(SECONDS), contextlib.redirect_stderr(io.StringIO()):
+            call()
+    except Hang:
+        return f"hangs for {SECONDS} s"
+    except (ValueError, TypeError, OSError) as error:
+        words = str(error)
+        return REFUSED if words and "\n" not in words.strip() else f"{type(error).__name__} of several lines or none"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return DONE
+
+
+def command(words: list[str]) -> str:
+    """Runs a command line, and returns how it ended: done, refused in one line, or what is wrong."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with alarm(SECONDS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = command_line(words)
+    except Hang:
+        return f"hangs for {SECONDS} s"
+    except SystemExit as end:
+        code = end.code
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    said = err.getvalue()
+    if code not in (0, 2):
+        return f"exit code {code}: {said[-200:]}"
+    lines = [line for line in said.splitlines() if line.startswith("ase-enf") and "error" in line]
+    if code == 2 and len(lines) != 1:
+        return f"{len(lines)} lines of error: {said[-200:]!r}"
+    return REFUSED if code else DONE
+
+
+def structures(rng: np.random.Generator, _: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A molecule that is no longer one, scored and measured."""
+    atoms = molecule(rng.choice(NAMES))
+    changes: dict[str, Callable[[], object]] = {
+        "nan": lambda: atoms.positions.__setitem__(rng.integers(len(atoms)), np.nan),
+        "infinite": lambda: atoms.positions.__setitem__((rng.integers(len(atoms)), rng.integers(3)), np.inf),
+        "far": lambda: atoms.positions.__setitem__(rng.integers(len(atoms)), 10.0 ** rng.integers(3, 300)),
+        "coincident": lambda: atoms.positions.__setitem__(slice(None), 0.0),
+        "element": lambda: atoms.numbers.__setitem__(rng.integers(len(atoms)), rng.integers(-5, 200)),
+        "cell": lambda: (atoms.set_cell(np.eye(3) * rng.normal()), atoms.set_pbc(rng.random(3) < 0.5)),
+        "charge": lambda: atoms.info.update(charge=rng.choice([1, -1, 0.5, np.nan])),
+        "spin": lambda: atoms.set_initial_magnetic_moments(rng.normal(size=len(atoms))),
+        "info": lambda: atoms.info.update({"log_likelihood": object(), "ä": {1: 2}}),
+        "one atom": lambda: atoms.__delitem__(list(range(1, len(atoms)))),
+        "no atom": lambda: atoms.__delitem__(list(range(len(atoms)))),
+        "huge": lambda: atoms.extend(Atoms("H" * 40, rng.normal(size=(40, 3)) * 5)),
+    }
+    names = rng.choice(sorted(changes), size=rng.integers(1, 3), replace=False)
+    for name in names:
+        with contextlib.suppress(IndexError, ValueError):  # one change may leave nothing for the next
+            changes[name]()
+    quick = {"trace": "hutchinson", "draws": 1, "tolerance": 1e9}
+    return f"{atoms.numbers.tolist()} with {', '.join(names)}", [
+        lambda: python(lambda: metrics.evaluate([atoms])),
+        lambda: python(lambda: to_smiles(atoms)),
+        lambda: python(lambda: ase_enf.score(flow(MOLECULES), [atoms], **quick)) if len(atoms) < 30 else DONE,
+    ]
+
+
+def files(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A file of structures, damaged."""
+    suffix = rng.choice(FORMATS)
+    path = folder / f"damaged.{suffix}"
+    path.unlink(missing_ok=True)
+    frames = [molecule(name) for name in rng.choice(NAMES, size=3)]
+    for frame in frames:
+        frame.center(3.0)
+        frame.info["energy_of_mine"] = float(rng.normal())
+    write(path, frames[0] if suffix in ("cif", "pdb") else frames)
+    how = damage(path, rng)
+    return f".{suffix}, {how}", [lambda: command(["evaluate", str(path), "-o", str(folder / "r.json"), "--overwrite"])]
+
+
+def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A command line with values that make no sense."""
+    odd = ("-1", "0", "nan", "inf", "1e400", "", "ä", "2.5", "[]", "None", "true", "../..", "/dev/null", "9" * 30, "-")
+    names = {
+        "generate": ("-n", "--n-atoms", "--formula", "--seed", "--solver", "--steps", "--batch-size", "--churn", "-o",
+                     "--start", "--device", "--dtype", "--kernel"),
+        "score": ("--trace", "--probes", "--draws", "--tolerance", "--seed", "--solver", "--steps", "--batch-size",
+                  "--start", "-o", "--device", "--dtype"),
+        "evaluate": ("--reference", "-o"),
+        "train": ("--data", "--hidden", "--layers", "--steps", "--batch-size", "--learning-rate", "--out", "--valid",
+                  "--features", "--network", "--objective", "--ema-decay", "--time-limit", "--resume", "--init-from"),
+        "info": (),
+    }  # fmt: skip
+    verb = rng.choice(sorted(names))
+    source = folder / "water.xyz"
+    write(source, molecule("H2O"))
+    fixed = {
+        "generate": [rng.choice([MODEL, "", "no-such", str(source), str(folder)])],
+        "score": [rng.choice([MODEL, MOLECULES, "no-such"]), rng.choice([str(source), "missing.xyz", str(folder), ""])],
+        "evaluate": [rng.choice([str(source), "missing.xyz", ""])],
+        "train": [],
+        "info": [rng.choice([MODEL, "no-such", str(source), "", str(folder)])],
+    }[verb]
+    words = [str(verb), *map(str, fixed)]
+    few = {"generate": ["-n", "2", "-o", str(folder / "m.xyz"), "--overwrite"], "score": ["--steps", "4"]}
+    words += few.get(verb, [])
+    for name in rng.choice(names[verb], size=min(len(names[verb]), rng.integers(0, 3)), replace=False):
+        words += [str(name), str(rng.choice(odd))]
+    return " ".join(word if word else "''" for word in words), [lambda: command(words)]
+
+
+def weights(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A weights file, damaged, or with a header that promises absurd things."""
+    source = Path(ase_enf.__file__).parent / "pretrained" / f"{MODEL}.safetensors"
+    path = folder / "damaged.safetensors"
+    content = source.read_bytes()
+    if rng.random() < 0.5:
+        path.write_bytes(content)
+        how = damage(path, rng)
+    else:
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        described = json.loads(header["__metadata__"]["ase_enf"])
+        config = described["config"]
+        name = str(rng.choice(sorted(config)))
+        value = [-1, 0, 10**9, 10**400, "x", None, [], {}, 1e308, True, [1] * 1000, "nan"][rng.integers(12)]
+        config[name] = value
+        header["__metadata__"]["ase_enf"] = json.dumps(described)
+        new = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
+        how = f"config[{name!r}] = {str(value)[:30]}"
+    return f"weights, {how}", [lambda: python(lambda: ase_enf.load(str(path)))]
+
+
+def damage(path: Path, rng: np.random.Generator) -> str:
+    """Damages a file in one way, and returns which."""
+    content = bytearray(path.read_bytes())
+    way = rng.choice(["cut", "flip", "noise", "repeat", "empty", "text"])
+    place = int(rng.integers(len(content)))
+    if way == "cut":
+        content = content[:place]
+    elif way == "flip":
+        for k in rng.integers(len(content), size=rng.integers(1, 20)):
+            content[k] ^= 1 << int(rng.integers(8))
+    elif way == "noise":
+        content[place : place + 64] = rng.bytes(64)
+    elif way == "repeat":
+        content = content[:place] + content[:place]
+    elif way == "empty":
+        content = bytearray()
+    else:
+        content[place:place] = b"\n-9999999999999999999999 nan \xff\xfe \x00\n"
+    path.write_bytes(content)
+    return f"{way} at {place}"
+
+
+_FLOWS: dict[str, ase_enf.ENF] = {}
+
+
+def flow(name: str) -> ase_enf.ENF:
+    """Returns a shipped flow, loaded once."""
+    if name not in _FLOWS:
+        _FLOWS[name] = ase_enf.load(name)
+    return _FLOWS[name]
+
+
+def states(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A folder of a training run in which one file is damaged, resumed."""
+    whole, damaged = folder / "run", folder / "damaged_run"
+    if not whole.exists():
+        frames = [molecule(name) for name in ("H2O", "NH3", "CH4")]
+        write(folder / "few.xyz", frames)
+        small = ["--hidden", "8", "--layers", "1", "--steps", "4", "--batch-size", "3", "--validation-size", "2"]
+        data = ["--data", str(folder / "few.xyz"), "--valid", str(folder / "few.xyz")]
+        if (ended := command(["train", *data, *small, "--out", str(whole)])) != DONE:
+            raise RuntimeError(f"the run that is to be damaged: {ended}")
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(whole, damaged)
+    name = str(rng.choice(["state.pt", "state.pt", "config.json", "data.json", "log.csv", "model.safetensors"]))
+    how = damage(damaged / name, rng)
+    return f"{name}, {how}", [lambda: command(["train", "--resume", str(damaged)])]
+
+
+KINDS = {"structures": structures, "files": files, "options": options, "weights": weights, "states": states}
+
+
+def fuzz(kind: str, count: int, first: int) -> tuple[Counter[str], list[Finding]]:
+    """Tries ``count`` inputs of a kind, of the seeds from ``first`` on.
+
+    Returns:
+        How many calls were done and refused, and what went wrong.
+    """
+    found, ways = [], Counter()
+    with tempfile.TemporaryDirectory() as name:
+        for seed in range(first, first + count):
+            rng = np.random.default_rng([seed, list(KINDS).index(kind)])
+            tried, calls = KINDS[kind](rng, Path(name))
+            for call in calls:
+                how = call()
+                if how in (DONE, REFUSED):
+                    ways[how] += 1
+                else:
+                    found.append(Finding(kind, seed, tried, how))
+    return ways, found
