@@ -34,7 +34,7 @@ from ase_enf.flow.continuous import Solver, Transformed
 from ase_enf.flow.divergence import Moment
 from ase_enf.flow.model import ENF, Encoded
 from ase_enf.flow.quadrature import clenshaw_curtis, integrate
-from ase_enf.scoring.score import _Row, _Scorer
+from ase_enf.scoring.score import Row, Scorer
 from benchmarks.common import load_flow
 from benchmarks.tables import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS
@@ -262,14 +262,14 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
 
 def _tight(double: ENF, item: Atoms) -> tuple[float, float]:
     """Returns log p on an accurate path with 193 nodes, with the noise of ``score``, and its integration error."""
-    scorer = _Scorer(double, "exact", 1, 1, math.inf, 1)
-    out = scorer._log_prob([_Row(0, item, canonical_order(item), 0)], 192, ACCURATE)
+    scorer = Scorer(double, "exact", 1, 1, math.inf, 1)
+    out = scorer.log_prob([Row(0, item, canonical_order(item), 0)], 192, ACCURATE)
     return float(out.log_prob), float(out.error)
 
 
 def _estimates(flow: ENF, molecules: list[Atoms], tolerance: float) -> pd.DataFrame:
     """Returns what ``score`` computes for exact traces and one draw, the integration error by itself."""
-    scorer = _Scorer(flow, "exact", 1, 1, tolerance, 32)
+    scorer = Scorer(flow, "exact", 1, 1, tolerance, 32)
     return pd.DataFrame(scorer.run(molecules, [0] * len(molecules), progress=False))
 
 
@@ -279,9 +279,9 @@ def _spread(error: pd.Series) -> str:
 
 def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     """Returns log p by the exact trace inside dopri5 at 1e-5, with the noise of ``score``, and the evaluations."""
-    scorer = _Scorer(flow, "exact", 1, 1, math.inf, 1)
+    scorer = Scorer(flow, "exact", 1, 1, math.inf, 1)
     noise = (
-        scorer._noise([_Row(0, item, canonical_order(item), 0)], flow.config.flow_features)
+        scorer.noise([Row(0, item, canonical_order(item), 0)], flow.config.flow_features)
         if flow.features == "joint"
         else None
     )

@@ -94,7 +94,7 @@ def main() -> None:
 
 def trained(name: str, options: argparse.Namespace) -> ENF:
     """Trains one method, or goes on, or reads what is finished."""
-    folder = _folder(name, options)
+    folder = budget_folder(name, options)
     paper = {"parameterisation": "velocity", "times": "power", "time_power": 1.3}
     config = TrainConfig(steps=options.steps, seed=options.seed, ema_decay=0.998, warmup=200, out=str(folder), **paper)
     train_atoms = qm9.load(options.data, split="train")
@@ -103,7 +103,7 @@ def trained(name: str, options: argparse.Namespace) -> ENF:
     return train(config, train_atoms, valid_atoms, resume=(folder / STATE_FILE).exists(), source="QM9, train split")
 
 
-def _folder(name: str, options: argparse.Namespace) -> Path:
+def budget_folder(name: str, options: argparse.Namespace) -> Path:
     """Returns where a method's run and pieces are: another budget is another run."""
     return options.work / f"{Path(name).stem}_{options.steps}_seed{options.seed}"
 
@@ -111,7 +111,7 @@ def _folder(name: str, options: argparse.Namespace) -> Path:
 def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace) -> Row:
     """Draws and scores, in pieces."""
     flow.use_kernel("auto")
-    work = open_work(_folder(name, options) / "pieces", flow, seed=options.seed, solver=SOLVER)
+    work = open_work(budget_folder(name, options) / "pieces", flow, seed=options.seed, solver=SOLVER)
     atoms, speed = _drawn(flow, SOLVER, work, options)
     order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()
     how = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
@@ -122,7 +122,7 @@ def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace
 def redrawn(row: Row, options: argparse.Namespace) -> Row:
     """Returns the row with molecules drawn by the default sampler of its flow."""
     solver = row.flow.sampling_solver
-    work = open_work(_folder(row.name, options) / "renewed", row.flow, seed=options.seed, solver=solver)
+    work = open_work(budget_folder(row.name, options) / "renewed", row.flow, seed=options.seed, solver=solver)
     atoms, speed = _drawn(row.flow, solver, work, options, options.renewed)
     return replace(row, solver=solver, atoms=atoms, speed=speed)
 

@@ -65,7 +65,7 @@ def test_percentages_carry_their_errors():
 
 def test_another_budget_is_another_folder(tmp_path):
     budgets = [argparse.Namespace(work=tmp_path, steps=steps, seed=seed) for steps, seed in ((10, 0), (20, 0), (10, 1))]
-    assert len({qm9._folder("E-NF", options) for options in budgets}) == 3
+    assert len({qm9.budget_folder("E-NF", options) for options in budgets}) == 3
 
 
 def test_the_calculator_benchmark_runs(tmp_path, monkeypatch):

@@ -216,14 +216,14 @@ def test_without_a_compiler_or_a_folder(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(variable, str(tmp_path / name))
-    fused._library.cache_clear()
+    fused.library.cache_clear()
     try:
         flow = ENF(ENFConfig(hidden=16, layers=1))
         assert flow.use_kernel("auto") == "plain"
         with pytest.raises(ValueError, match=message):
             flow.use_kernel("fused")
     finally:
-        fused._library.cache_clear()
+        fused.library.cache_clear()
 
 
 @pytest.mark.parametrize("to", [torch.float32, torch.float64, torch.bfloat16])

@@ -48,6 +48,19 @@ THIRD_PARTY = {
 }
 
 
+# What stands beside the package and uses it.
+BESIDE = {
+    ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
+    for folder in (Path(__file__).parent, Path(__file__).parents[1] / "benchmarks")
+    for path in sorted(folder.rglob("*.py"))
+}
+MAX_LINES = 450
+# Files that are still longer, and files that still use private names of others: lists that only get shorter.
+LONGER = {"cli", "data.particles", "flow.continuous", "flow.model"}
+PRYING = {"benchmarks.likelihood", "tests.test_cli"}
+NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of their names
+
+
 def room(module: str) -> str:
     """The room that a module is in."""
     return module.split(".")[0]
@@ -153,6 +166,70 @@ def test_no_module_bears_the_name_of_what_its_room_offers():
                     assert found is None or inspect.ismodule(found), f"{module}.{entry.stem}"
 
 
+def is_private(name: object) -> bool:
+    """Whether a value is a name that belongs to one module alone."""
+    return isinstance(name, str) and name[:1] == "_" and name[1:2] not in ("", "_") and name not in NAMED_TUPLE
+
+
+def private_definitions(tree: ast.AST) -> set[str]:
+    """Private names that a file gives to something: functions, classes, variables, attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def private_uses(tree: ast.AST) -> set[str]:
+    """Private names that a file imports, reads as an attribute, or names in a text for ``setattr`` and its like."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).endswith("attr"):
+            texts = [argument.value for argument in node.args[:2] if isinstance(argument, ast.Constant)]
+            found |= {text.split(".")[-1] for text in texts if isinstance(text, str)}
+    return {name for name in found if is_private(name)}
+
+
+TREES = {module: ast.parse(path.read_text()) for module, path in (MODULES | BESIDE).items()}
+PRIVATE = set().union(*map(private_definitions, TREES.values()))
+
+
+def prying(tree: ast.AST) -> set[str]:
+    """Private names of other files of this repository that a file uses without giving them to anything itself."""
+    return (private_uses(tree) & PRIVATE) - private_definitions(tree)
+
+
+def test_no_file_is_a_program():
+    longer = {module for module, path in MODULES.items() if len(path.read_text().splitlines()) > MAX_LINES}
+    assert longer <= LONGER
+
+
+def test_private_names_stay_at_home():
+    found = {module: names for module, tree in TREES.items() if (names := prying(tree)) and module not in PRYING}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ase_enf.plot.canvas import _put",
+        "from ase_enf import plot\nplot.canvas._put()",
+        "monkeypatch.setattr('ase_enf.plot.canvas._put', None)",
+        "monkeypatch.setattr(canvas, '_put', None)",
+        "getattr(canvas, '_put')",
+    ],
+)
+def test_prying_is_noticed(code):
+    assert prying(ast.parse(code)) == {"_put"}
+    assert not prying(ast.parse(code.replace("_put", "_replace")))
+
+
 def run(code: str, *options: str, **environment: str) -> str:
     """Standard output of a fresh interpreter."""
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -236,16 +313,29 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("rdkit", "ope
     run(code)
 
 
+def declared() -> dict[str, tuple[str, str]]:
+    """Public name → module and name there, as the package declares them to type checkers."""
+    block = next(node for node in TREES["__init__"].body if isinstance(node, ast.If))
+    return {
+        alias.asname: (node.module, alias.name)
+        for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }  # fmt: skip
+
+
+def test_type_checkers_see_every_public_name():
+    assert set(declared()) == set(ase_enf.__all__)
+
+
 @pytest.mark.parametrize("name", [name for name in ase_enf.__all__ if name not in ("data", "metrics", "molecules")])
 def test_public_names_are_the_things_themselves(name):
-    module = importlib.import_module(f"ase_enf.{ase_enf._PUBLIC[name]}")
-    assert getattr(ase_enf, name) is getattr(module, name)
+    module, original = declared()[name]
+    assert getattr(ase_enf, name) is getattr(importlib.import_module(module), original)
     assert callable(getattr(ase_enf, name)) and name in dir(ase_enf)
 
 
 @pytest.mark.parametrize("name", ["data", "metrics", "molecules"])
 def test_public_modules(name):
-    assert getattr(ase_enf, name) is importlib.import_module(f"ase_enf.{ase_enf._MODULES[name]}")
+    assert getattr(ase_enf, name) is importlib.import_module(".".join(declared()[name]))
 
 
 def test_unknown_names_are_attribute_errors():

@@ -207,9 +207,9 @@ def test_two_ways_to_ask_for_samples_give_one_answer(make_flow):
     flow = make_flow("given", layers=1, scale=0.3, sizes={3: 1}, compositions={"H2O": 1}).double()
     flow.config = dataclasses.replace(flow.config, path="linear")
     sampler = Sampler(flow, 0, None, "H2O", flow.sampling_solver, 2, None)
-    drafts = [sampler._draft(index, 0) for index in range(2)]
+    drafts = [sampler.draft(index, 0) for index in range(2)]
     latents = sampler.latents(drafts)
-    for noise, options in ((None, {"churn": 0.0}), (sampler._noise(drafts), {})):
+    for noise, options in ((None, {"churn": 0.0}), (sampler.noise(drafts), {})):
         batch = flow.sample(*latents, noise=noise)
         expected = generate(flow, 2, formula="H2O", **options)
         for ours, theirs in zip(to_atoms(batch, flow.species), expected, strict=True):

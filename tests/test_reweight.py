@@ -292,14 +292,14 @@ def test_failed_energies_count_with_weight_zero():
 
 def test_failed_integrations_are_drawn_again_and_counted(monkeypatch):
     """A draw that cannot be integrated has weight zero in the free energy; its place is taken as in ``generate``."""
-    plain = module._DensitySampler.sample
+    plain = module.DensitySampler.sample
 
     def broken(self, drafts):
         batch = plain(self, drafts)
         lost = torch.tensor([draft.index % 2 == 0 and draft.attempt == 0 for draft in drafts])
         return batch._replace(positions=torch.where(lost[:, None, None], math.nan, batch.positions))
 
-    monkeypatch.setattr(module._DensitySampler, "sample", broken)
+    monkeypatch.setattr(module.DensitySampler, "sample", broken)
     calculator = Harmonic(KT / 0.8**2)
     with pytest.warns(UserWarning, match="4 of 12 integrations failed and were drawn again"):
         result = reweight(gaussian(), calculator, 8, KELVIN)
@@ -399,8 +399,8 @@ def test_a_calculator_that_cannot_ends_it_after_the_first_batch(monkeypatch):
         raise RuntimeError("no parameters for X")
 
     drawn = []
-    plain = module._DensitySampler.sample
-    monkeypatch.setattr(module._DensitySampler, "sample", lambda self, part: drawn.extend(part) or plain(self, part))
+    plain = module.DensitySampler.sample
+    monkeypatch.setattr(module.DensitySampler, "sample", lambda self, part: drawn.extend(part) or plain(self, part))
     with pytest.raises(ReweightingError, match="no finite energy .RuntimeError: no parameters for X.; check symbols"):
         reweight(gaussian(), Harmonic(1.0, trouble), 40, KELVIN, batch_size=4)
     assert len(drawn) == 4

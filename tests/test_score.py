@@ -30,8 +30,8 @@ from ase_enf.scoring.score import (
     AUTOGRAD_DIMENSIONS,
     CLOSED_FORM_DIMENSIONS,
     COLUMNS,
-    _Row,
-    _Scorer,
+    Row,
+    Scorer,
     annotate,
     combine,
     score,
@@ -171,7 +171,7 @@ def test_joint_bound_is_eq_12(make_flow, monkeypatch):
     flow = make_flow("joint", scale=0.4, layers=1, sizes={2: 3, 3: 1}).double()
     atoms = Atoms("OH", [(0, 0, 0), (0.96, 0.1, 0)])
     noise = np.random.default_rng(0).standard_normal((2, 2, 4))  # draw, atom, (H, C, O, charge)
-    monkeypatch.setattr(_Scorer, "_noise", lambda self, rows, width: torch.from_numpy(noise))
+    monkeypatch.setattr(Scorer, "noise", lambda self, rows, width: torch.from_numpy(noise))
     shift, scale = np.array(flow.config.feature_shift), np.array(flow.config.feature_scale)
     weights = []
     for eps in noise:
@@ -283,9 +283,11 @@ def test_more_draws_only_add_to_the_noise(make_flow):
 
 
 def test_scores_share_no_noise_with_samples_of_the_same_seed(make_flow):
-    scorer = _Scorer(make_flow("joint", layers=1), "hutchinson", 2, 6, 1.0, 32)
-    rows = [_Row(0, molecule("H2O"), np.arange(3), 0)]
-    of_q, probes = (scorer._draws(stream, rows, (6, 7))[0] for stream in (score_module._Q, score_module._PROBES))
+    scorer = Scorer(make_flow("joint", layers=1), "hutchinson", 2, 6, 1.0, 32)
+    rows = [Row(0, molecule("H2O"), np.arange(3), 0)]
+    of_q, probes = (
+        scorer.normals(stream, rows, (6, 7))[0] for stream in (score_module.NOISE_OF_Q, score_module.PROBES)
+    )
     assert not np.isin(of_q, probes).any()
     for index in range(4):
         for attempt in range(4):  # see test_generate for these keys
@@ -294,7 +296,7 @@ def test_scores_share_no_noise_with_samples_of_the_same_seed(make_flow):
 
 
 def score_noise(flow, draws: int) -> torch.Tensor:
-    return _Scorer(flow, "exact", 1, draws, 1.0, 32)._noise([_Row(0, molecule("H2O"), np.array([2, 0, 1]), 0)], 4)
+    return Scorer(flow, "exact", 1, draws, 1.0, 32).noise([Row(0, molecule("H2O"), np.array([2, 0, 1]), 0)], 4)
 
 
 def test_hutchinson_agrees_with_the_exact_trace_within_its_error(make_flow):

@@ -223,7 +223,7 @@ class Sampler:
     def _window(self, indices: Sequence[int], bar: tqdm) -> Iterator[Atoms]:
         """Yields the molecules of a window in order, each as soon as those before it are there."""
         done: dict[int, Atoms] = {}
-        waiting = [self._draft(index, attempt=0) for index in indices]
+        waiting = [self.draft(index, attempt=0) for index in indices]
         coming = iter(indices)
         following = next(coming, None)
         while waiting:
@@ -233,9 +233,9 @@ class Sampler:
                 for draft, atoms in zip(batch, self._integrate(batch), strict=True):
                     if atoms is None:
                         self.failures += 1
-                        again.append(self._draft(draft.index, draft.attempt + 1, draft.failures + 1))
+                        again.append(self.draft(draft.index, draft.attempt + 1, draft.failures + 1))
                     elif self.closed_shell and open_shell(atoms.numbers):
-                        again.append(self._draft(draft.index, draft.attempt + 1, draft.failures))
+                        again.append(self.draft(draft.index, draft.attempt + 1, draft.failures))
                     else:
                         done[draft.index] = atoms
                         bar.update(1)
@@ -244,7 +244,17 @@ class Sampler:
                     following = next(coming, None)
             waiting = again
 
-    def _draft(self, index: int, attempt: int, failures: int = 0) -> Draft:
+    def draft(self, index: int, attempt: int, failures: int = 0) -> Draft:
+        """Returns the latent molecule of an index, anew for every attempt but of one size and composition.
+
+        Args:
+            index: Number of the molecule, from 0.
+            attempt: How often it was drawn before.
+            failures: How many of those integrations failed; the others were rejected.
+
+        Raises:
+            GenerationError: If it failed, or was rejected, too often.
+        """
         if failures == MAX_ATTEMPTS:
             raise GenerationError(
                 f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
@@ -299,7 +309,7 @@ class Sampler:
 
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        noise = self._noise(drafts) if self.solver.churn else None
+        noise = self.noise(drafts) if self.solver.churn else None
         return self.flow.sample(*self.latents(drafts), self.solver, noise)
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -309,7 +319,7 @@ class Sampler:
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
         return z_x, z_h, mask, self._context(drafts)
 
-    def _noise(self, drafts: list[Draft]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def noise(self, drafts: list[Draft]) -> Callable[[], tuple[Tensor, Tensor]]:
         """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
         config = self.flow.config
         generators = [

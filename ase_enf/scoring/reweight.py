@@ -276,7 +276,7 @@ def reweight(
     _check_one_composition(flow, size, formula)
     show = sys.stderr.isatty() if progress is None else progress
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
-    sampler = _DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
+    sampler = DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
     energies_of = _Energies(calculator, flow.config.dimension)
     samples: list[Atoms] = []
     # A calculator that cannot do the first batch ends it there.
@@ -319,7 +319,7 @@ def reweight(
     return result
 
 
-class _DensitySampler(Sampler):
+class DensitySampler(Sampler):
     """The sampler of ``generate``, which also keeps the log-density of what it draws and its estimated error."""
 
     def __init__(self, *request: Any, intervals: int) -> None:

@@ -35,10 +35,10 @@ DOUBLINGS = 3
 # Rows times M² that are scored together: a thread needs some hundred MB for them.
 PAIRS_TOGETHER = 2**15
 # Key words of the streams of noise; those of generate have keys of three numbers at most, so that none can be shared.
-_Q, _PROBES = (*b"score: noise of q",), (*b"score: probes",)
+NOISE_OF_Q, PROBES = (*b"score: noise of q",), (*b"score: probes",)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """What one structure needs besides its positions."""
 
     index: int
@@ -47,7 +47,7 @@ class _Row(NamedTuple):
     seed: int
 
 
-class _Estimate(NamedTuple):
+class Estimate(NamedTuple):
     """The answer for one structure."""
 
     log_likelihood: float
@@ -128,7 +128,7 @@ def score(
     check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance)
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
-    scorer = _Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
+    scorer = Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
     _warn(many, estimates, tolerance, first)
@@ -151,7 +151,7 @@ def score(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _warn(atoms: list[Atoms], estimates: list[_Estimate], tolerance: float, first: int) -> None:
+def _warn(atoms: list[Atoms], estimates: list[Estimate], tolerance: float, first: int) -> None:
     """Names the structures without a finite score, and those whose integration error stayed above the tolerance."""
 
     def say(places: list[int], words: str) -> None:
@@ -215,7 +215,7 @@ def _known_results(atoms: Atoms) -> dict[str, Any]:
     return {name: value for name, value in results.items() if name in all_properties and value is not None}
 
 
-class _Scorer:
+class Scorer:
     """One request: everything that its structures share."""
 
     def __init__(self, flow: ENF, trace: str, probes: int, draws: int, tolerance: float, batch_size: int) -> None:
@@ -236,13 +236,13 @@ class _Scorer:
         closed = self.flow.dynamics.has_closed_form and (n_atoms * config.hidden) ** 2 <= CLOSED_FORM_BLOCKS
         return "exact" if dimensions <= (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) else "hutchinson"
 
-    def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[_Estimate]:
+    def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[Estimate]:
         """Returns one estimate a structure, in order."""
         rows = [
-            _Row(index, item, self._rank(item), seed)
+            Row(index, item, self._rank(item), seed)
             for index, (item, seed) in enumerate(zip(atoms, seeds, strict=True))
         ]
-        results: dict[int, _Estimate] = {}
+        results: dict[int, Estimate] = {}
         with tqdm(total=len(rows), disable=not progress, unit="structure", dynamic_ncols=True) as bar:
             for group in self._groups(rows):
                 for row, estimate in zip(group, self._estimate(group), strict=True):
@@ -255,7 +255,7 @@ class _Scorer:
         noisy = self.flow.features == "joint" or self.trace_of(len(atoms)) == "hutchinson"
         return canonical_order(atoms) if noisy else np.arange(len(atoms))
 
-    def _groups(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+    def _groups(self, rows: list[Row]) -> Iterator[list[Row]]:
         """Yields batches of one size, of fewer rows where those are large: memory is that of pairs."""
         for size in sorted({len(row.atoms) for row in rows}):
             together = max(1, min(self.batch_size, PAIRS_TOGETHER // size**2) // self.draws)
@@ -263,18 +263,18 @@ class _Scorer:
             for k in range(0, len(members), together):
                 yield members[k : k + together]
 
-    def _estimate(self, rows: list[_Row]) -> list[_Estimate]:
+    def _estimate(self, rows: list[Row]) -> list[Estimate]:
         """Scores one batch, with twice the nodes and a finer solver for the rows whose integration error is too large.
 
         Each row decides for itself, so that it does not depend on its batch mates.
         """
-        answers: dict[int, _Estimate] = {}
+        answers: dict[int, Estimate] = {}
         evaluations = np.zeros(len(rows), dtype=int)
         work = [(np.arange(len(rows)), INTERVALS, self.solver)]
         while work:
             places, intervals, solver = work.pop()
             chosen = [rows[place] for place in places]
-            out = self._log_prob(chosen, intervals, solver)
+            out = self.log_prob(chosen, intervals, solver)
             weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
             error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
             evaluations[places] += out.nfe * self.draws
@@ -286,31 +286,31 @@ class _Scorer:
                 work.append((places[rough], 2 * intervals, solver.finer(self.flow.dtype)))
         return [answers[place] for place in range(len(rows))]
 
-    def _log_prob(self, rows: list[_Row], intervals: int, solver: Solver) -> LogProb:
+    def log_prob(self, rows: list[Row], intervals: int, solver: Solver) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
-        noise = self._noise(rows, config.flow_features) if flow.features == "joint" else None
+        noise = self.noise(rows, config.flow_features) if flow.features == "joint" else None
         method = self._trace_method(rows)
         return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
 
-    def _answer(self, row: _Row, weights: np.ndarray, error: float, evaluations: int) -> _Estimate:
+    def _answer(self, row: Row, weights: np.ndarray, error: float, evaluations: int) -> Estimate:
         value, stderr = combine(weights, float(error))
         # One draw of a bound, or one probe, says nothing of their spread.
         unknown = self.flow.features == "joint" and self.draws == 1
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
-        return _Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
+        return Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
 
-    def _noise(self, rows: list[_Row], width: int) -> Tensor:
+    def noise(self, rows: list[Row], width: int) -> Tensor:
         """Returns ε of q for every row and draw, shape (R K, M, width)."""
-        stacked = np.concatenate(self._draws(_Q, rows, (self.draws, width)))
+        stacked = np.concatenate(self.normals(NOISE_OF_Q, rows, (self.draws, width)))
         return torch.from_numpy(stacked).to(device=self.flow.device, dtype=self.flow.dtype)
 
-    def _trace_method(self, rows: list[_Row]) -> TraceMethod:
+    def _trace_method(self, rows: list[Row]) -> TraceMethod:
         if self.trace_of(len(rows[0].atoms)) == "exact":
             return divergence.exact
         n, width = self.flow.config.dimension, self.flow.config.flow_features
-        gaussian = np.stack(self._draws(_PROBES, rows, (self.probes, n + width)), axis=1)  # (P, R, M, n + F)
+        gaussian = np.stack(self.normals(PROBES, rows, (self.probes, n + width)), axis=1)  # (P, R, M, n + F)
         by_row = np.where(gaussian >= 0, 1.0, -1.0)
         v = torch.from_numpy(by_row.repeat(self.draws, axis=1)).to(device=self.flow.device, dtype=self.flow.dtype)
 
@@ -320,8 +320,14 @@ class _Scorer:
         return estimate
 
     @staticmethod
-    def _draws(stream: tuple[int, ...], rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it."""
+    def normals(stream: tuple[int, ...], rows: list[Row], shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it.
+
+        Args:
+            stream: `NOISE_OF_Q` or `PROBES`: what it is for, so that the two are independent.
+            rows: Structures of one size.
+            shape: Draws and numbers an atom.
+        """
 
         def draw(seed: int, place: int) -> np.ndarray:
             sequence = np.random.SeedSequence(seed, spawn_key=(*stream, place))

@@ -80,7 +80,7 @@ def unavailable(width: int, dtype: torch.dtype, device: torch.device) -> str | N
     if not fits(width, dtype):
         return f"the width {width} is no multiple of {LANES[dtype]}"
     try:
-        _library()
+        library()
     except KernelError as error:
         return str(error)
     return None
@@ -245,7 +245,7 @@ def _address(t: Tensor | None) -> int | None:
 
 @functools.cache
 def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
-    function = getattr(_library(), f"pairs_{direction}_{NAMES[dtype]}")
+    function = getattr(library(), f"pairs_{direction}_{NAMES[dtype]}")
     integer, pointers = ctypes.c_int, [ctypes.c_void_p] * 5
     function.argtypes = {
         "forward": [ctypes.POINTER(_Problem), integer, integer, *pointers],
@@ -258,7 +258,7 @@ def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """Loads the kernel, compiled before or now.
 
     Raises:
