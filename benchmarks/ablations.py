@@ -27,7 +27,7 @@ from ase_enf.flow.model import SAMPLING_SOLVER
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.loop import train
 from benchmarks.common import percent
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 VALIDATED = 128
 VARIANTS = {

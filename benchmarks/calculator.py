@@ -29,7 +29,7 @@ from ase_enf.atoms.batch import check_atoms
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
 from ase_enf.scoring.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 DISPLACEMENT = 0.05  # Å
 KELVIN = 300.0

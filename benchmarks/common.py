@@ -70,7 +70,7 @@ def draw_in_pieces(flow: ENF, n: int, seed: int, work: Path, solver: Solver | No
 
 
 def score_in_pieces(
-    flow: ENF, atoms: Sequence[Atoms], rows: list[int], seed: int, work: Path, how: dict
+    flow: ENF, atoms: Sequence[Atoms], rows: list[int], seed: int, work: Path, how: dict, piece: int | None = None
 ) -> pd.DataFrame:
     """Returns the scores of ``atoms[rows]``, measuring the pieces that are not in the folder yet.
 
@@ -82,18 +82,20 @@ def score_in_pieces(
             one draw.
         work: The folder.
         how: Arguments of ``score``.
+        piece: Molecules in a piece, `PIECE` by default.
     """
     if not rows:
         raise SystemExit("no molecules to score; ask for at least one")
-    pieces = [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+    size = piece or PIECE
+    pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
     found = []
-    for k, piece in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True)):
-        path = work / f"scores_{how['trace']}_{k:03d}_{len(piece)}.csv"
+    for k, members in enumerate(tqdm(pieces, desc="scores", unit="piece", dynamic_ncols=True)):
+        path = work / f"scores_{how['trace']}_{k:03d}_{len(members)}.csv"
         if not path.exists():
             table = ase_enf.score(
-                flow, [atoms[row] for row in piece], seed=[seed * len(atoms) + row for row in piece], **how
+                flow, [atoms[row] for row in members], seed=[seed * len(atoms) + row for row in members], **how
             )
-            table.insert(0, "molecule", piece)
+            table.insert(0, "molecule", members)
             with atomic_write(path) as handle:
                 handle.write(table.to_csv(index=False).encode())
         found.append(pd.read_csv(path))

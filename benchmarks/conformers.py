@@ -43,7 +43,7 @@ from ase_enf.chem.convert import PerceptionError, sanitise, to_mol
 from ase_enf.data import qm9
 from ase_enf.flow.model import ENF
 from benchmarks.common import open_work
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -469,7 +469,7 @@ def write_table(path: Path) -> None:
     """Writes ``results/gpu`` from lines of JSON."""
     import pandas as pd  # the card's machine may lack it
 
-    from benchmarks.tables import write_results
+    from benchmarks.report import write_results
 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     cards = ", ".join(

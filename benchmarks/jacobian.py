@@ -19,7 +19,7 @@ from ase_enf.atoms.batch import Batch, to_batch
 from ase_enf.flow import base, divergence
 from ase_enf.flow.continuous import INTERVALS, Solver
 from ase_enf.flow.model import ENF
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 REFERENCE = Solver("rk4", steps=150, warp=3.0)
 TIGHT = Solver("dopri5", rtol=1e-9, atol=1e-9)

@@ -36,7 +36,7 @@ from ase_enf.flow.model import ENF, Encoded
 from ase_enf.flow.quadrature import clenshaw_curtis, integrate
 from ase_enf.scoring.score import Row, Scorer
 from benchmarks.common import load_flow
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 from benchmarks.trace_estimators import ESTIMATORS
 
 SAMPLE = RESULTS.parent.parent / "tests" / "data" / "qm9_sample.npz"

@@ -22,7 +22,7 @@ from ase_enf.flow import divergence
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.en_flows import convert_en_flows
 from ase_enf.flow.model import ENF
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 # Largest deviation allowed, relative to the largest entry. The solution was computed with tolerance 1e-6.
 BOUNDS = {

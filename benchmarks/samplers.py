@@ -26,7 +26,7 @@ from ase_enf.atoms.files import atomic_write
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
 from benchmarks.common import load_flow, open_work
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 
 SOLVERS = (
     *(Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-2, 1e-3, 1e-5, 1e-7)),

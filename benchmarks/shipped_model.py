@@ -16,7 +16,7 @@ import ase_enf
 from ase_enf import metrics, plot
 from ase_enf.data import qm9
 from ase_enf.flow.model import ENF
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 
 # What is measured of the flow itself, too, where molecules are drawn with renewed noise by default.
 WITHOUT_CHURN = ("atom_stability", "molecule_stability", "connected", "validity_largest_fragment", "distance_js")

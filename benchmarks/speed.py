@@ -22,7 +22,7 @@ from ase_enf.scoring.score import score
 from ase_enf.training.environment import keep_memory
 from ase_enf.training.objectives import FlowMatching
 from ase_enf.training.optimizers import build_optimizers, resolve_optimizer
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 N_ATOMS = 18  # the mean of QM9
 

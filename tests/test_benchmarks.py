@@ -13,7 +13,8 @@ from ase.build import molecule
 
 import ase_enf
 from ase_enf.flow.model import ENF, ENFConfig
-from benchmarks import calculator, common, qm9
+from benchmarks import calculator, common
+from benchmarks.tables import qm9
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from ase_enf.data import particles, samples
-from benchmarks import particles as table1
-from benchmarks import tables
-from benchmarks.particles import FLOW_MATCHING, MISSING, NLL, ROWS, SIZES, Cell
+from benchmarks import report
+from benchmarks.tables import particles as table1
+from benchmarks.tables.particles import FLOW_MATCHING, MISSING, NLL, ROWS, SIZES, Cell
 
 CELL = Cell("dw4", "E-NF", FLOW_MATCHING, 100, 0)
 SCALE = 5 / table1.STEPS["dw4", FLOW_MATCHING][100]
@@ -31,7 +31,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(table1, "METHODS", table1.METHODS | {"E-NF": {"radial": 2, "hidden": 8, "layers": 1}})
     monkeypatch.setattr(table1, "VALIDATIONS", 1)
     monkeypatch.setattr(table1.ENF, "use_kernel", lambda self, kernel: "plain")  # compiling takes longer than all else
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     sets = samples.dataset("dw4", {"train": 100, "valid": 8, "test": 6}, ladders=8, burn_in=40)
     samples.save(tmp_path / "dw4.npz", sets)
     table1.open_folder(tmp_path, SCALE, table1.TEST)
@@ -103,7 +103,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 
 def test_finished_cells_travel_as_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     here, there = tmp_path / "here", tmp_path / "there"
     cells = [CELL, Cell("dw4", "E-NF", NLL, 100_000, 2)]
     contents = [result(cell, nll) for cell, nll in zip(cells, (7.5, 7.25), strict=True)]

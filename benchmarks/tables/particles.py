@@ -1,6 +1,6 @@
 """Table 1: flows on DW4 and LJ13 by the number of training samples, beside the paper's figures and the entropy.
 
-python -m benchmarks.particles --work FOLDER [--only E-NF dw4 ...] [--jobs 2]
+python -m benchmarks.tables.particles --work FOLDER [--only E-NF dw4 ...] [--jobs 2]
 
 A cell is one training: system, method, objective, number of samples, seed. Cells are independent; finished ones are
 kept in the folder, a stopped one goes on from its last save, and the tables show whatever is finished. All finished
@@ -45,7 +45,7 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.log import LOG_FILE
 from ase_enf.training.loop import train
-from benchmarks import tables
+from benchmarks import report
 
 FLOW_MATCHING, NLL = "flow_matching", "nll"
 OBJECTIVES = {FLOW_MATCHING: "flow matching", NLL: "maximum likelihood"}
@@ -343,8 +343,8 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
     if results.empty:
         return
     curves = results.curve.map(lambda points: " ".join(f"{seconds:.1f}:{nll:.4f}" for seconds, nll in points))
-    folder = tables.RESULTS if scale == 1 else work
-    tables.write_csv(results.assign(curve=curves), "table1_cells", folder)
+    folder = report.RESULTS if scale == 1 else work
+    report.write_csv(results.assign(curve=curves), "table1_cells", folder)
     truths = {system: ground(system, work, scale) for system in SIZES if system in results.system.unique()}
     # -log p of the same samples as a control variate: the same expectation, a smaller error.
     results["nll"] = results.gap + results.system.map({system: truth["entropy"] for system, truth in truths.items()})
@@ -352,7 +352,7 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
         mine = results[results.system == system]
         title = f"Table 1: negative log-likelihood on {system.upper()}, nats"
         text = notes(system, mine, truth, base_entropy(work, system), scale)
-        tables.write_results(table(system, mine, seeds), f"table1_{system}", title, text, folder)
+        report.write_results(table(system, mine, seeds), f"table1_{system}", title, text, folder)
     draw(results, truths, folder / "table1.png")
 
 

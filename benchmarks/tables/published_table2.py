@@ -1,6 +1,6 @@
 """Table 2, row E-NF, from the weights published with the paper.
 
-python -m benchmarks.published_table2 WEIGHTS.npz --data QM9.npz --work FOLDER
+python -m benchmarks.tables.published_table2 WEIGHTS.npz --data QM9.npz --work FOLDER
 
 Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are kept in a
 folder: run it again and it goes on where it stopped; run it with ``--only samples`` and ``--only scores`` side by side,
@@ -24,7 +24,7 @@ from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
 from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, percent, score_in_pieces
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 
 SOLVER = Solver("rk4", steps=32)
 SCORE = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}

@@ -1,6 +1,6 @@
 """Table 2: E-NF, GNF-att and GNF-att-aug under one budget, and the shipped models.
 
-python -m benchmarks.qm9 --data QM9.npz --work FOLDER
+python -m benchmarks.tables.qm9 --data QM9.npz --work FOLDER
 
 Trains the three methods for ``--steps`` batches of 64 molecules each, on the published train split, draws ``-n``
 molecules from each and from the shipped models (from those by their default sampler, which renews noise, too), and
@@ -31,7 +31,7 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
 from benchmarks.common import draw_in_pieces, open_work, percent, score_in_pieces
-from benchmarks.tables import RESULTS, write_results
+from benchmarks.report import RESULTS, write_results
 
 SOLVER = Solver("midpoint", steps=16, warp=1.5)
 METHODS = {
