@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +128,45 @@ def test_pictures_do_not_depend_on_how_numpy_treats_underflow(tmp_path: Path) ->
         careful = gallery(atoms, tmp_path / "a.png", dpi=40).read_bytes()
         distance_histogram(atoms, atoms[:1], tmp_path / "h.png", dpi=40)
     assert careful == gallery(atoms, tmp_path / "b.png", dpi=40).read_bytes()
+
+
+PICTURES = {
+    "gallery": lambda path: gallery(molecule("CH4"), path, dpi=40),
+    "distances": lambda path: distance_histogram(molecule("CH4"), [molecule("CH4")], path, dpi=40),
+}
+
+
+@pytest.mark.parametrize("draw_to", PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("step", ["matplotlib.figure.Figure.savefig", "os.fsync", "os.replace"])
+def test_a_picture_that_fails_leaves_what_was_there(tmp_path, monkeypatch, draw_to, old, step) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if old is not None:
+        (tmp_path / "g.png").write_bytes(old)
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        draw_to(tmp_path / "g.png")
+    assert ".part" not in str(caught.value)
+    assert os.listdir(tmp_path) == ([] if old is None else ["g.png"])
+    assert old is None or (tmp_path / "g.png").read_bytes() == old
+
+
+@pytest.mark.parametrize("draw_to", PICTURES.values(), ids=PICTURES)
+def test_the_target_of_a_link_becomes_the_picture(tmp_path, draw_to) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "g.svg").symlink_to("real/picture")
+    assert draw_to(tmp_path / "g.svg") == tmp_path / "g.svg"
+    assert (tmp_path / "g.svg").is_symlink() and "<svg" in (tmp_path / "real" / "picture").read_text()
+    assert os.listdir(tmp_path / "real") == ["picture"]
+
+
+@pytest.mark.parametrize("draw_to", PICTURES.values(), ids=PICTURES)
+def test_places_for_no_picture_are_named_before_it_is_drawn(tmp_path, monkeypatch, draw_to) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: pytest.fail("drawn"))
+    for name in ("g.xyz", "g"):
+        with pytest.raises(ValueError, match=f"{name}: no picture has that ending; use .png, .pdf or .svg$"):
+            draw_to(tmp_path / name)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
+        draw_to(tmp_path)

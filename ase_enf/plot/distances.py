@@ -10,7 +10,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ase_enf.metrics import MAX_DISTANCE, N_BINS, Reference, Structures, as_reference, distance_js, survey
-from ase_enf.plot.files import writable
+from ase_enf.plot.files import check_picture, save_figure
 
 
 @np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
@@ -32,7 +32,7 @@ def distance_histogram(
         The path.
 
     Raises:
-        FileNotFoundError: The folder of the file does not exist.
+        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
         ValueError: There are no structures, or the reference has no distances.
 
     >>> import tempfile
@@ -41,7 +41,7 @@ def distance_histogram(
     ...     distance_histogram(molecule("CH3CHO"), [molecule("CH3CH2OH")], folder + "/d.png", dpi=50).name
     'd.png'
     """
-    target = writable(path)
+    target = check_picture(path)
     from matplotlib.figure import Figure
 
     seen, known = survey(atoms), as_reference(reference)
@@ -60,8 +60,7 @@ def distance_histogram(
     axes.spines[["top", "right"]].set_visible(False)
     spread = "" if np.isnan(js.stderr) else f" ± {js.stderr:.1g}"
     axes.legend(frameon=False, fontsize=8, title=f"JS divergence {js.value:.4f}{spread} nats", title_fontsize=8)
-    figure.savefig(target, dpi=dpi)
-    return target
+    return save_figure(figure, target, dpi)
 
 
 def _density(counts: NDArray[np.integer]) -> NDArray[np.float64]:

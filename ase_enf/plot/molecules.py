@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ase_enf.chem.bonds import bond_orders, stability, structures
 from ase_enf.plot.canvas import add_cylinder, add_sphere, blank, shade
-from ase_enf.plot.files import writable
+from ase_enf.plot.files import check_picture, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def gallery(
         The path.
 
     Raises:
-        FileNotFoundError: The folder of the file does not exist.
+        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
         ValueError: There are no molecules, one is periodic or has a position that is not finite, or `columns` < 1.
 
     >>> import tempfile
@@ -62,7 +62,7 @@ def gallery(
     ...     gallery([molecule("CH3CHO"), molecule("CH3")], folder + "/two.png", dpi=50).name
     'two.png'
     """
-    target = writable(path)
+    target = check_picture(path)
     listed = structures(atoms)
     if not listed:
         raise ValueError("there are no molecules to draw: the list is empty")
@@ -84,8 +84,7 @@ def gallery(
         axes.imshow(draw(item.numbers, positions, (width, height), round(size * dpi)), interpolation="antialiased")
         axes.axis("off")
         _caption(axes, item, int(verdicts.stable_atoms[place]), bool(verdicts.stable[place]))
-    figure.savefig(target, dpi=dpi)
-    return target
+    return save_figure(figure, target, dpi)
 
 
 def broadside(
