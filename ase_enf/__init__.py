@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from ase_enf import data as data
     from ase_enf import metrics as metrics
     from ase_enf.atoms import batch as molecules  # noqa: F401 (the public name of that module)
+    from ase_enf.flow.config import ENFConfig as ENFConfig
     from ase_enf.flow.continuous import Solver as Solver
+    from ase_enf.flow.loading import load as load
     from ase_enf.flow.model import ENF as ENF
-    from ase_enf.flow.model import ENFConfig as ENFConfig
-    from ase_enf.flow.model import load as load
     from ase_enf.sampling.generate import generate as generate
     from ase_enf.sampling.generate import igenerate as igenerate
     from ase_enf.scoring.calculator import ENFCalculator as ENFCalculator
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "ENF": "flow.model",
     "ENFCalculator": "scoring.calculator",
-    "ENFConfig": "flow.model",
+    "ENFConfig": "flow.config",
     "Solver": "flow.continuous",
     "TrainConfig": "training.config",
     "annotate": "scoring.score",
     "generate": "sampling.generate",
     "igenerate": "sampling.generate",
-    "load": "flow.model",
+    "load": "flow.loading",
     "reweight": "scoring.reweight",
     "score": "scoring.score",
     "train": "training.loop",

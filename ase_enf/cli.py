@@ -191,7 +191,7 @@ class _Version(argparse.Action):
     """Prints the version; reads it only when asked."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from ase_enf.flow.model import package_version
+        from ase_enf.flow.weights import package_version
 
         print(f"ase-enf {package_version()}")
         parser.exit()
@@ -390,7 +390,7 @@ def _check_free(options: argparse.Namespace, *paths: str | None) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from ase_enf.atoms.io import GrowingFile, check_append, check_output
-    from ase_enf.flow.model import load
+    from ase_enf.flow.loading import load
     from ase_enf.sampling.generate import check_counts, igenerate
 
     check_output(options.output, options.n)
@@ -521,7 +521,7 @@ class _GrowingTable:
 
 def _score(options: argparse.Namespace) -> None:
     from ase_enf.atoms.io import check_structures
-    from ase_enf.flow.model import load
+    from ase_enf.flow.loading import load
     from ase_enf.scoring.score import check_request, with_scores
 
     _check_free(options, options.output)
@@ -702,7 +702,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a run that begins."""
-    from ase_enf.flow.model import load
+    from ase_enf.flow.loading import load
     from ase_enf.training.config import TrainConfig, model_fields
 
     sources = _new_sources(options)
@@ -767,7 +767,7 @@ def _moved(sources: dict[str, Any], options: argparse.Namespace) -> dict[str, An
 
 
 def _saved_config(path: Path) -> TrainConfig:
-    from ase_enf.flow.model import package_version
+    from ase_enf.flow.weights import package_version
     from ase_enf.training.config import TrainConfig, migrated
 
     saved = _read_json(path)
@@ -813,7 +813,7 @@ def _check_apart(sources: dict[str, Any], folder: Path) -> None:
 
 def _report_run(model: ENF, folder: Path) -> None:
     """Says how far a run has come, and where its weights are."""
-    from ase_enf.flow.model import read_header
+    from ase_enf.flow.weights import read_header
     from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
     best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
@@ -837,7 +837,7 @@ def _flag(name: str) -> str:
 
 def _info(options: argparse.Namespace) -> None:
     from ase_enf.atoms.files import brief
-    from ase_enf.flow.model import PRETRAINED, read_header, shipped
+    from ase_enf.flow.weights import PRETRAINED, read_header, shipped
 
     if options.model is None:
         for name in shipped():
@@ -862,7 +862,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _in_short(name: str, header: dict[str, Any]) -> str:
     """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
-    from ase_enf.flow.model import PRETRAINED
+    from ase_enf.flow.weights import PRETRAINED
 
     config, card = header["config"], PRETRAINED / f"{name}.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""

@@ -26,8 +26,9 @@ from torch import Tensor
 from ase_enf.atoms.batch import Batch
 from ase_enf.atoms.dataset import MoleculeSet
 from ase_enf.chem.bonds import bond_orders, stable_atoms
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.model import ENF
 from ase_enf.geometry import center
 from ase_enf.training.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.training.objectives import FlowMatching

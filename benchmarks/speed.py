@@ -16,7 +16,9 @@ from ase import Atoms
 import ase_enf
 from ase_enf import metrics
 from ase_enf.atoms.batch import to_batch
-from ase_enf.flow.model import ENF, ENFConfig, resolve_device
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.devices import resolve_device
+from ase_enf.flow.model import ENF
 from ase_enf.sampling.generate import generate
 from ase_enf.scoring.score import score
 from ase_enf.training.environment import keep_memory

@@ -90,7 +90,8 @@ def stir():
 @pytest.fixture
 def make_flow(device, dtype, stir):
     """Builds a small flow of a feature mode, over H, C, O, with weights far from the identity."""
-    from ase_enf.flow.model import ENF, ENFConfig
+    from ase_enf.flow.config import ENFConfig
+    from ase_enf.flow.model import ENF
 
     def build(features: str = "joint", scale: float = 0.8, **fields) -> ENF:
         fields = {"hidden": 8, "layers": 2, "sizes": {2: 1, 3: 2, 5: 1, 9: 1}, "position_scale": 1.4} | fields

@@ -12,7 +12,8 @@ import torch
 from ase.build import molecule
 
 import ase_enf
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
 from benchmarks import calculator, common
 from benchmarks.tables import qm9
 

@@ -13,7 +13,8 @@ import torch
 from test_train import TRAIN, VALID, assert_same_run, equal, log_of, state_of, stop_at, tiny
 
 from ase_enf import cli
-from ase_enf.flow.model import load, read_header
+from ase_enf.flow.loading import load
+from ase_enf.flow.weights import read_header
 from ase_enf.training import validation
 from ase_enf.training.branch import branch_steps
 from ase_enf.training.config import TrainConfig

@@ -23,7 +23,10 @@ from safetensors.torch import save_file
 
 import ase_enf
 from ase_enf import cli
-from ase_enf.flow.model import ENF, ENFConfig, load, shipped
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import shipped
 from ase_enf.training import validation
 
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"

@@ -12,7 +12,8 @@ from ase.build import molecule
 from scipy.integrate import trapezoid
 from scipy.stats import special_ortho_group
 
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
 from benchmarks import conformers
 from benchmarks.conformers import (
     FLOW,

@@ -10,9 +10,10 @@ from ase.build import molecule
 from ase_enf.atoms.batch import Batch, to_batch
 from ase_enf.chem.graph import perceived_bonds
 from ase_enf.flow import divergence
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.context import GRAPH_FEATURES, Condition, graph_features
 from ase_enf.flow.divergence import Moment
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.model import ENF
 from ase_enf.training.build import widened
 from ase_enf.training.objectives import drop_conditions
 

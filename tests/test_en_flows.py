@@ -10,7 +10,7 @@ import torch
 
 from ase_enf.cli import main
 from ase_enf.flow.en_flows import convert_en_flows
-from ase_enf.flow.model import load
+from ase_enf.flow.loading import load
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 WEIGHTS, VECTORS = REFERENCE / "en_flows_qm9_weights.npz", REFERENCE / "en_flows_qm9_vectors.npz"

@@ -11,7 +11,8 @@ from ase.build import molecule
 from torch import Tensor
 
 from ase_enf.atoms.batch import to_batch
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
 from ase_enf.nn.backends import fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.training.config import TrainConfig

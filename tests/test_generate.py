@@ -305,7 +305,8 @@ UNENDING = """
 import sys, torch
 from ase_enf.flow.continuous import ContinuousFlow, SolverError
 from ase_enf.sampling.generate import GenerationError, generate
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
 assert not __debug__  # assertions are left out
 flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
 with torch.no_grad():

@@ -16,7 +16,8 @@ from ase_enf.atoms.batch import to_batch
 from ase_enf.data import samples
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import ENF, load
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
 from benchmarks.reference import reference
 
 SOLVERS = {

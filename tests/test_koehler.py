@@ -11,9 +11,11 @@ from ase import Atoms
 from torch.func import jacrev
 
 from ase_enf.flow import divergence
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.divergence import Moment
 from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
-from ase_enf.flow.model import ENF, ENFConfig, load
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, pair_mask, random_rotations
 from ase_enf.nn.koehler import Gaussians, KernelDynamics, RadialField
 from ase_enf.sampling.generate import generate

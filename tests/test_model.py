@@ -21,20 +21,14 @@ from safetensors.torch import save_file
 
 import ase_enf.flow.model as model_module
 from ase_enf.atoms.batch import to_atoms, to_batch
-from ase_enf.flow import divergence
+from ase_enf.flow import divergence, loading
 from ase_enf.flow.base import sample_latent
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import (
-    ENF,
-    FORMAT_VERSION,
-    METADATA_KEY,
-    ENFConfig,
-    load,
-    read_header,
-    resolve_device,
-    resolve_dtype,
-    shipped,
-)
+from ase_enf.flow.devices import resolve_device, resolve_dtype
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import FORMAT_VERSION, METADATA_KEY, read_header, shipped
 from ase_enf.geometry import random_rotations
 from ase_enf.sampling.generate import Sampler, generate
 from ase_enf.scoring.score import score
@@ -528,7 +522,7 @@ def test_an_unknown_name_lists_the_shipped_ones(name):
 
 def test_a_shipped_name_is_found(saved, monkeypatch):
     flow, path = saved
-    monkeypatch.setattr(model_module, "PRETRAINED", path.parent)
+    monkeypatch.setattr(loading, "PRETRAINED", path.parent)
     assert shipped() == ["model"]
     assert load("model", device="cpu").config == flow.config
 

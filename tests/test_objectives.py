@@ -11,8 +11,8 @@ import torch
 
 from ase_enf.atoms.batch import Batch
 from ase_enf.flow import divergence
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import ENFConfig
 from ase_enf.geometry import center
 from ase_enf.training.objectives import FlowMatching, NegativeLogLikelihood
 

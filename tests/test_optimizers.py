@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ase_enf.flow.model import ENF, ENFConfig
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
 from ase_enf.training.optimizers import build_optimizers, hidden_matrices, resolve_optimizer
 
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -16,8 +16,10 @@ from ase.units import kB
 
 from ase_enf.atoms.batch import to_batch
 from ase_enf.data import particles
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.continuous import Solver, SolverError
-from ase_enf.flow.model import ENF, ENFConfig, load
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
 from ase_enf.sampling.generate import generate
 from ase_enf.scoring import reweight as module
 from ase_enf.scoring.reweight import Reweighted, ReweightingError, reweight

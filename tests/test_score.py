@@ -24,7 +24,7 @@ import ase_enf
 from ase_enf.atoms.io import write_structures
 from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import load
+from ase_enf.flow.loading import load
 from ase_enf.scoring import score as score_module
 from ase_enf.scoring.score import (
     AUTOGRAD_DIMENSIONS,

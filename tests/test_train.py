@@ -22,7 +22,9 @@ from ase.build import molecule
 
 from ase_enf.atoms.dataset import MoleculeSet
 from ase_enf.flow.continuous import Solver, SolverError
-from ase_enf.flow.model import ENF, load, read_header
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import read_header
 from ase_enf.training import log, loop, validation
 from ase_enf.training.config import RENAMED, TrainConfig, field_help
 from ase_enf.training.loop import TrainingError, train

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ase_enf.atoms.files import brief
-from ase_enf.flow.model import ENF, ENFConfig, build_empty
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.loading import build_empty
+from ase_enf.flow.model import ENF
 
 # Sizes of the 100,000 training molecules of QM9, which the published p_M counts.
 QM9_SIZES = {

@@ -1,34 +1,23 @@
-"""The E(n) equivariant normalizing flow: configuration, likelihood, sampling, files (eq. 6)."""
+"""The E(n) equivariant normalizing flow: likelihood and sampling (eq. 6)."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ase.data import atomic_numbers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ase_enf.atoms.batch import Batch
-from ase_enf.atoms.files import atomic_write, require_folder
 from ase_enf.flow import base, divergence
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.context import (
     GRAPH_FEATURES,
-    Condition,
     Context,
     condition_features,
     graph_features,
-    read_conditions,
     split_context,
 )
 from ase_enf.flow.continuous import (
@@ -40,15 +29,12 @@ from ase_enf.flow.continuous import (
     TraceMethod,
     Transformed,
 )
-from ase_enf.flow.dequantize import DEQUANTIZERS, build_q, lift, quantize
-from ase_enf.flow.dynamics import POSITION_NETWORKS, BoundDynamics, Dynamics, build_network
+from ase_enf.flow.dequantize import build_q, lift, quantize
+from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
 from ase_enf.flow.parameterisation import Parameterisation
+from ase_enf.flow.weights import write_weights
 from ase_enf.geometry import subspace_dim
 
-FEATURES = ("joint", "none", "given")
-FORMAT_VERSION = 2
-PATHS = (None, "linear")
-METADATA_KEY = "ase_enf"
 # Likelihoods take a fixed grid, so that one does not depend on its batch mates; the nodes of the quadrature are its
 # steps. Flow matching of a bare velocity puts what changes fast near the data: 49 nodes in u, t = u², err by a third of
 # what 49 in t do; after maximum likelihood, and of a denoising flow, nodes in t are the better ones
@@ -60,119 +46,6 @@ MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
 # Renewed noise mends much of what a trained velocity does wrong, and many short steps of much noise more than few long
 # ones of a better method (benchmarks/samplers.py).
 RENEWING_SAMPLING_SOLVER = Solver("euler", steps=128, warp=2.0, churn=20.0)
-PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
-
-@dataclass(frozen=True)
-class ENFConfig:
-    """Everything that defines a flow except its weights; stored as JSON beside them.
-
-    Args:
-        features: "joint" (types and charges flow with the positions), "given" (types are the condition) or "none"
-            (positions only).
-        species: Elements in the order of the one-hot columns; "none" has none and takes any.
-        sizes: Counts of molecule sizes in the training set, the prior p_M.
-        compositions: Counts of formulas (Hill) in the training set, from which "given" draws; else empty.
-        dimension: Dimension n of space, 2 or 3.
-        network: "egnn" or a baseline: "gnn" (not equivariant), or, with "none" only, "simple" or "kernel" (Köhler et
-            al. 2020; ``nn.koehler``).
-        hidden: Width F of the network; of "kernel" the number of its functions of the distance.
-        layers: Number L of layers; of "kernel" the number of its functions of the time.
-        attention: Soft edges (eq. 4), in "egnn" and "gnn".
-        radial: Number of radial functions of each distance beside its square (not in the paper); 0 for none.
-        dequantizer: "fixed" or "learned" q(h̃|h), for "joint".
-        position_scale: Length in Å that is one unit inside the flow.
-        feature_shift: Subtracted from h̃ (K scores, then the charge), for "joint".
-        feature_scale: Multiplies h̃ − shift.
-        parameterisation: How the network's output becomes a velocity: "velocity" (the paper), "endpoint" or
-            "denoising"; see ``parameterisation.Parameterisation``.
-        feature_std: Standard deviation of the flowing features inside the flow, for "denoising".
-        path: "linear", where flow matching trained it, so that the path from data to noise is (1 − t) x + t z in
-            distribution; None where that is not known.
-        conditions: Numbers of the whole molecule that condition the flow where they are known; see
-            ``context.Condition``.
-        graph: Whether the molecular graph conditions the flow, for "given" with "egnn": density p(x | graph).
-
-    Raises:
-        ValueError: For an unknown or inconsistent value.
-    """
-
-    features: str = "joint"
-    species: tuple[str, ...] = ("H", "C", "N", "O", "F")
-    sizes: Mapping[int, int] = dataclasses.field(default_factory=lambda: {18: 1})
-    compositions: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    dimension: int = 3
-    network: str = "egnn"
-    hidden: int = 64
-    layers: int = 6
-    attention: bool = True
-    radial: int = 0
-    dequantizer: str = "fixed"
-    position_scale: float = 1.0
-    feature_shift: tuple[float, ...] = ()
-    feature_scale: tuple[float, ...] = ()
-    parameterisation: str = "velocity"
-    feature_std: float = 1.0
-    path: str | None = None
-    conditions: tuple[Condition, ...] = ()
-    graph: bool = False
-
-    def __post_init__(self) -> None:
-        set_field = functools.partial(object.__setattr__, self)
-        set_field("species", () if self.features == "none" else tuple(self.species))
-        set_field("sizes", {int(size): int(count) for size, count in self.sizes.items()})
-        set_field("compositions", dict(self.compositions))
-        set_field("conditions", read_conditions(self.conditions))
-        width = self.flow_features
-        set_field("feature_shift", tuple(self.feature_shift) or (0.0,) * width)
-        set_field("feature_scale", tuple(self.feature_scale) or (1.0,) * width)
-        if self.features not in FEATURES:
-            raise ValueError(f"features {self.features!r} is unknown; choose one of {', '.join(FEATURES)}")
-        if self.dimension not in (2, 3):
-            raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
-        if self.dequantizer not in DEQUANTIZERS:
-            raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
-        if self.network in POSITION_NETWORKS and self.features != "none":
-            raise ValueError(
-                f"network {self.network!r} moves positions only, but features={self.features!r}; use features='none'"
-            )
-        if self.conditions and self.network in POSITION_NETWORKS:
-            raise ValueError(f"network {self.network!r} knows no conditions; use 'egnn' or 'gnn'")
-        if self.graph and (self.features, self.network) != ("given", "egnn"):
-            raise ValueError(
-                f"graph=True needs features='given' and network='egnn', not {self.features!r} and {self.network!r}"
-            )
-        if self.features != "none" and not self.species:
-            raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
-        unknown = [symbol for symbol in self.species if symbol not in atomic_numbers]
-        if unknown or len(set(self.species)) < len(self.species):
-            raise ValueError(f"species {self.species}: must be different chemical symbols")
-        if min(self.hidden, self.layers) < 1:
-            raise ValueError(f"hidden={self.hidden}, layers={self.layers}: both must be at least 1")
-        if self.radial < 0 or (self.radial and self.network != "egnn"):
-            raise ValueError(f"radial={self.radial}: must be at least 0, and 0 unless network is 'egnn'")
-        base.check_counts("compositions", self.compositions)
-        if min(self.sizes, default=2) < 2:
-            raise ValueError(f"sizes: {min(self.sizes)} atom(s) have no density on centred positions; the least is 2")
-        if not all(math.isfinite(scale) and scale > 0 for scale in self.feature_scale):
-            raise ValueError(f"feature_scale {self.feature_scale}: all must be positive")
-        if not (math.isfinite(self.position_scale) and self.position_scale > 0):
-            raise ValueError(f"position_scale {self.position_scale}: must be a positive length in Å")
-        Parameterisation(self.parameterisation, self.feature_std)  # which checks them
-        if self.path not in PATHS:
-            raise ValueError(f"path {self.path!r} is unknown; choose 'linear' or None")
-        if not len(self.feature_shift) == len(self.feature_scale) == width:
-            raise ValueError(f"feature_shift and feature_scale need {width} numbers, one a flowing feature")
-
-    @property
-    def flow_features(self) -> int:
-        """Number F of features that flow with the positions."""
-        return len(self.species) + 1 if self.features == "joint" else 0
-
-    @property
-    def context_features(self) -> int:
-        """Number of features of an atom that condition the flow."""
-        return (len(self.species) if self.features == "given" else 0) + 2 * len(self.conditions)
 
 
 class Encoded(NamedTuple):
@@ -542,17 +415,7 @@ class ENF(nn.Module):
         Raises:
             FileNotFoundError: If the folder does not exist.
         """
-        path = require_folder(path)
-        header = {
-            "format": FORMAT_VERSION,
-            "package": package_version(),
-            "units": {"positions": "angstrom", "log_likelihood": "nat"},
-            "config": dataclasses.asdict(self.config),
-            "provenance": self.provenance,
-        }
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_write(path) as handle:
-            handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+        write_weights(path, self.config, self.provenance, self.state_dict())
 
     def _feature(self, values: Sequence[float]) -> Tensor:
         """Returns numbers as a tensor like the weights; kept, because making it would halt a GPU."""
@@ -562,55 +425,6 @@ class ENF(nn.Module):
         return self._features[key]
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads configuration and provenance of a weights file without loading the weights.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        IsADirectoryError: If it is a folder, of a run for instance.
-        ValueError: If the file is truncated, foreign, or of a newer format.
-    """
-    path = Path(path)
-    if path.is_dir() and path != Path():
-        inside = sorted(path.glob("*.safetensors"))
-        raise IsADirectoryError(
-            f"{path}: is a folder; name a weights file{f', such as {inside[-1]}' if inside else ' (.safetensors)'}"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
-    if text is None:
-        raise ValueError(
-            f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save"
-        )
-    try:
-        header = json.loads(text)
-        newer = header.get("format", 0) > FORMAT_VERSION
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: has a damaged header ({error}); fetch or train it again") from None
-    if newer:
-        raise ValueError(
-            f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade"
-        )
-    return _migrated(header)
-
-
-def _migrated(header: dict[str, Any]) -> dict[str, Any]:
-    """Returns a header in today's format; format 1 told the path only by the objective of the training."""
-    if header.get("format") == 1 and dict(header.get("provenance") or {}).get("objective") == "flow_matching":
-        header = header | {"config": {"path": "linear"} | header["config"]}
-    return header
-
-
-def shipped() -> list[str]:
-    """Returns the names of the models that come with the package."""
-    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
-
-
 def check_flow(flow: Any) -> ENF:
     """Returns a flow, and raises a ``TypeError`` for anything else, such as the name of one."""
     if isinstance(flow, ENF):
@@ -618,129 +432,3 @@ def check_flow(flow: Any) -> ENF:
     if isinstance(flow, str | os.PathLike):
         raise TypeError(f"expected a flow, got {os.fspath(flow)!r}; ase_enf.load({os.fspath(flow)!r}) gives one")
     raise TypeError(f"expected a flow, got {type(flow).__name__}; ase_enf.load and ase_enf.train give one")
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Turns "auto" into CUDA where there is one, and checks an explicit choice.
-
-    Raises:
-        ValueError: If the device is not there.
-    """
-    if str(device) == "auto":
-        return resolve_device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; choose auto, cpu or cuda") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(
-            f"device {device!r}: this machine has {torch.cuda.device_count()} usable CUDA device(s); use cpu or auto"
-        )
-    # With its number it compares equal to the device of tensors.
-    if chosen.type == "cuda" and chosen.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Turns "float32" or "float64" into a torch dtype.
-
-    Raises:
-        ValueError: For any other.
-    """
-    known = {"float32": torch.float32, "float64": torch.float64}
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or float64")
-    return known[name]
-
-
-def load(
-    name_or_path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "float32"
-) -> ENF:
-    """Loads a flow: a shipped name such as ``"qm9"``, or a path to ``.safetensors``.
-
-    Nothing in the file is executed: tensors and JSON only.
-
-    Args:
-        name_or_path: Name or path.
-        device: "auto", "cpu", "cuda", "cuda:1" …
-        dtype: "float32" or "float64".
-
-    Raises:
-        FileNotFoundError: If there is neither a shipped model nor a file of that name.
-        ValueError: If the file is truncated, foreign or does not fit its configuration, or the device is missing.
-    """
-    chosen, floating = resolve_device(device), resolve_dtype(dtype)
-    named = PRETRAINED / f"{name_or_path}.safetensors"
-    path = named if named.is_file() else Path(name_or_path)
-    header = read_header(path)
-    try:
-        config = ENFConfig(**header["config"])
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        check_extent(config, state)
-        model = build_empty(config, header.get("provenance"))
-        model.load_state_dict(state, strict=True, assign=True)
-    except (
-        *(AttributeError, KeyError, TypeError, ValueError),
-        *(OverflowError, RuntimeError, SafetensorError),
-    ) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"
-        ) from None
-    model.name = _model_name(path)
-    return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
-
-
-def build_empty(config: ENFConfig, provenance: Mapping[str, Any] | None = None) -> ENF:
-    """Returns a flow without weights, for ``load_state_dict(..., assign=True)``.
-
-    It takes no memory, and no number from torch's generator.
-
-    Example:
-        >>> build_empty(ENFConfig(hidden=8, layers=1)).device
-        device(type='meta')
-    """
-    with torch.device("meta"):
-        return ENF(config, provenance)
-
-
-def check_extent(config: ENFConfig, state: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for a network larger than the weights that are there for it, before it is built.
-
-    Args:
-        config: What the flow is to be.
-        state: Its weights by name.
-
-    Example:
-        >>> check_extent(ENFConfig(layers=10**9), {"weight": torch.zeros(3)})
-        Traceback (most recent call last):
-        ValueError: hidden=64, layers=1000000000, radial=0: there are only 3 weights in 1 tensors
-    """
-    weights = sum(value.numel() for value in state.values())
-    tensors = config.layers if config.network == "kernel" else len(state)  # all others have several tensors a layer
-    if config.hidden * config.layers > weights or config.layers > tensors or config.radial > weights:
-        raise ValueError(
-            f"hidden={config.hidden}, layers={config.layers}, radial={config.radial}: there are only {weights} weights "
-            f"in {len(state)} tensors"
-        )
-
-
-def _model_name(path: Path) -> str:
-    """Returns what provenance calls a model: every run names its files alike, so that its folder tells them apart."""
-    if path.stem not in ("model", "last"):
-        return path.stem
-    folder = path.resolve().parent.name
-    return folder if path.stem == "model" else f"{folder}-last"
-
-
-def package_version() -> str:
-    """Returns the installed version of ase-enf ("unknown" from a bare source tree)."""
-    try:
-        return metadata.version("ase-enf")
-    except metadata.PackageNotFoundError:
-        return "unknown"

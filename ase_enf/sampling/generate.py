@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
 from ase_enf.flow import base
 from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
-from ase_enf.flow.model import ENF, check_flow, resolve_device
+from ase_enf.flow.devices import resolve_device
+from ase_enf.flow.model import ENF, check_flow
 
 MAX_ATTEMPTS = 10
 MAX_OPEN_SHELLS = 100
@@ -96,7 +97,7 @@ def generate(
         GenerationError: If a molecule fails ten times, or has an odd number of electrons a hundred times.
 
     Example:
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
         >>> generate(flow, 1, formula="H2O")[0].get_chemical_formula()
         'H2O'

@@ -129,7 +129,7 @@ def log_likelihood_gradient(
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> log_likelihood_gradient(flow, molecule("H2O")).gradient.shape
         (3, 3)
@@ -193,7 +193,7 @@ class ENFCalculator(Calculator):
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> water = molecule("H2O")
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> water.calc = ENFCalculator(flow, kT=1.0)

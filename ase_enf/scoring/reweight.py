@@ -263,7 +263,7 @@ def reweight(
 
     Example:
         >>> from ase.calculators.lj import LennardJones
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="none", sizes={3: 1}, hidden=8, layers=1)).double()
         >>> result = reweight(flow, LennardJones(rc=20), n=4, temperature=300.0, symbols="Ar3")
         >>> bool(1 <= result.effective_sample_size <= 4), result.samples[0].get_chemical_formula()

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from ase_enf.atoms.batch import canonical_order, check_atoms, check_whole, one_or_many, to_batch
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
+from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.divergence import Divergence, Field
-from ase_enf.flow.model import ENF, LogProb, check_flow, resolve_device
+from ase_enf.flow.model import ENF, LogProb, check_flow
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
@@ -117,7 +118,7 @@ def score(
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> score(flow, molecule("H2O"))[["kind", "trace", "n_atoms", "formula"]].values.tolist()
         [['exact', 'exact', 3, 'H2O']]
@@ -180,7 +181,7 @@ def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> li
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), hidden=8, layers=1))
         >>> annotate(flow, molecule("H2O"))[0].info["enf_log_likelihood_kind"]
         'exact'

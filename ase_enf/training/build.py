@@ -20,9 +20,11 @@ from ase_enf.atoms.dataset import MoleculeSet
 from ase_enf.chem.convert import PerceptionError
 from ase_enf.chem.graph import bonds_of
 from ase_enf.data.properties import UNITS, property_table
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.context import GRAPH_FEATURES, Condition
 from ase_enf.flow.continuous import Solver
-from ase_enf.flow.model import ENF, ENFConfig, load
+from ase_enf.flow.loading import load
+from ase_enf.flow.model import ENF
 from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.folder import FolderLock, check_new_run, check_no_run

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ase_enf.atoms.batch import check_whole
-from ase_enf.flow.model import ENFConfig
+from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.parameterisation import PARAMETERISATIONS
 from ase_enf.training.objectives import OBJECTIVES, TIMES
 from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer

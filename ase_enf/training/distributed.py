@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ase_enf.flow.model import resolve_device
+from ase_enf.flow.devices import resolve_device
 
 # How gloo and NCCL say that a process does not answer any more.
 LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|nccl", re.IGNORECASE)

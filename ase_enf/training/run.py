@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ase_enf.atoms.batch import Batch
 from ase_enf.atoms.dataset import MoleculeSet
-from ase_enf.flow.model import ENF, package_version
+from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import package_version
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.objectives import Objective

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ase_enf.atoms.files import atomic_write
-from ase_enf.flow.model import ENFConfig
+from ase_enf.flow.config import ENFConfig
 from ase_enf.training.config import RESUME_MAY_CHANGE, TrainConfig, migrated, model_fields
 from ase_enf.training.folder import BEST_FILE, CONFIG_FILE, STATE_FILE
 from ase_enf.training.optimizers import Clipper

@@ -1,0 +1,100 @@
+"""Weights files: ``safetensors`` with configuration and provenance as JSON beside the tensors; nothing is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from ase_enf.atoms.files import atomic_write, require_folder
+from ase_enf.flow.config import ENFConfig
+
+FORMAT_VERSION = 2
+METADATA_KEY = "ase_enf"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+def write_weights(
+    path: str | os.PathLike[str], config: ENFConfig, provenance: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Writes a weights file of today's format, atomically.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+    path = require_folder(path)
+    header = {
+        "format": FORMAT_VERSION,
+        "package": package_version(),
+        "units": {"positions": "angstrom", "log_likelihood": "nat"},
+        "config": dataclasses.asdict(config),
+        "provenance": dict(provenance),
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic_write(path) as handle:
+        handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads configuration and provenance of a weights file without loading the weights.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder, of a run for instance.
+        ValueError: If the file is truncated, foreign, or of a newer format.
+    """
+    path = Path(path)
+    if path.is_dir() and path != Path():
+        inside = sorted(path.glob("*.safetensors"))
+        raise IsADirectoryError(
+            f"{path}: is a folder; name a weights file{f', such as {inside[-1]}' if inside else ' (.safetensors)'}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
+    if text is None:
+        raise ValueError(
+            f"{path}: holds no ase-enf model (no {METADATA_KEY!r} metadata); pass a file written by ENF.save"
+        )
+    try:
+        header = json.loads(text)
+        newer = header.get("format", 0) > FORMAT_VERSION
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: has a damaged header ({error}); fetch or train it again") from None
+    if newer:
+        raise ValueError(
+            f"{path}: was written by ase-enf {header.get('package')}, newer than this {package_version()}; upgrade"
+        )
+    return _migrated(header)
+
+
+def _migrated(header: dict[str, Any]) -> dict[str, Any]:
+    """Returns a header in today's format; format 1 told the path only by the objective of the training."""
+    if header.get("format") == 1 and dict(header.get("provenance") or {}).get("objective") == "flow_matching":
+        header = header | {"config": {"path": "linear"} | header["config"]}
+    return header
+
+
+def shipped() -> list[str]:
+    """Returns the names of the models that come with the package."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def package_version() -> str:
+    """Returns the installed version of ase-enf ("unknown" from a bare source tree)."""
+    try:
+        return metadata.version("ase-enf")
+    except metadata.PackageNotFoundError:
+        return "unknown"
