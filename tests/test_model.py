@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import ase_enf.flow.model as model_module
 from ase_enf.atoms.batch import to_atoms, to_batch
-from ase_enf.flow import divergence, loading
+from ase_enf.flow import divergence, weights
 from ase_enf.flow.base import sample_latent
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.continuous import Solver
@@ -522,7 +522,7 @@ def test_an_unknown_name_lists_the_shipped_ones(name):
 
 def test_a_shipped_name_is_found(saved, monkeypatch):
     flow, path = saved
-    monkeypatch.setattr(loading, "PRETRAINED", path.parent)
+    monkeypatch.setattr(weights, "PRETRAINED", path.parent)
     assert shipped() == ["model"]
     assert load("model", device="cpu").config == flow.config
 

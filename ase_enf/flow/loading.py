@@ -14,7 +14,7 @@ from torch import Tensor
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.devices import resolve_device, resolve_dtype
 from ase_enf.flow.model import ENF
-from ase_enf.flow.weights import PRETRAINED, read_header
+from ase_enf.flow.weights import read_header, shipped_path
 
 
 def load(
@@ -34,8 +34,7 @@ def load(
         ValueError: If the file is truncated, foreign or does not fit its configuration, or the device is missing.
     """
     chosen, floating = resolve_device(device), resolve_dtype(dtype)
-    named = PRETRAINED / f"{name_or_path}.safetensors"
-    path = named if named.is_file() else Path(name_or_path)
+    path = shipped_path(str(name_or_path)) or Path(name_or_path)
     header = read_header(path)
     try:
         config = ENFConfig(**header["config"])

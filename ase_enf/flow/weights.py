@@ -92,6 +92,17 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
+def shipped_path(name: str) -> Path | None:
+    """Returns the weights file of a model that comes with the package, None for another name.
+
+    Example:
+        >>> shipped_path("qm9").name, shipped_path("qm99")
+        ('qm9.safetensors', None)
+    """
+    path = PRETRAINED / f"{name}.safetensors"
+    return path if path.is_file() else None
+
+
 def package_version() -> str:
     """Returns the installed version of ase-enf ("unknown" from a bare source tree)."""
     try:
