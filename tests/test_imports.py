@@ -40,7 +40,7 @@ TENSORS_ONLY = ("geometry", "nn", "flow", "training.objectives")
 # Third party → who may import it at all, and whether at the top of a file.
 THIRD_PARTY = {
     "torchdiffeq": (("flow.continuous",), True),
-    "safetensors": (("flow.model",), True),
+    "safetensors": (("flow.weights",), True),
     "rdkit": (("chem",), False),
     "openbabel": (("chem",), False),
     "matplotlib": (("plot",), False),

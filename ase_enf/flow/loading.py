@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.devices import resolve_device, resolve_dtype
 from ase_enf.flow.model import ENF
-from ase_enf.flow.weights import read_header, shipped_path
+from ase_enf.flow.weights import read_header, read_tensors, shipped_path
 
 
 def load(
@@ -38,15 +37,11 @@ def load(
     header = read_header(path)
     try:
         config = ENFConfig(**header["config"])
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        state = read_tensors(path)
         check_extent(config, state)
         model = build_empty(config, header.get("provenance"))
         model.load_state_dict(state, strict=True, assign=True)
-    except (
-        *(AttributeError, KeyError, TypeError, ValueError),
-        *(OverflowError, RuntimeError, SafetensorError),
-    ) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"

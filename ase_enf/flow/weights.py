@@ -80,6 +80,19 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _migrated(header)
 
 
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns the weights of a file by name, on the CPU.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
 def _migrated(header: dict[str, Any]) -> dict[str, Any]:
     """Returns a header in today's format; format 1 told the path only by the objective of the training."""
     if header.get("format") == 1 and dict(header.get("provenance") or {}).get("objective") == "flow_matching":
