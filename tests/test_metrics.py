@@ -15,6 +15,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
+from ase.data import atomic_numbers
 
 from ase_enf import chem, metrics
 from ase_enf.chem.convert import rdkit_version, to_smiles
@@ -329,6 +330,28 @@ def test_a_reference_survives_its_file(tmp_path: Path) -> None:
     assert (again.name, again.smiles, again.n_structures) == (reference.name, reference.smiles, reference.n_structures)
     assert np.array_equal(again.distances, reference.distances)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+
+def test_the_elements_share_out_the_stable_atoms() -> None:
+    atoms = [molecule(name) for name in g2.names] + [Atoms("X2", [(0, 0, 0), (0, 0, 2)]), Atoms()]
+    atoms.append(Atoms("HF", [(0, 0, 0), (np.nan, 0, 0)]))  # cannot be read: neither atom counts as stable
+    found, whole = metrics.stability_by_element(atoms), metrics.atom_stability(atoms)
+    assert list(found) == sorted({symbol for item in atoms for symbol in item.symbols}, key=atomic_numbers.get)
+    assert sum(metric.denominator for metric in found.values()) == whole.denominator
+    stable = sum(metric.value * metric.denominator for metric in found.values())
+    assert stable / whole.denominator == pytest.approx(whole.value, abs=1e-12)
+    for symbol, metric in found.items():
+        assert metric.denominator == sum(list(item.symbols).count(symbol) for item in atoms)
+    assert found["X"].value == 0 and metrics.stability_by_element(atoms[-1])["F"].value == 0
+
+
+def test_the_error_of_an_element_is_that_of_a_ratio() -> None:
+    atoms = [molecule("CH4"), molecule("CH3"), molecule("C2H6"), molecule("H2O")]
+    carbon = metrics.stability_by_element(atoms)["C"]
+    stable, sizes = np.array([1, 0, 2, 0]), np.array([1, 1, 2, 0])  # a structure without carbon weighs nothing
+    residual = stable - 0.75 * sizes
+    assert carbon.value == 0.75
+    assert carbon.stderr == pytest.approx(math.sqrt(4 / 3 * (residual**2).sum()) / 4)
 
 
 def test_another_rdkits_reference_is_made_canonical_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

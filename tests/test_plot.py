@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ from ase import Atoms
 from ase.build import molecule
 from ase.collections import g2
 
-from ase_enf.plot import broadside, distance_histogram, draw, gallery
+from ase_enf.metrics import survey
+from ase_enf.plot import broadside, distance_histogram, draw, evaluation, gallery
+from ase_enf.plot.overview import draw_elements
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 pytest.importorskip("matplotlib")
 
@@ -106,6 +112,32 @@ def test_a_histogram_is_drawn(tmp_path: Path) -> None:
         distance_histogram(molecule("CH4"), ["C"], tmp_path / "d.png")
 
 
+@pytest.mark.parametrize("reference", [None, ["C"], [molecule("CH4")], "qm9"], ids=str)
+def test_an_evaluation_is_drawn_against_any_reference_or_none(tmp_path: Path, reference: object) -> None:
+    atoms = [molecule("CH3"), molecule("CH4"), Atoms("X"), Atoms(), Atoms("HF", [(0, 0, 0), (np.nan, 0, 0)])]
+    pytest.importorskip("rdkit")
+    assert pixels(evaluation(atoms, tmp_path / "e.png", reference, dpi=40)).min() < 0.5
+    assert evaluation([Atoms()], tmp_path / "nothing.svg", reference).stat().st_size > 1000
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_the_elements_are_drawn_with_their_shares_and_numbers() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    draw_elements(axes, survey([molecule("CH3"), molecule("CH4"), molecule("H2O")]))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["H", "C", "O"]
+    assert texts(axes) == ["all atoms", "100.0 %", "of 9", "50.0 %", "of 2", "100.0 %", "of 1"]
+    assert axes.get_title() == "91.7 % of atoms, 66.7 % of molecules are stable"
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # hydrogen on top
+    low, high = axes.get_xlim()
+    drawn = axes.containers[0].lines[0].get_xdata()
+    assert drawn.tolist() == [100, 50, 100] and low < drawn.min() and high > 100
+
+
 def test_the_input_is_not_modified(tmp_path: Path) -> None:
     atoms = molecule("CH3CHO")
     gallery(atoms, tmp_path / "g.png", dpi=50)
@@ -127,12 +159,14 @@ def test_pictures_do_not_depend_on_how_numpy_treats_underflow(tmp_path: Path) ->
     with np.errstate(all="raise"):
         careful = gallery(atoms, tmp_path / "a.png", dpi=40).read_bytes()
         distance_histogram(atoms, atoms[:1], tmp_path / "h.png", dpi=40)
+        evaluation(atoms, tmp_path / "e.png", atoms[:1], dpi=40)
     assert careful == gallery(atoms, tmp_path / "b.png", dpi=40).read_bytes()
 
 
 PICTURES = {
     "gallery": lambda path: gallery(molecule("CH4"), path, dpi=40),
     "distances": lambda path: distance_histogram(molecule("CH4"), [molecule("CH4")], path, dpi=40),
+    "evaluation": lambda path: evaluation(molecule("CH4"), path, dpi=40),
 }
 
 

@@ -39,6 +39,7 @@ from ase_enf.metrics.reference import write_reference as write_reference
 from ase_enf.metrics.report import evaluate as evaluate
 from ase_enf.metrics.stable import atom_stability as atom_stability
 from ase_enf.metrics.stable import molecule_stability as molecule_stability
+from ase_enf.metrics.stable import stability_by_element as stability_by_element
 from ase_enf.metrics.surveys import Structures as Structures
 from ase_enf.metrics.surveys import Survey as Survey
 from ase_enf.metrics.surveys import survey as survey
@@ -67,6 +68,7 @@ __all__ = [
     "molecule_stability",
     "novelty",
     "read_reference",
+    "stability_by_element",
     "survey",
     "uniqueness",
     "valid_smiles",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ase.data import chemical_symbols
+
 from ase_enf.metrics.metric import Metric, fraction, ratio, ratio_stderr
 from ase_enf.metrics.surveys import Structures, survey
 
@@ -30,6 +32,38 @@ def atom_stability(atoms: Structures) -> Metric:
         int(sizes.sum()),
         "atoms whose bond orders sum to their valence / atoms; stderr of a ratio, structures independent",
     )
+
+
+def stability_by_element(atoms: Structures) -> dict[str, Metric]:
+    """Fraction of the atoms of each element whose bond orders sum to their valence: which element a model gets wrong.
+
+    Args:
+        atoms: Structures, or their survey.
+
+    Returns:
+        Under the symbol of each element that occurs, in the order of atomic numbers: the metric, named
+        `atom_stability_<symbol>`, with the standard error of `atom_stability`; its denominator is the number of atoms
+        of the element.
+
+    >>> from ase.build import molecule
+    >>> found = stability_by_element([molecule("CH4"), molecule("CH3")])
+    >>> {symbol: metric.value for symbol, metric in found.items()}
+    {'H': 1.0, 'C': 0.5}
+    """
+    seen = survey(atoms)
+    return {
+        chemical_symbols[number]: Metric(
+            f"atom_stability_{chemical_symbols[number]}",
+            ratio(stable.sum(), n_atoms.sum()),
+            ratio_stderr(stable, n_atoms),
+            int(n_atoms.sum()),
+            f"{chemical_symbols[number]} atoms whose bond orders sum to their valence / {chemical_symbols[number]} "
+            "atoms; stderr of a ratio, structures independent",
+        )
+        for number, stable, n_atoms in zip(
+            seen.elements, seen.stable_by_element.T, seen.atoms_by_element.T, strict=True
+        )
+    }
 
 
 def molecule_stability(atoms: Structures) -> Metric:

@@ -23,12 +23,18 @@ class Survey(NamedTuple):
         readings: N readings of the bond graphs by RDKit.
         distances: shape (N, 100), distances between different atoms, counted over ordered pairs, in bins on [0, 13] Å;
             what is longer is in the last bin.
+        elements: shape (E,), atomic numbers of the elements that occur, increasing.
+        atoms_by_element: shape (N, E), number of atoms of each element.
+        stable_by_element: shape (N, E), number of stable atoms of each element.
     """
 
     stability: Stability
     fragments: NDArray[np.int64]
     readings: tuple[Reading, ...]
     distances: NDArray[np.int64]
+    elements: NDArray[np.int64]
+    atoms_by_element: NDArray[np.int64]
+    stable_by_element: NDArray[np.int64]
 
 
 Structures = Survey | Atoms | Iterable[Atoms]
@@ -63,16 +69,32 @@ def survey(atoms: Structures) -> Survey:
     fragments = np.zeros(len(listed), dtype=np.int64)
     distances = np.zeros((len(listed), N_BINS), dtype=np.int64)
     readings: list[Reading] = [Reading(None, None, False)] * len(listed)
-    stable = np.zeros(len(listed), dtype=np.int64)
+    sizes = np.array([len(item) for item in listed], dtype=np.int64)
+    numbers = np.concatenate([item.numbers for item in listed])
+    elements = np.unique(numbers)
+    atoms_by_element = _count_by_element(elements, numbers, np.repeat(np.arange(len(listed)), sizes), len(listed))
+    stable_by_element = np.zeros_like(atoms_by_element)
     finite = np.array([place for place, item in enumerate(listed) if np.isfinite(item.positions).all()], dtype=np.int64)
     for group, numbers, positions in size_groups([listed[place] for place in finite]):
         index = finite[group]
         orders = bond_orders(numbers, positions)
-        stable[index] = stable_atoms(numbers, orders).sum(axis=1)
+        rows, columns = np.nonzero(stable_atoms(numbers, orders))
+        stable_by_element[index] = _count_by_element(elements, numbers[rows, columns], rows, len(index))
         fragments[index] = n_fragments(orders)
         distances[index] = distance_counts(positions)
-        for place, elements, matrix in zip(index, numbers, orders, strict=True):
-            readings[place] = read_graph(elements, matrix)
-    sizes = np.array([len(item) for item in listed], dtype=np.int64)
+        for place, kinds, matrix in zip(index, numbers, orders, strict=True):
+            readings[place] = read_graph(kinds, matrix)
+    stable = stable_by_element.sum(axis=1)
     verdicts = Stability(stable, sizes, (stable == sizes) & (sizes > 0))
-    return Survey(verdicts, fragments, tuple(readings), distances)
+    return Survey(verdicts, fragments, tuple(readings), distances, elements, atoms_by_element, stable_by_element)
+
+
+def _count_by_element(
+    elements: NDArray[np.int64],  # (E,), increasing
+    numbers: NDArray[np.int64],  # (A,), atomic numbers, each one of the elements
+    owners: NDArray[np.int64],  # (A,), the structure of each atom
+    n: int,
+) -> NDArray[np.int64]:  # (n, E)
+    """How many atoms of each element each of n structures has."""
+    cells = owners * len(elements) + np.searchsorted(elements, numbers)
+    return np.bincount(cells, minlength=n * len(elements)).reshape(n, len(elements))

@@ -10,5 +10,6 @@ from ase_enf.plot.distances import distance_histogram as distance_histogram
 from ase_enf.plot.molecules import broadside as broadside
 from ase_enf.plot.molecules import draw as draw
 from ase_enf.plot.molecules import gallery as gallery
+from ase_enf.plot.overview import evaluation as evaluation
 
-__all__ = ["broadside", "distance_histogram", "draw", "gallery"]
+__all__ = ["broadside", "distance_histogram", "draw", "evaluation", "gallery"]
