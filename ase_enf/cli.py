@@ -221,6 +221,12 @@ def _add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) 
     command.add_argument("--batch-size", type=int, default=batch_size, help="structures computed together")
 
 
+def _add_property(command: argparse.ArgumentParser, form: str, text: str) -> None:
+    command.add_argument(
+        "--property", action="append", default=None, metavar=form.split()[0], help=f"{form}: {text}; once for each"
+    )
+
+
 def _add_replacing(command: argparse.ArgumentParser, append: str | None = None) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace files that are there")
     if append:
@@ -242,6 +248,8 @@ def _add_generate(commands: Any) -> None:
     _add_replacing(command, ".extxyz, .xyz, .db, .traj")
     command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
+    command.add_argument("--smiles", default=None, help="molecular graph such as CCO, for models of graphs")
+    _add_property(command, "NAME=VALUE or NAME=LOW:HIGH", "what the molecules are to have, for models with conditions")
     command.add_argument("--closed-shell", action="store_true", help="draw radicals (odd numbers of electrons) again")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     _add_sampling(command, "molecules", batch_size=64)
@@ -274,6 +282,7 @@ def _add_score(commands: Any) -> None:
         default=0.2,
         help="refine (at most three times) where the integration error exceeds this, nats",
     )
+    _add_property(command, "NAME=VALUE", "of all structures, instead of what each has in its info")
     _add_sampling(command, "noise", batch_size=32)
 
 
@@ -392,6 +401,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ase_enf.atoms.io import GrowingFile, check_append, check_output
     from ase_enf.flow.loading import load
     from ase_enf.sampling.generate import check_counts, igenerate
+    from ase_enf.sampling.properties import read_properties
 
     check_output(options.output, options.n)
     if options.append:
@@ -413,6 +423,8 @@ def _generate(options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "churn": options.churn,
         "closed_shell": options.closed_shell,
+        "properties": read_properties(options.property),
+        "smiles": options.smiles,
     }
     stream = igenerate(flow, count, start=options.start + start, **request) if count else iter(())
     if rank:
@@ -522,6 +534,7 @@ class _GrowingTable:
 def _score(options: argparse.Namespace) -> None:
     from ase_enf.atoms.io import check_structures
     from ase_enf.flow.loading import load
+    from ase_enf.sampling.properties import read_properties
     from ase_enf.scoring.score import check_request, with_scores
 
     _check_free(options, options.output)
@@ -537,8 +550,10 @@ def _score(options: argparse.Namespace) -> None:
     flow.use_kernel(options.kernel)
     checked = ("trace", "probes", "draws", "batch_size", "tolerance")
     request = {name: getattr(options, name) for name in (*checked, "seed", "solver", "steps")}
+    properties = read_properties(options.property) or None
+    request["properties"] = properties
     seeds = [options.seed] * len(atoms)
-    check_request(flow, atoms, seeds=seeds, **{name: request[name] for name in checked})
+    check_request(flow, atoms, seeds=seeds, properties=properties, **{name: request[name] for name in checked})
     finite = True
     with _kept(file, "score", total, options.start, by_number=False), file:
         for first, table in _scored(flow, atoms, options.start, request):

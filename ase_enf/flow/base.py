@@ -114,6 +114,9 @@ class SizePrior:
         table = {int(s): math.log(p) for s, p in zip(self._sizes, self._probabilities, strict=True)}
         return torch.tensor([table.get(int(size), -math.inf) for size in sizes], dtype=torch.float64)
 
-    def sample(self, rng: np.random.Generator) -> int:
-        """Draws one size."""
-        return int(rng.choice(self._sizes, p=self._probabilities))
+    def sample(self, rng: np.random.Generator, weights: Mapping[int, float] | None = None) -> int:
+        """Draws one size, by p_M or by weights of the sizes that p_M has."""
+        if weights is None:
+            return int(rng.choice(self._sizes, p=self._probabilities))
+        shares = np.array([weights[size] for size in self.counts])
+        return int(rng.choice(self._sizes, p=shares / shares.sum()))

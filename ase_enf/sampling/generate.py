@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_numbers
 from torch import Tensor
 from tqdm import tqdm
 
 from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
 from ase_enf.flow import base
+from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.model import ENF, check_flow
+from ase_enf.sampling.compositions import drawn_compositions, open_shell
+from ase_enf.sampling.graphs import graph_info, requested_graph
+from ase_enf.sampling.properties import PropertyRequest
 
 MAX_ATTEMPTS = 10
 MAX_OPEN_SHELLS = 100
@@ -40,6 +44,7 @@ class Draft(NamedTuple):
     numbers: np.ndarray | None  # (M,), the composition for "given"
     x: np.ndarray  # (M, n)
     h: np.ndarray  # (M, F)
+    conditions: np.ndarray | None = None  # (C,), NaN where unknown
     failures: int = 0  # of the attempts before, those that could not be integrated; others were of open shell
 
 
@@ -56,6 +61,8 @@ def generate(
     progress: bool | None = None,
     churn: float | None = None,
     closed_shell: bool = False,
+    properties: Mapping[str, Any] | None = None,
+    smiles: str | None = None,
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
 
@@ -84,16 +91,22 @@ def generate(
         progress: Show a bar; by default on a terminal only.
         churn: How much noise to renew, in steps, instead of what ``solver`` says; see ``Solver``.
         closed_shell: Only molecules that have, as neutral ones, an even number of electrons.
+        properties: Of a flow with conditions, by name the value that is wanted, ``{"gap": 5.2}``, or a range,
+            ``{"gap": "4:6"}`` or ``{"gap": (4, 6)}``, within which values are drawn as the training set has them. The
+            number of atoms then is drawn from p(M | properties).
+        smiles: Molecular graph whose conformers are drawn, of a flow of graphs; hydrogens are added.
 
     Returns:
         Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
         ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose drawn
-        charge is not that of their type); ``enf_closed_shell`` if that was asked for.
+        charge is not that of their type); ``enf_closed_shell`` if that was asked for; ``enf_condition_gap`` and so on
+        for what conditioned a molecule, ``enf_graph`` and ``enf_bonds`` for its graph.
 
     Raises:
         ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model, churn
-            where the flow was not trained by flow matching, or closed shells of a flow that knows no elements or of a
-            formula that has none.
+            where the flow was not trained by flow matching, closed shells of a flow that knows no elements or of a
+            formula that has none, a property that is unknown or far outside training, or a SMILES that is not that of
+            one neutral closed-shell molecule the flow can draw.
         GenerationError: If a molecule fails ten times, or has an odd number of electrons a hundred times.
 
     Example:
@@ -102,7 +115,9 @@ def generate(
         >>> generate(flow, 1, formula="H2O")[0].get_chemical_formula()
         'H2O'
     """
-    sampler = _sampler(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, 0, churn, closed_shell)
+    sampler = _sampler(
+        flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, 0, churn, closed_shell, properties, smiles
+    )
     return list(sampler.stream(range(n), sys.stderr.isatty() if progress is None else progress))
 
 
@@ -120,6 +135,8 @@ def igenerate(
     start: int = 0,
     churn: float | None = None,
     closed_shell: bool = False,
+    properties: Mapping[str, Any] | None = None,
+    smiles: str | None = None,
 ) -> Iterator[Atoms]:
     """Draws molecules one by one, in order and in constant memory; see :func:`generate`.
 
@@ -139,11 +156,14 @@ def igenerate(
         start: Index of the first molecule: several processes can share one sequence.
         churn: How much noise to renew.
         closed_shell: Only even numbers of electrons.
+        properties: What is wanted of the conditions.
+        smiles: Molecular graph.
 
     Returns:
         An iterator; arguments are checked before it is returned.
     """
-    sampler = _sampler(flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, start, churn, closed_shell)
+    request = (flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, start, churn, closed_shell)
+    sampler = _sampler(*request, properties, smiles)
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress, soon=True)
 
 
@@ -160,6 +180,8 @@ def _sampler(
     start: int,
     churn: float | None,
     closed_shell: bool,
+    properties: Mapping[str, Any] | None,
+    smiles: str | None,
 ) -> Sampler:
     """Returns a request, checked."""
     check_flow(flow)
@@ -168,7 +190,7 @@ def _sampler(
     if churn is not None:
         chosen = replace(chosen, churn=churn)
     flow.check_churn(chosen)
-    return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell)
+    return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell, properties, smiles)
 
 
 class Sampler:
@@ -184,6 +206,8 @@ class Sampler:
         batch_size: int,
         device: str | torch.device | None,
         closed_shell: bool = False,
+        properties: Mapping[str, Any] | None = None,
+        smiles: str | None = None,
     ) -> None:
         if device is not None and resolve_device(device) != flow.device:
             flow = copy.deepcopy(flow).to(resolve_device(device))
@@ -197,14 +221,26 @@ class Sampler:
         self.closed_shell = closed_shell
         if closed_shell and flow.features == "none":
             raise ValueError("closed_shell=True: this model knows no elements; leave it out")
-        self.compositions = _compositions(flow, n_atoms, formula, closed_shell)
-        if n_atoms is not None and self.compositions is None and n_atoms not in flow.size_prior:
+        self.properties = PropertyRequest(flow, properties)
+        self.graph = requested_graph(flow, smiles, n_atoms, formula)
+        self.compositions = None if self.graph else drawn_compositions(flow, n_atoms, formula, closed_shell)
+        if self.compositions is not None and self.properties.ranges:
+            self.compositions = self._reweighted(*self.compositions)
+        self.sizes = self.properties.size_weights(flow.size_prior.counts) if self.properties.ranges else None
+        if n_atoms is not None and not self.graph and self.compositions is None and n_atoms not in flow.size_prior:
             seen = list(flow.size_prior.counts)
             near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
             raise ValueError(
                 f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw, "
                 f"such as {near}"
             )
+
+    def _reweighted(self, formulas: list[str], weights: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Returns compositions with weights that go with the properties asked for."""
+        sizes = [len(formula_numbers(formula)) for formula in formulas]
+        shares = self.properties.size_weights(dict.fromkeys(sizes, 1))
+        weights = weights * np.array([shares[size] for size in sizes])
+        return formulas, weights / weights.sum()
 
     def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
         """Yields the molecules ``indices`` in order; ``soon``: the first alone, the next without waiting for many."""
@@ -269,14 +305,15 @@ class Sampler:
         # Size and composition stay when the noise is drawn again: failures must not tilt them.
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
         config = self.flow.config
-        numbers = None
+        numbers = self.graph.numbers if self.graph else None
         if self.compositions is not None:
             formulas, weights = self.compositions
             numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
-        size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng)
+        size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng, self.sizes)
+        conditions = self.properties.draw(rng, size)
         noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
         latent = base.sample_latent(noise, size, config.dimension, config.flow_features)
-        return Draft(index, attempt, numbers, *latent, failures)
+        return Draft(index, attempt, numbers, *latent, conditions, failures)
 
     def _same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
         """Returns batches of one size, that of the first draft first."""
@@ -313,12 +350,12 @@ class Sampler:
         noise = self.noise(drafts) if self.solver.churn else None
         return self.flow.sample(*self.latents(drafts), self.solver, noise)
 
-    def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and context (B, M, K) of drafts of one size."""
+    def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
+        """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and the context of drafts of one size."""
         flow = self.flow
         z_x, z_h = self._tensors([(draft.x, draft.h) for draft in drafts])
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
-        return z_x, z_h, mask, self._context(drafts)
+        return z_x, z_h, mask, self._context(drafts, z_x, mask)
 
     def noise(self, drafts: list[Draft]) -> Callable[[], tuple[Tensor, Tensor]]:
         """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
@@ -336,12 +373,18 @@ class Sampler:
         x, h = (torch.from_numpy(np.stack(parts)) for parts in zip(*latents, strict=True))
         return x.to(self.flow.device, self.flow.dtype), h.to(self.flow.device, self.flow.dtype)
 
-    def _context(self, drafts: list[Draft]) -> Tensor | None:
-        if self.compositions is None:
-            return None
-        order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
-        one_hot = np.stack([draft.numbers[:, None] == order[None] for draft in drafts])
-        return torch.from_numpy(one_hot).to(device=self.flow.device, dtype=self.flow.dtype)
+    def _context(self, drafts: list[Draft], like: Tensor, mask: Tensor) -> Tensor | Context | None:
+        """Returns what conditions drafts of one size; ``like`` has the shape of their positions."""
+        types, conditions, bonds = like[..., :0], None, None
+        if drafts[0].numbers is not None:
+            order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
+            one_hot = np.stack([draft.numbers[:, None] == order[None] for draft in drafts])
+            types = torch.from_numpy(one_hot).to(like)
+        if drafts[0].conditions is not None:
+            conditions = torch.from_numpy(np.stack([draft.conditions for draft in drafts])).to(like)
+        if self.graph:
+            bonds = torch.from_numpy(self.graph.bonds).to(like.device).expand(len(drafts), -1, -1)
+        return self.flow.context(Batch(like, types, like[..., :1], mask, conditions, bonds))
 
     def _charge_mismatches(self, batch: Batch, molecules: list[Atoms]) -> list[int | None]:
         if self.flow.features != "joint":
@@ -363,6 +406,7 @@ class Sampler:
             atoms.info["enf_charge_mismatches"] = mismatches
         if self.closed_shell:
             atoms.info["enf_closed_shell"] = True
+        atoms.info.update(self.properties.info(draft.conditions) | graph_info(self.graph))
         return atoms
 
 
@@ -370,52 +414,3 @@ def check_counts(n: int, seed: int, batch_size: int, start: int = 0) -> None:
     """Raises ``ValueError`` for a request of nothing, a negative seed, an empty batch or part of a number."""
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("batch_size", batch_size, 1), ("start", start, 0)):
         check_whole(name, value, least)
-
-
-def open_shell(numbers: np.ndarray) -> bool:
-    """Whether neutral atoms of these atomic numbers have an odd number of electrons in all."""
-    return bool(numbers.sum() % 2)
-
-
-def _compositions(
-    flow: ENF, n_atoms: int | None, formula: str | None, closed_shell: bool
-) -> tuple[list[str], np.ndarray] | None:
-    """Returns the formulas to draw from and their weights, None when the types are not given."""
-    if flow.features != "given":
-        if formula is not None:
-            does = "generates types itself" if flow.features == "joint" else "knows no types"
-            raise ValueError(
-                f"formula={formula!r}: this model has features={flow.features!r} and {does}; "
-                "use a model with features='given'"
-            )
-        return None
-    if formula is not None:
-        numbers = formula_numbers(formula)
-        unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
-        if unknown:
-            raise ValueError(
-                f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "
-                f"which knows {', '.join(flow.species)}"
-            )
-        if n_atoms is not None and n_atoms != len(numbers):
-            raise ValueError(
-                f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out"
-            )
-        if len(numbers) < 2:
-            raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
-        if len(numbers) > (largest := max(flow.size_prior.counts)):
-            warnings.warn(
-                f"formula={formula!r} has {len(numbers)} atoms; this model saw at most {largest}", stacklevel=2
-            )
-        if closed_shell and open_shell(numbers):
-            raise ValueError(f"formula={formula!r} has an odd number of electrons; leave closed_shell out")
-        return [str(formula)], np.ones(1)
-    known = flow.config.compositions
-    kept = {f: c for f, c in known.items() if n_atoms is None or len(formula_numbers(f)) == n_atoms}
-    if not known:
-        raise ValueError("this model knows the composition of no molecule to draw from; give a formula")
-    if not kept:
-        raise ValueError(f"n_atoms={n_atoms}: this model saw no composition of that size; give a formula")
-    if closed_shell and not (kept := {f: c for f, c in kept.items() if not open_shell(formula_numbers(f))}):
-        raise ValueError("closed_shell=True: this model saw no such composition with an even number of electrons")
-    return list(kept), np.array(list(kept.values())) / sum(kept.values())

@@ -12,12 +12,13 @@ from ase import Atoms
 from ase.calculators.calculator import CalculationFailed, Calculator, CalculatorSetupError, all_changes
 from torch import Tensor
 
-from ase_enf.atoms.batch import Batch, to_batch
+from ase_enf.atoms.batch import Batch
 from ase_enf.flow import base, divergence
 from ase_enf.flow.continuous import ContinuousFlow, Solver, SolverError, resolve_solver
 from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.geometry import subspace_dim
+from ase_enf.scoring.conditions import conditioned_batch
 
 # Forces of methanol (qm9-conditional, atoms off by 0.05 Å) err by 1 % so, by a tenth and more with half the steps.
 DEFAULT_SOLVER = Solver("rk4", steps=96, warp=2.0)
@@ -134,7 +135,7 @@ def log_likelihood_gradient(
         >>> log_likelihood_gradient(flow, molecule("H2O")).gradient.shape
         (3, 3)
     """
-    batch = to_batch([atoms], flow.species, flow.config.dimension, dtype=flow.dtype).to(flow.device)
+    batch = conditioned_batch(flow, [atoms])
     with torch.enable_grad():
         positions = batch.positions.requires_grad_(True)
         total = smeared_log_likelihood(flow, batch._replace(positions=positions), solver, intervals, smear).sum()
@@ -265,7 +266,7 @@ class ENFCalculator(Calculator):
 
     def _log_likelihood(self) -> float:
         flow = self._flow
-        batch = to_batch([self.atoms], flow.species, flow.config.dimension, dtype=flow.dtype).to(flow.device)
+        batch = conditioned_batch(flow, [self.atoms])
         with torch.no_grad():
             value = smeared_log_likelihood(flow, batch, self._solver, smear=self._smear)
         _check_finite(self.atoms, value)

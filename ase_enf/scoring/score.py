@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 from tqdm import tqdm
 
-from ase_enf.atoms.batch import canonical_order, check_atoms, check_whole, one_or_many, to_batch
+from ase_enf.atoms.batch import canonical_order, check_atoms, check_whole, one_or_many
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.divergence import Divergence, Field
 from ase_enf.flow.model import ENF, LogProb, check_flow
+from ase_enf.scoring.conditions import conditioned_batch
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
 TRACES = ("auto", "exact", "hutchinson")
@@ -71,6 +72,7 @@ def score(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     first: int = 0,
+    properties: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Scores structures by their log-likelihood in nats, with an error bar.
 
@@ -104,6 +106,8 @@ def score(
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
         first: What warnings call the first structure, where a list is scored in parts.
+        properties: Of a flow with conditions, values by name for all structures, those not named being unknown. When
+            None each structure's own from ``info`` (``info["gap"]``); what is not there is unknown.
 
     Returns:
         One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and of the path)
@@ -113,8 +117,9 @@ def score(
         dynamics.
 
     Raises:
-        ValueError: For a bad structure (see ``molecules.check_atoms``), a size p_M never saw, no structure at all, or a
-            bad option.
+        ValueError: For a bad structure (see ``molecules.check_atoms``), a size p_M never saw, no structure at all, a
+            bad option, a property that the flow does not know, or a structure without a molecular graph for a flow of
+            graphs.
 
     Example:
         >>> from ase.build import molecule
@@ -126,10 +131,11 @@ def score(
     check_flow(flow)
     many = one_or_many(atoms)
     seeds = [seed] * len(many) if np.ndim(seed) == 0 else list(seed)
-    check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance)
+    check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance, properties)
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
     scorer = Scorer(flow, trace, probes, draws if flow.features == "joint" else 1, tolerance, batch_size)
+    scorer.properties = properties
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
     _warn(many, estimates, tolerance, first)
@@ -227,6 +233,7 @@ class Scorer:
         self.tolerance = tolerance
         self.batch_size = batch_size
         self.solver = flow.likelihood_solver
+        self.properties: Mapping[str, float] | None = None
 
     def trace_of(self, n_atoms: int) -> str:
         """Returns the trace that "auto" means for a structure of this size."""
@@ -290,7 +297,7 @@ class Scorer:
     def log_prob(self, rows: list[Row], intervals: int, solver: Solver) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
-        batch = to_batch([row.atoms for row in rows], flow.species, config.dimension, dtype=flow.dtype).to(flow.device)
+        batch = conditioned_batch(flow, [row.atoms for row in rows], self.properties)
         noise = self.noise(rows, config.flow_features) if flow.features == "joint" else None
         method = self._trace_method(rows)
         return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
@@ -382,6 +389,7 @@ def check_request(
     seeds: Sequence[int],
     batch_size: int,
     tolerance: float,
+    properties: Mapping[str, float] | None = None,
 ) -> None:
     """Raises the ``ValueError`` that :func:`score` would raise, given a seed for each structure; computes nothing."""
     if not atoms:
@@ -405,3 +413,5 @@ def check_request(
                 f"saw (sizes {seen[0]} to {seen[-1]}), so log p_M is minus infinity; "
                 "score it with a features='given' model"
             )
+    if properties or flow.config.graph or flow.config.conditions:
+        conditioned_batch(flow, atoms, properties)

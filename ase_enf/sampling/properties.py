@@ -1,0 +1,125 @@
+"""Properties that are asked for: values or ranges, the sizes that go with them, and what is drawn of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ase_enf.flow.context import Condition
+from ase_enf.flow.model import ENF
+
+# Key in ``info``, before the name, of the value that conditioned a molecule.
+CONDITION_KEY = "enf_condition_"
+# Added to p(c | M): several properties together leave every size a chance.
+SMALLEST_SHARE = 1e-4
+
+
+class PropertyRequest:
+    """What a user asks of the conditions of a flow, checked.
+
+    Args:
+        flow: A flow.
+        properties: By name a value, or a range: (low, high) or a text "low:high", within which values are drawn as
+            often as the training set has them. Those of the flow that are not named stay unknown.
+
+    Raises:
+        ValueError: For a property that the flow does not know, a value that is no number, or one far outside training.
+
+    Example:
+        >>> from ase_enf.flow.model import ENFConfig
+        >>> gap = Condition.of("gap", "eV", np.array([4.0, 8.0]), np.array([3, 5]))
+        >>> request = PropertyRequest(ENF(ENFConfig(conditions=(gap,), hidden=8, layers=1)), {"gap": "4:5"})
+        >>> request.ranges
+        {'gap': (4.0, 5.0)}
+    """
+
+    def __init__(self, flow: ENF, properties: Mapping[str, Any] | None) -> None:
+        self.conditions = flow.config.conditions
+        known = {condition.name: condition for condition in self.conditions}
+        self.ranges: dict[str, tuple[float, float]] = {}
+        for name, asked in dict(properties or {}).items():
+            if name not in known:
+                raise ValueError(f"property {name!r}: {_knows(flow)}")
+            self.ranges[name] = read_range(name, asked)
+            known[name].check(*self.ranges[name])
+
+    def size_weights(self, counts: Mapping[int, int]) -> dict[int, float]:
+        """Returns weights of the sizes M, those that are given times p(c | M) of every property asked for.
+
+        p(M | c) ∝ p(M) Π_k p(c_k | M), as if properties were independent of each other within a size.
+        """
+        weights = {size: float(count) for size, count in counts.items()}
+        for condition, low, high in self._asked():
+            shares = condition.size_weights(low, high)
+            weights = {size: weight * (shares.get(size, 0.0) + SMALLEST_SHARE) for size, weight in weights.items()}
+        return weights
+
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.float64] | None:
+        """Draws the value of every condition for a molecule of so many atoms, NaN where none is asked for.
+
+        None, and nothing is drawn, for a flow without conditions.
+        """
+        if not self.conditions:
+            return None
+        values = {condition.name: condition.draw(rng, low, high, size) for condition, low, high in self._asked()}
+        return np.array([values.get(condition.name, math.nan) for condition in self.conditions])
+
+    def _asked(self) -> list[tuple[Condition, float, float]]:
+        return [(c, *self.ranges[c.name]) for c in self.conditions if c.name in self.ranges]
+
+    def info(self, values: NDArray[np.float64] | None) -> dict[str, float]:
+        """Returns what ``info`` says of the values that conditioned a molecule."""
+        if values is None:
+            return {}
+        named = zip(self.conditions, values.tolist(), strict=True)
+        return {f"{CONDITION_KEY}{c.name}": value for c, value in named if not math.isnan(value)}
+
+
+def read_range(name: str, asked: Any) -> tuple[float, float]:
+    """Returns the least and the largest value that are asked for.
+
+    Raises:
+        ValueError: If that is neither a number nor two of them.
+
+    Example:
+        >>> read_range("gap", 5), read_range("gap", "4:6"), read_range("gap", (4, 6))
+        ((5.0, 5.0), (4.0, 6.0), (4.0, 6.0))
+    """
+    parts = asked.split(":") if isinstance(asked, str) else np.ravel(np.asarray(asked, dtype=object)).tolist()
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"property {name}={asked!r}: must be a number, or a range low:high")
+    return numbers[0], numbers[-1]
+
+
+def read_properties(items: list[str] | None) -> dict[str, str]:
+    """Returns properties by name from texts ``name=value`` or ``name=low:high``, as of the command line.
+
+    Raises:
+        ValueError: For another text, or a name that occurs twice.
+
+    Example:
+        >>> read_properties(["gap=5.2", "alpha=70:80"])
+        {'gap': '5.2', 'alpha': '70:80'}
+    """
+    properties: dict[str, str] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not (name and equals and value) or name in properties:
+            raise ValueError(f"property {item!r}: write each once, as NAME=VALUE or NAME=LOW:HIGH")
+        properties[name.strip()] = value.strip()
+    return properties
+
+
+def _knows(flow: ENF) -> str:
+    if not flow.config.conditions:
+        return "this model has no conditions; use one that was trained with them, such as qm9-properties"
+    known = (f"{c.name} ({c.unit})" if c.unit else c.name for c in flow.config.conditions)
+    return f"is unknown to this model, which knows {', '.join(known)}"
