@@ -30,7 +30,7 @@ class PropertyRequest:
         ValueError: For a property that the flow does not know, a value that is no number, or one far outside training.
 
     Example:
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> gap = Condition.of("gap", "eV", np.array([4.0, 8.0]), np.array([3, 5]))
         >>> request = PropertyRequest(ENF(ENFConfig(conditions=(gap,), hidden=8, layers=1)), {"gap": "4:5"})
         >>> request.ranges

@@ -36,7 +36,7 @@ def conditioned_batch(flow: ENF, atoms: Sequence[Atoms], properties: Mapping[str
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.flow.model import ENFConfig
+        >>> from ase_enf.flow.config import ENFConfig
         >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), graph=True, hidden=8, layers=1))
         >>> conditioned_batch(flow, [molecule("H2O")]).bonds[0].tolist()
         [[0, 1, 1], [1, 0, 0], [1, 0, 0]]
