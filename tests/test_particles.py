@@ -1,8 +1,9 @@
-"""DW4 and LJ13: forces are derivatives, energies those of closed forms and of ASE, and the calculators say the same."""
+"""DW4, LJ13, LJ55: forces are derivatives, energies those of closed forms and of ASE; calculators say the same."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,24 @@ from ase.calculators.calculator import Calculator, CalculatorSetupError
 from ase.calculators.fd import calculate_numerical_forces
 from ase.calculators.lj import LennardJones
 from ase.cluster import Icosahedron
+from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from ase_enf.data import DataError
-from ase_enf.data.particles import DW4, LJ13, SYSTEMS, DoubleWell, System, lennard_jones, quadrature, resolve, to_atoms
+from ase_enf.data.particles import (
+    DW4,
+    LJ13,
+    LJ55,
+    SYSTEMS,
+    DoubleWell,
+    System,
+    lennard_jones,
+    quadrature,
+    resolve,
+    to_atoms,
+)
 
-CALCULATORS = {"dw4": DW4, "lj13": LJ13, "lj13-factor2": lambda: LJ13(factor=2.0)}
+CALCULATORS = {"dw4": DW4, "lj13": LJ13, "lj13-factor2": lambda: LJ13(factor=2.0), "lj55-factor2": LJ55}
 
 
 @pytest.fixture(params=SYSTEMS)
@@ -27,7 +40,7 @@ def system(request) -> System:
 
 def spread(system: System, count: int = 3) -> np.ndarray:
     """Configurations of ordinary energy: a lattice, shaken."""
-    side = np.arange(3) * (3.0 if system.dimension == 2 else 1.1)
+    side = np.arange(4 if system.n_atoms > 27 else 3) * (3.0 if system.dimension == 2 else 1.1)
     lattice = np.stack(np.meshgrid(*[side] * system.dimension), axis=-1).reshape(-1, system.dimension)
     noise = np.random.default_rng(0).normal(size=(count, system.n_atoms, system.dimension))
     return lattice[: system.n_atoms] + 0.08 * noise
@@ -104,6 +117,19 @@ def test_the_icosahedron_is_the_known_minimum():
     assert np.sum(energies, axis=0).min() == pytest.approx(-44.326801, abs=1e-6)
 
 
+def test_the_mackay_icosahedron_is_the_known_minimum_of_55():
+    """The relaxed LJ55 cluster without the trap: −279.248470 ε (Northby 1987), here at ε = 2."""
+    cluster = replace(resolve("lj55-factor2"), trap=0.0)
+
+    def energy(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, forces = cluster.evaluate(flat.reshape(1, 55, 3))
+        return value[0], -forces.ravel()
+
+    shape = Icosahedron("Ar", 3, latticeconstant=math.sqrt(2)).positions
+    found = minimize(energy, shape.ravel(), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9})
+    assert found.fun == pytest.approx(2 * -279.248470, abs=1e-5)
+
+
 def test_rigid_motions_and_exchanges_change_nothing(system):
     positions, rng = spread(system), np.random.default_rng(1)
     turn = (
@@ -171,6 +197,7 @@ def test_the_factor_can_be_set():
         (Atoms("X4", np.eye(4)[:, :3], cell=[9, 9, 9], pbc=True), DW4, "not periodic"),
         (Atoms("X12"), LJ13, "has 13 particles"),
         (Atoms("X13"), LJ13, "coincide"),
+        (Atoms("X13"), LJ55, "has 55 particles"),
     ],
 )
 def test_structures_it_cannot_take(atoms, calculator, words):
@@ -189,7 +216,7 @@ def test_a_factor_is_positive(factor):
 
 
 def test_unknown_names_and_shapes_are_refused():
-    with pytest.raises(DataError, match="none of dw4, lj13, lj13-factor2"):
+    with pytest.raises(DataError, match="none of dw4, lj13, lj13-factor2, lj55-factor2"):
         resolve("dw5")
     with pytest.raises(DataError, match=r"takes \(B, 4, 2\)"):
         resolve("dw4").evaluate(np.zeros((1, 4, 3)))

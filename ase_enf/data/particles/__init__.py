@@ -1,0 +1,64 @@
+"""The particle systems DW4, LJ13 and LJ55: vectorised energies with forces, and the same as ASE calculators.
+
+=================  ========================  =============================================================
+name               particles                 energy in kT
+=================  ========================  =============================================================
+``dw4``            4 in two dimensions       ``Σ_{i<j} b (d − d0)² + c (d − d0)⁴``, b = −4, c = 0.9, d0 = 4
+``lj13``           13 in three               ``Σ_{i<j} [d⁻¹² − 2 d⁻⁶] + ½ Σ_i |x_i − x̄|²``
+``lj13-factor2``   13 in three               ``2 Σ_{i<j} [d⁻¹² − 2 d⁻⁶] + ½ Σ_i |x_i − x̄|²``
+``lj55-factor2``   55 in three               as ``lj13-factor2``
+=================  ========================  =============================================================
+
+Factor 1 is the convention of Köhler, Klein and Noé, ICML 2020, and of the E(n) flows paper; factor 2 is that of Klein
+and Noé 2023, who sum over ordered pairs. Their entropies lie 23 nats apart: they are two systems, not two qualities.
+LJ55 is of Klein and Noé, and in use with factor 2 alone.
+
+Units are reduced: lengths in r_m, energies in kT = 1. ASE reads the numbers as Å and eV, and so the temperature at
+which these densities ``exp(−U)`` hold is 1 eV / k_B = 11604.5 K.
+
+On the zero-mean subspace, in nats (``dw4`` by `quadrature`, the others by `ase_enf.data.mcmc.free_energy` with 5000 and
+4000 sweeps of 64 ladders), where the entropy is what the best negative log-likelihood can be:
+
+=================  ================  ================  ================
+name               <U>               ln Z              entropy
+=================  ================  ================  ================
+``dw4``            −22.54151         29.66723          7.12572
+``lj13``           0.538 ± 0.028     39.251 ± 0.005    39.790 ± 0.024
+``lj13-factor2``   −42.977 ± 0.032   59.905 ± 0.026    16.927 ± 0.031
+=================  ================  ================  ================
+
+Of ``lj55-factor2`` <U> alone is known, −324.2 ± 0.4 by 300 sweeps of 4 ladders; ln Z takes hours of a core.
+"""
+
+from __future__ import annotations
+
+from ase_enf.data.particles.calculators import DW4, LJ13, LJ55
+from ase_enf.data.particles.partition import Quadrature, quadrature
+from ase_enf.data.particles.system import Array, Energies, System
+from ase_enf.data.particles.systems import (
+    SYSTEMS,
+    DoubleWell,
+    LennardJonesPair,
+    flat_atoms,
+    lennard_jones,
+    resolve,
+    to_atoms,
+)
+
+__all__ = [
+    "DW4",
+    "LJ13",
+    "LJ55",
+    "SYSTEMS",
+    "Array",
+    "DoubleWell",
+    "Energies",
+    "LennardJonesPair",
+    "Quadrature",
+    "System",
+    "flat_atoms",
+    "lennard_jones",
+    "quadrature",
+    "resolve",
+    "to_atoms",
+]
