@@ -1,4 +1,4 @@
-"""The systems of the field by their names, double wells and Lennard-Jones particles, and configurations as ``Atoms``."""
+"""The systems of the field by their names, wells and Lennard-Jones particles, and configurations as ``Atoms``."""
 
 from __future__ import annotations
 
