@@ -1,0 +1,172 @@
+"""The MMFF94 force field (Halgren 1996) of RDKit as an ASE calculator, and conformers to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import CalculationFailed, Calculator, CalculatorSetupError, all_changes
+from numpy.typing import NDArray
+
+from ase_enf.chem.bonds import structures
+from ase_enf.chem.convert import PerceptionError, bond_graph, quiet_rdkit, sanitise, to_mol
+from ase_enf.chem.topology import Topology
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+
+VARIANTS = ("MMFF94", "MMFF94s")
+KCAL = units.kcal / units.mol  # eV
+
+
+class MMFF94(Calculator):
+    """Energies and forces of one molecule by MMFF94, in eV and eV/Å.
+
+    A force field knows one bond graph. It is that of ``atoms``, or of the first structure that is computed. A structure
+    whose atoms are bonded alike in another order is computed as that molecule; one with other bonds (by distance, see
+    `ase_enf.chem.topology`) has no energy, and ``CalculationFailed`` says so: its Boltzmann weight in the ensemble of
+    this molecule is zero.
+
+    Args:
+        atoms: The molecule; the first structure that is computed when None.
+        orders: Its bond orders, shape (M, M), 0 to 3; perceived by RDKit from the positions, for a neutral molecule,
+            when None.
+        variant: "MMFF94", or "MMFF94s", with planar nitrogen where it is delocalised.
+
+    Raises:
+        ValueError: For an unknown variant, or orders that are not one for each pair of atoms.
+        CalculatorSetupError: When the energy is first asked for, if bonds are not found or an atom has no parameters.
+
+    Reference:
+        Halgren 1996, J. Comput. Chem. 17, 490; Tosco, Stiefl & Landrum 2014, J. Cheminform. 6, 37.
+
+    >>> from ase.build import molecule
+    >>> ethanol = molecule("CH3CH2OH")
+    >>> ethanol.calc = MMFF94()
+    >>> round(ethanol.get_potential_energy(), 3), ethanol.get_forces().shape
+    (-0.048, (9, 3))
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (ASE's interface)
+
+    def __init__(
+        self, atoms: Atoms | None = None, orders: NDArray[np.integer] | None = None, variant: str = "MMFF94"
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: choose one of {', '.join(VARIANTS)}")
+        if orders is not None:
+            orders = np.asarray(orders)
+            if atoms is None:
+                raise ValueError("orders without atoms: give the molecule that they belong to as well")
+            if orders.shape != (len(atoms), len(atoms)) or not np.array_equal(orders, orders.T):
+                raise ValueError(f"orders of shape {orders.shape}: need a symmetric matrix, one row for each atom")
+        self.orders, self.variant = orders, variant
+        self.molecule = None if atoms is None else atoms.copy()
+        self.topology: Topology | None = None
+        self._field: Any = None  # RDKit's, which cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_field": None, "topology": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MMFF94:
+        return type(self)(self.molecule, self.orders, self.variant)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Computes energy and forces; called by ASE."""
+        super().calculate(atoms, properties, system_changes)
+        if self._field is None:
+            self._build()
+        order = self.topology.match(self.atoms)
+        if order is None:
+            raise CalculationFailed(
+                f"{self.atoms.get_chemical_formula()} does not have the bonds of the molecule that MMFF94 was set up "
+                "for; a new MMFF94() takes another molecule"
+            )
+        flat = self.atoms.positions[order].ravel().tolist()
+        self.results["energy"] = self.results["free_energy"] = KCAL * self._field.CalcEnergy(flat)
+        if "forces" in properties:
+            forces = np.empty((len(order), 3))
+            forces[order] = -KCAL * np.reshape(self._field.CalcGrad(flat), (-1, 3))
+            self.results["forces"] = forces
+
+    def _build(self) -> None:
+        from rdkit.Chem import rdForceFieldHelpers as helpers
+
+        if self.molecule is None:
+            self.molecule = self.atoms.copy()
+        name = self.molecule.get_chemical_formula()
+        mol = _bonded(self.molecule, self.orders)
+        with quiet_rdkit():
+            parameters = helpers.MMFFGetMoleculeProperties(mol, mmffVariant=self.variant)
+            if parameters is None:
+                raise CalculatorSetupError(
+                    f"{self.variant} has no parameters for an atom of {name}; use another calculator"
+                )
+            self._field = helpers.MMFFGetMoleculeForceField(mol, parameters, ignoreInterfragInteractions=False)
+        self.topology = Topology(self.molecule)
+
+
+def _bonded(atoms: Atoms, orders: NDArray[np.integer] | None = None) -> Mol:
+    """A sanitised molecule with the positions as its conformer."""
+    from rdkit import Chem
+
+    name = atoms.get_chemical_formula()
+    try:
+        if orders is None:
+            mol = to_mol(atoms, "rdkit")
+        else:
+            structures(atoms)
+            mol = Chem.Mol(bond_graph(atoms.numbers, orders))
+            conformer = Chem.Conformer(len(atoms))
+            conformer.SetPositions(np.array(atoms.positions, dtype=np.float64))
+            mol.AddConformer(conformer)
+    except PerceptionError as error:
+        raise CalculatorSetupError(f"{error}; give bond orders") from error
+    sound = sanitise(mol)
+    if sound is None:
+        raise CalculatorSetupError(f"{name}: RDKit refuses its bond orders; correct them")
+    return sound
+
+
+def conformers(atoms: Atoms, n: int, seed: int = 0) -> list[Atoms]:
+    """Conformers of a molecule by RDKit's distance geometry, relaxed by MMFF94, in the order of its atoms.
+
+    Args:
+        atoms: A molecule, whose bonds are perceived.
+        n: How many are tried.
+        seed: Non-negative.
+
+    Returns:
+        At most n conformers, of which several may be alike; the molecule itself where there is none.
+
+    Raises:
+        ValueError: If n is below 1 or the structure is periodic.
+        CalculatorSetupError: If bonds are not found.
+
+    Reference:
+        Riniker & Landrum 2015, J. Chem. Inf. Model. 55, 2562.
+
+    >>> from ase.build import molecule
+    >>> [found.get_chemical_formula() for found in conformers(molecule("CH3CH2OH"), 2)]
+    ['C2H6O', 'C2H6O']
+    """
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+
+    if n < 1:
+        raise ValueError(f"n={n}: must be at least 1")
+    mol = _bonded(atoms)
+    with quiet_rdkit():
+        found = list(rdDistGeom.EmbedMultipleConfs(mol, n, randomSeed=seed))
+        if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
+    made = [Atoms(atoms.numbers, mol.GetConformer(k).GetPositions()) for k in found]
+    topology = Topology(atoms)
+    return [conformer for conformer in made if topology.holds(conformer.positions)] or [atoms.copy()]

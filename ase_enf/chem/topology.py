@@ -1,0 +1,90 @@
+"""Which atoms are bonded, by distance, and which order of the atoms makes two molecules the same bond graph.
+
+Looser than the table of `ase_enf.chem.bonds`, whose bounds fit relaxed structures: a thermal vibration does not break a
+bond here. Bond orders do not count.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from numpy.typing import NDArray
+
+from ase_enf.chem.convert import bond_graph
+
+# Of the sum of the covalent radii (Cordero et al. 2008): above every thermal bond, below every contact of two bonds.
+REACH = 1.3
+
+
+def connectivity(
+    numbers: NDArray[np.integer],  # (M,)
+    positions: NDArray[np.float64],  # (M, 3)
+) -> NDArray[np.bool_]:
+    """Which pairs of atoms are closer than 1.3 times the sum of their covalent radii.
+
+    Args:
+        numbers: shape (M,), atomic numbers.
+        positions: shape (M, 3), Å.
+
+    Returns:
+        Shape (M, M), symmetric, False on the diagonal.
+
+    >>> from ase.build import molecule
+    >>> water = molecule("H2O")
+    >>> connectivity(water.numbers, water.positions).sum(axis=1)
+    array([2, 1, 1])
+    """
+    radii = REACH * covalent_radii[numbers]
+    square = np.square(positions[:, None] - positions[None]).sum(axis=-1)
+    bonded = square < np.square(radii[:, None] + radii[None])
+    np.fill_diagonal(bonded, False)
+    return bonded
+
+
+class Topology:
+    """The bond graph of a molecule, to which others are compared.
+
+    Args:
+        atoms: The molecule, positions in Å.
+
+    >>> from ase.build import molecule
+    >>> ethanol = molecule("CH3CH2OH")
+    >>> same = Topology(ethanol)
+    >>> same.match(ethanol[::-1]).tolist()
+    [8, 7, 6, 5, 4, 3, 2, 1, 0]
+    >>> same.match(molecule("CH3OCH3")) is None
+    True
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.numbers = atoms.numbers.copy()
+        self.bonds = connectivity(atoms.numbers, atoms.positions)
+        self.graph = bond_graph(self.numbers, self.bonds.astype(np.int8))
+
+    def holds(self, positions: NDArray[np.float64]) -> bool:
+        """Whether atoms at these positions, (M, 3) in Å and in the order of the molecule, have exactly its bonds."""
+        return np.array_equal(connectivity(self.numbers, positions), self.bonds)
+
+    def match(self, atoms: Atoms) -> NDArray[np.int64] | None:
+        """An order of atoms in which they have the elements and bonds of the molecule.
+
+        Where equal atoms leave several, it is the given order if that is one, else the first that RDKit finds.
+
+        Args:
+            atoms: A structure, positions in Å.
+
+        Returns:
+            Shape (M,), such that ``atoms[order]`` is the molecule; None where there is none.
+        """
+        if len(atoms) != len(self.numbers):
+            return None
+        if np.array_equal(atoms.numbers, self.numbers) and self.holds(atoms.positions):
+            return np.arange(len(atoms))
+        if not np.array_equal(np.sort(atoms.numbers), np.sort(self.numbers)):
+            return None
+        bonds = connectivity(atoms.numbers, atoms.positions)
+        if bonds.sum() != self.bonds.sum():  # a subgraph of as many bonds is the graph
+            return None
+        found = bond_graph(atoms.numbers, bonds.astype(np.int8)).GetSubstructMatch(self.graph)
+        return np.array(found, dtype=np.int64) if found else None
