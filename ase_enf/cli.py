@@ -250,15 +250,16 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
     command.add_argument("--smiles", default=None, help="molecular graph such as CCO, for models of graphs")
     _add_property(command, "NAME=VALUE or NAME=LOW:HIGH", "what the molecules are to have, for models with conditions")
-    command.add_argument("--closed-shell", action="store_true", help="draw radicals (odd numbers of electrons) again")
+    command.add_argument("--closed-shell", action="store_true", help="draw odd numbers of electrons again")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     _add_sampling(command, "molecules", batch_size=64)
     command.add_argument(
         "--churn",
         type=float,
         default=None,
-        help="noise renewed on the way, in steps; 0 is the flow itself, and all that is possible for a flow that "
-        "flow matching did not train; when left out, 8 (with 64 steps) for molecules",
+        help="noise added again before each step, counted in steps: more stable molecules; 0 draws from the flow "
+        "itself, whose density score gives, and is all that is possible for a flow that flow matching did not train; "
+        "when left out, 20 (with 128 steps) for molecules",
     )
 
 
@@ -275,7 +276,7 @@ def _add_score(commands: Any) -> None:
     )
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
-    command.add_argument("--draws", type=int, default=2, help="draws K of the importance-weighted bound")
+    command.add_argument("--draws", type=int, default=2, help="of a bound: points that the dequantiser draws, K")
     command.add_argument(
         "--tolerance",
         type=float,

@@ -25,8 +25,8 @@ class ENFConfig:
     """Everything that defines a flow except its weights; stored as JSON beside them.
 
     Args:
-        features: "joint" (types and charges flow with the positions), "given" (types are the condition) or "none"
-            (positions only).
+        features: "joint" (unconditional: types and charges flow with the positions), "given" (conditional on the
+            composition: types are given, positions flow) or "none" (positions only).
         species: Elements in the order of the one-hot columns; "none" has none and takes any.
         sizes: Counts of molecule sizes in the training set, the prior p_M.
         compositions: Counts of formulas (Hill) in the training set, from which "given" draws; else empty.

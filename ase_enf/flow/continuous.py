@@ -235,9 +235,9 @@ class ContinuousFlow:
         x_t̂ = r x_t + √(t̂² − r² t²) ε,  r = (1 − t̂) / (1 − t),  t̂ = min(t + churn (t − t'), 1)
 
         then one step of the solver from t̂ to t'; x and h enter at the last t whose t̂ is 1. On the path of flow
-        matching, x_t = (1 − t) x + t z, and there only, this leaves the distribution at every t what it is; what a
-        trained velocity has done wrong before is partly forgotten. Small steps give the reverse diffusion with
-        g² = 2 churn t / (1 − t). There is no likelihood.
+        matching, x_t = (1 − t) x + t z, and there only, this leaves the distribution at every t what it is. A trained
+        velocity errs, and part of what its errors did is replaced by fresh noise before every step. Small steps give
+        the reverse diffusion with g² = 2 churn t / (1 − t). There is no likelihood.
 
         Args:
             x: Latent positions, centred, shape (B, M, n).

@@ -66,9 +66,11 @@ def generate(
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
 
-    By default, molecules of a flow trained by flow matching are drawn with part of the noise renewed on the way, which
-    makes many more of them stable; their distribution is near, but not exactly, the density that ``score`` gives.
-    ``churn=0`` draws from exactly that density, to the error of the solver.
+    By default, molecules of a flow trained by flow matching are drawn by a stochastic sampler: before every step some
+    noise is added again (``churn`` says how much), so that errors of earlier steps fade and many more molecules are
+    stable. They are not distributed as ``score`` says: their distribution is narrower, it is not known in closed form,
+    and a likelihood of such a molecule is one of the flow, not of the sampler. ``churn=0`` draws from the density that
+    ``score`` gives, to the error of the solver.
 
     Molecule i depends on ``(seed, i)`` alone: not on n, the batch size or its batch mates (to rounding, with a
     fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
@@ -76,7 +78,8 @@ def generate(
 
     ``closed_shell=True`` draws a molecule again, of the same size, until its number of electrons is even: rejection
     sampling of ``p(x, h | M, even)``, in which the likelihood of a molecule is larger by −log P(even | M) than the one
-    that ``score`` gives. Almost half of the molecules of ``qm9`` are radicals, while the data has none.
+    that ``score`` gives. Even is what a closed shell needs, and all that is looked at. One molecule in five of ``qm9``
+    is odd, a radical, while the data has none.
 
     Args:
         flow: A flow, as of ``ase_enf.load``.
@@ -89,7 +92,7 @@ def generate(
         batch_size: Molecules integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
-        churn: How much noise to renew, in steps, instead of what ``solver`` says; see ``Solver``.
+        churn: How much noise is added again before a step, in steps, instead of what ``solver`` says; see ``Solver``.
         closed_shell: Only molecules that have, as neutral ones, an even number of electrons.
         properties: Of a flow with conditions, by name the value that is wanted, ``{"gap": 5.2}``, or a range,
             ``{"gap": "4:6"}`` or ``{"gap": (4, 6)}``, within which values are drawn as the training set has them. The
@@ -138,9 +141,10 @@ def igenerate(
     properties: Mapping[str, Any] | None = None,
     smiles: str | None = None,
 ) -> Iterator[Atoms]:
-    """Draws molecules one by one, in order and in constant memory; see :func:`generate`.
+    """Draws the molecules of :func:`generate` as an iterator that keeps none of them, in order.
 
-    The first is integrated alone, so that it comes soon.
+    Each is handed out as soon as it and those before it are finished, so that any number of them needs no more memory
+    than a few batches. The first is integrated alone, so that it comes soon.
 
     Args:
         flow: See :func:`generate`, as all others but one.
@@ -154,7 +158,7 @@ def igenerate(
         device: Where to compute.
         progress: Show a bar.
         start: Index of the first molecule: several processes can share one sequence.
-        churn: How much noise to renew.
+        churn: How much noise is added again before a step.
         closed_shell: Only even numbers of electrons.
         properties: What is wanted of the conditions.
         smiles: Molecular graph.

@@ -165,9 +165,10 @@ def _check_smear(flow: ENF, smear: float) -> None:
 class ENFCalculator(Calculator):
     """Pseudo-energy of a flow, ``E = −kT log p``, with forces by automatic differentiation.
 
-    With kT in eV the energy is in eV and the forces in eV/Å, so that every ASE optimiser, filter and dynamics works on
-    it. It is *not* a potential energy: a flow trained on relaxed structures gives a sharp well around each of them, and
-    absolute values mean something within one composition only. ``ase.io.write`` stores it as ``energy``.
+    With kT in eV the energy is in eV and the forces in eV/Å, and ASE's optimisers, filters and dynamics can be run on
+    it; that does not make what they find a sound structure. It is *not* a potential energy: a flow trained on relaxed
+    structures gives a sharp well around each of them, and absolute values mean something within one composition only.
+    ``ase.io.write`` stores it as ``energy``.
 
     It is good for telling how far a structure is from what the flow was trained on, and in which direction that lies.
     The learned density of relaxed structures is rough on a scale of a hundredth of an Å, which no solver mends; by

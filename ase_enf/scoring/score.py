@@ -77,14 +77,15 @@ def score(
     """Scores structures by their log-likelihood in nats, with an error bar.
 
     * ``features="none"``: exact log p(x | M); ``features="given"``: exact log p(x | types) (``kind`` "exact").
-    * ``features="joint"``: the importance-weighted bound with K = ``draws`` draws of q (``kind`` "bound"),
+    * ``features="joint"``: a lower bound (``kind`` "bound"). The dequantiser q draws continuous numbers h̃ that round to
+      the elements h; ``draws`` of them, K in all, give the importance-weighted bound
       log p(x, h, M) ≥ E log 1/K Σ_k p(x, h̃_k, M) / q(h̃_k | h), tighter in K (Burda et al. 2016; K = 1 is eq. 12).
 
     Positions are in Å and densities live on the zero-centre-of-mass subspace, so values compare within one
     composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone:
     noise (of q, of the probes) is attached to atoms in a canonical order and is the same for every row, so the order of
-    atoms does not matter and conformers share their noise. (An adaptive solver chooses steps for a whole batch:
-    with one, a row depends on its batch mates at the level of the tolerance.)
+    atoms does not matter, and conformers do not differ by the luck of their draws. (An adaptive solver chooses steps
+    for a whole batch: with one, a row depends on its batch mates at the level of the tolerance.)
 
     Args:
         flow: A flow, as of ``ase_enf.load``.
@@ -93,9 +94,9 @@ def score(
             in it, its noise can lift a bound), or "auto": exact up to 512 dimensions M (n + F) where the trace has a
             closed form (all networks but "gnn"), and up to 96 elsewhere.
         probes: Rademacher probes of "hutchinson".
-        draws: K, for "joint".
-        seed: Of the noise, the same for all rows or one for each. Rows with one seed share their noise, which is what
-            conformers want; the mean over a set of molecules wants a seed of its own for each
+        draws: K, the number of h̃ drawn by the dequantiser, for "joint".
+        seed: Of the random numbers, one for all rows or one for each. With one, all rows use the same numbers, which is
+            best for differences between conformers. The mean over a set of molecules wants a seed of its own for each
             (``seed=range(len(atoms))``), or its error is that of one draw and not that of many.
         solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
             nodes of the quadrature and the solver's own grid, 48 intervals and more.
@@ -112,7 +113,8 @@ def score(
     Returns:
         One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and of the path)
         and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
-        draw of a bound, whose spread is unknown).
+        draw of a bound, whose spread is unknown). It is the error of the computation alone: neither how good the flow
+        is nor how far a bound lies below the likelihood.
         ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
         dynamics.
 

@@ -86,7 +86,11 @@ class TrainConfig:
         20
     """
 
-    features: str = setting("joint", '"joint", "given" or "none"; see ENFConfig')
+    features: str = setting(
+        "joint",
+        'what the flow draws: "joint" (positions and elements: unconditional), "given" (positions, conditional on the '
+        'composition) or "none" (positions only)',
+    )
     condition: str = setting(
         "",
         "numbers in the info of the structures that condition the flow, such as gap: a name, or several with commas "
