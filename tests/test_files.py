@@ -1,4 +1,4 @@
-"""A file is whole or not there."""
+"""A file appears when it is complete, and a failure leaves nothing behind."""
 
 from __future__ import annotations
 

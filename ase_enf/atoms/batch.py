@@ -19,7 +19,7 @@ from torch import Tensor
 COINCIDENT = 1e-3
 # Distances (Å) that agree to this many decimals are equal for the order of atoms.
 ORDER_DECIMALS = 6
-# Atoms of a formula: beyond this it is a slip.
+# Most atoms that a formula may have: more are a typing error.
 LARGEST = 10_000
 # Names in ``info`` under which programs state the charge of a whole structure, and its spin. The latter is either the
 # number of unpaired electrons 2 S or the multiplicity 2 S + 1; only what the lowest spin cannot be is refused.
@@ -76,10 +76,10 @@ class Batch(NamedTuple):
 
 
 def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
-    """Returns a list whether one ``Atoms`` or an iterable of them was given.
+    """Returns one ``Atoms`` or several as a list.
 
     Raises:
-        TypeError: If it is, or an item is, something else.
+        TypeError: If it is neither ``Atoms`` nor an iterable of them.
         ValueError: If an item has an atomic number of no element.
 
     Example:
@@ -134,10 +134,10 @@ def check_whole(name: str, value: Any, least: int) -> int:
 
 
 def formula_numbers(formula: str) -> np.ndarray:
-    """Parses a chemical formula such as ``"C7H10O2"`` to atomic numbers, heaviest count order as written.
+    """Returns the atomic numbers of a chemical formula such as ``"C7H10O2"``, elements in the order it names them.
 
     Args:
-        formula: Text, or what ASE prints as one: ``atoms.symbols``, a ``Formula``.
+        formula: Text, or an object of ASE that prints as a formula: ``atoms.symbols``, a ``Formula``.
 
     Raises:
         ValueError: If ``formula`` is no formula, is empty, has a charge or more than ten thousand atoms, or is a text

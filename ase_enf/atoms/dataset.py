@@ -54,11 +54,11 @@ class MoleculeSet:
     def from_arrays(
         cls, sizes: np.ndarray, numbers: np.ndarray, positions: np.ndarray, species: Sequence[str]
     ) -> MoleculeSet:
-        """Builds a set from the arrays of a table of molecules, which are trusted.
+        """Builds a set from the arrays of a table of molecules, without checking them.
 
         Args:
             sizes: Atoms of each molecule, shape (B,).
-            numbers: Atomic numbers of all on end, shape (N,).
+            numbers: Atomic numbers of all molecules, concatenated, shape (N,).
             positions: Their positions, Å, shape (N, n).
             species: Elements of the one-hot columns; empty for positions only.
         """
@@ -68,7 +68,7 @@ class MoleculeSet:
 
     def _fill(self, sizes: np.ndarray, numbers: np.ndarray, positions: np.ndarray, species: Sequence[str]) -> None:
         self.conditions: Tensor | None = None  # (B, C)
-        self.bonds: Tensor | None = None  # (Σ M²,), the matrices of all on end
+        self.bonds: Tensor | None = None  # (Σ M²,), the matrices of all molecules, concatenated
         first = np.cumsum(sizes) - sizes
         centroids = np.add.reduceat(positions, first, axis=0) / sizes[:, None]
         centered = positions - np.repeat(centroids, sizes, axis=0)
@@ -150,5 +150,5 @@ class MoleculeSet:
 
 
 def _doubles(values: Tensor) -> np.ndarray:
-    """Returns float64 for sums that are those of any number of threads, as those of torch are not."""
+    """Returns float64 arrays of NumPy, whose sums do not depend on the number of threads as those of torch do."""
     return values.numpy().astype(np.float64)

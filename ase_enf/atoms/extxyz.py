@@ -146,7 +146,7 @@ def _matrix(key: str, value: NDArray[Any]) -> NDArray[Any] | None:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether ASE writes numbers as they are: none would swallow the next entry, and one would become a number."""
+    """Whether ASE can write an array as it is: an empty one swallows the next entry, one of length 1 loses its axis."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "bif":
         return False
     return value.ndim == 0 or (value.ndim == 1 and len(value) > 1)
@@ -166,16 +166,17 @@ def _encoded(value: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)  # most molecules of a file say the same
 def _read_back(value: str | None) -> str | None:
-    """Returns a text that is read back as the value: by themselves "007" and "F" become a number and False, None True.
+    """Returns how to write a text, or None, so that it is read back as it is; None if there is no way.
 
-    An empty string would even swallow the next entry, and the backslashes of SMILES vanish.
+    Written as they are, "007" becomes a number, "F" False and None True; an empty string swallows the next entry, and
+    backslashes, as in SMILES, vanish.
     """
     encoded = _encoded(value)
     verbatim = value is not None and "\\" not in value and value.splitlines() == [value]
     for written in (value, encoded) if verbatim else (encoded,):
         try:
             back = key_val_str_to_dict(key_val_dict_to_str({"key": written}))["key"]
-        except (KeyError, ValueError):  # ASE's parser stumbles over some quotes and words
+        except (KeyError, ValueError):  # ASE's parser cannot read some quotes and words
             continue
         if type(back) is type(value) and back == value:
             return written

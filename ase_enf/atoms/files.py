@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-# What marks a temporary file of this package: machine, process, a random number.
+# Names of the temporary files of this package: machine, process, a random number.
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")
 
 
@@ -72,7 +72,7 @@ def _regular(path: Path) -> bool:
 
 
 def check_source(path: str | os.PathLike[str]) -> None:
-    """Raises for what can be read only once, or never ends: formats are told by the beginning of a file.
+    """Refuses pipes and devices: the beginning of a file is read twice, first to recognise its format.
 
     Raises:
         ValueError: If the path is a pipe or a device.
@@ -98,7 +98,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns ``path`` as a folder, made with those above it where it is not there.
+    """Returns ``path`` as a folder, which is made, with those above it, where there is none.
 
     Raises:
         ValueError: If it is a file.
@@ -164,7 +164,7 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # somebody else's
+    except (OSError, OverflowError):  # a process of another user
         pass
     return True
 

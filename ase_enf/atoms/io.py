@@ -30,7 +30,7 @@ KEEP_INFO = (*_STREAMED, ".db", ".traj")
 
 COMMIT_SECONDS = 1.0
 
-# ASE writes the elements or the number of atoms of the first structure for all.
+# Formats in which ASE writes the elements or the number of atoms of the first structure for all.
 _ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
 
 
@@ -71,7 +71,7 @@ def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
 
 
 def check_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> None:
-    """Raises what `write_structures` would raise of these structures, before anything is computed for them.
+    """Raises what ``write_structures`` would raise of these structures, before anything is computed for them.
 
     Args:
         path: Where to.
@@ -117,8 +117,8 @@ class GrowingFile:
     Args:
         path: Where to; see :func:`write_structures`.
         append: Whether an old file is continued: ``.extxyz``, ``.xyz``, ``.db`` or ``.traj``.
-        whole: Whether an old file stays until the new one is complete, and an exception leaves it as it was, as must be
-            where it is the source of what is written.
+        whole: Whether an old file is replaced only by a complete one, and an exception leaves it as it was. This is
+            needed where the file is also the source.
 
     Raises:
         ValueError: If structures cannot be written, or added, to such a file.
@@ -220,7 +220,7 @@ class GrowingFile:
                 self._database.write(atoms, key_value_pairs=keys, data=data)
             except BaseException as error:
                 with suppress(sqlite3.Error):
-                    self._database.__exit__(type(error), error, None)  # takes back half a row, and what is with it
+                    self._database.__exit__(type(error), error, None)  # rolls back to the last commit
                 self._database, self._uncommitted = None, 0
                 if not self.count and not self._append:
                     real_path(self.path).unlink(missing_ok=True)
@@ -254,7 +254,7 @@ def check_append(path: str | os.PathLike[str]) -> None:
 
 
 def _warn_of(lost: Iterable[str], path: Path) -> None:
-    """Names what a format did not keep."""
+    """Warns of what a format did not keep."""
     if named := ", ".join(lost):
         remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
         warnings.warn(f"{path}: this format {named}; use {remedy} to keep it", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Entries of `info` as plain Python, which is what databases and JSON hold."""
+"""Entries of ``info`` as plain Python, which is what databases and JSON hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structures as rows of an ASE database: which entries of `info` are keys, and which are data."""
+"""Structures as rows of an ASE database: which entries of ``info`` are keys, and which are data."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class SizeGroup(NamedTuple):
 
 
 def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
-    """One `Atoms` or several as a list, checked to be molecules (non-periodic) of elements that there are.
+    """One ``Atoms`` or several as a list, after a check that they are non-periodic molecules of known elements.
 
     Args:
         atoms: One structure or an iterable of them.
@@ -131,12 +131,13 @@ def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
         A list of the same objects, in order.
 
     Raises:
-        TypeError: An item is not an `Atoms`; its place is named.
+        TypeError: An item is not an ``Atoms``; its place is named.
         ValueError: A structure is periodic or has an atomic number below 0 or above 118; its place is named.
 
-    >>> from ase.build import molecule
-    >>> len(structures(molecule("CH4")))
-    1
+    Example:
+        >>> from ase.build import molecule
+        >>> len(structures(molecule("CH4")))
+        1
     """
     if isinstance(atoms, str | os.PathLike) or not isinstance(atoms, Iterable):
         raise TypeError(
@@ -170,12 +171,13 @@ def size_groups(atoms: Atoms | Iterable[Atoms]) -> Iterator[SizeGroup]:
         Groups that together hold every structure once, sizes in ascending order.
 
     Raises:
-        TypeError: An item is not an `Atoms`.
+        TypeError: An item is not an ``Atoms``.
         ValueError: A structure is periodic or has a position that is not finite; its place is named.
 
-    >>> from ase.build import molecule
-    >>> [group.numbers.shape for group in size_groups([molecule("CH4"), molecule("H2O"), molecule("SiH4")])]
-    [(1, 3), (2, 5)]
+    Example:
+        >>> from ase.build import molecule
+        >>> [group.numbers.shape for group in size_groups([molecule("CH4"), molecule("H2O"), molecule("SiH4")])]
+        [(1, 3), (2, 5)]
     """
     listed = structures(atoms)
     sizes = np.array([len(item) for item in listed], dtype=np.int64)
@@ -201,8 +203,9 @@ def pair_distances(
     Returns:
         shape (B, M, M), Å, symmetric with a zero diagonal.
 
-    >>> pair_distances(np.array([[[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]]])).tolist()
-    [[[0.0, 5.0], [5.0, 0.0]]]
+    Example:
+        >>> pair_distances(np.array([[[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]]])).tolist()
+        [[[0.0, 5.0], [5.0, 0.0]]]
     """
     positions = np.asarray(positions, dtype=np.float64)
     squared = np.zeros(positions.shape[:2] + positions.shape[1:2])
@@ -234,8 +237,9 @@ def bond_orders(
     Reference:
         Satorras et al. 2021 (E-NF), appendix A.3; Hoogeboom et al. 2022 (EDM) for the elements beyond F.
 
-    >>> bond_orders(np.array([[6, 8, 0]]), np.array([[[0.0, 0, 0], [1.13, 0, 0], [0.0, 0, 0]]])).tolist()
-    [[[0, 3, 0], [3, 0, 0], [0, 0, 0]]]
+    Example:
+        >>> bond_orders(np.array([[6, 8, 0]]), np.array([[[0.0, 0, 0], [1.13, 0, 0], [0.0, 0, 0]]])).tolist()
+        [[[0, 3, 0], [3, 0, 0], [0, 0, 0]]]
     """
     numbers, positions = np.asarray(numbers), np.asarray(positions)
     if numbers.ndim != 2 or positions.shape != (*numbers.shape, 3):
@@ -262,14 +266,15 @@ def stable_atoms(
 
     Args:
         numbers: shape (B, M), atomic numbers; 0 is padding.
-        orders: shape (B, M, M), as `bond_orders` gives them.
+        orders: shape (B, M, M), as ``bond_orders`` gives them.
 
     Returns:
         shape (B, M); False at padding and for elements without a valence in the table.
 
-    >>> numbers = np.array([[1, 1]])
-    >>> stable_atoms(numbers, bond_orders(numbers, np.array([[[0.0, 0, 0], [0.74, 0, 0]]]))).tolist()
-    [[True, True]]
+    Example:
+        >>> numbers = np.array([[1, 1]])
+        >>> stable_atoms(numbers, bond_orders(numbers, np.array([[[0.0, 0, 0], [0.74, 0, 0]]]))).tolist()
+        [[True, True]]
     """
     valence = orders.sum(axis=2, dtype=np.int64)
     return _SATISFIED[numbers, np.minimum(valence, _MOST_BONDS)]
@@ -289,11 +294,12 @@ def n_fragments(
     Returns:
         shape (B,).
 
-    >>> n_fragments(np.array([[[0, 1, 0], [1, 0, 0], [0, 0, 0]]])).tolist()
-    [2]
+    Example:
+        >>> n_fragments(np.array([[[0, 1, 0], [1, 0, 0], [0, 0, 0]]])).tolist()
+        [2]
     """
     batch, size = orders.shape[:2]
-    apart = np.where(orders > 0, 0, size)  # added to a label, it puts those of atoms out of reach past all others
+    apart = np.where(orders > 0, 0, size)  # added to the label of an atom out of reach, it exceeds all labels
     apart[:, np.arange(size), np.arange(size)] = 0  # an atom sees its own label
     labels = np.tile(np.arange(size), (batch, 1))
     while size:
@@ -307,10 +313,10 @@ def n_fragments(
 def stability(atoms: Atoms | Iterable[Atoms]) -> Stability:
     """Atom and molecule stability of structures, as published.
 
-    An atom is stable when the orders of its bonds (`bond_orders`) sum exactly to its valence (`VALENCES`); a molecule
-    is stable when all its atoms are. An element without entries in the table never bonds and counts as unstable: a
-    verdict on such a molecule says that the table does not cover it, nothing about its chemistry. The result of a
-    structure does not depend on the others.
+    An atom is stable when the orders of its bonds (``bond_orders``) sum exactly to its valence (``VALENCES``); a
+    molecule is stable when all its atoms are. An element without entries in the table never bonds and counts as
+    unstable: a verdict on such a molecule says that the table does not cover it, nothing about its chemistry. The
+    result of a structure does not depend on the others.
 
     Args:
         atoms: One structure or an iterable of them.
@@ -319,15 +325,16 @@ def stability(atoms: Atoms | Iterable[Atoms]) -> Stability:
         Counts and verdicts, one a structure, in order.
 
     Raises:
-        TypeError: An item is not an `Atoms`.
+        TypeError: An item is not an ``Atoms``.
         ValueError: A structure is periodic or has a position that is not finite; its place is named.
 
     Reference:
         Satorras et al. 2021 (E-NF), appendix A.3.
 
-    >>> from ase.build import molecule
-    >>> stability([molecule("CH4"), molecule("CH3")]).stable.tolist()
-    [True, False]
+    Example:
+        >>> from ase.build import molecule
+        >>> stability([molecule("CH4"), molecule("CH3")]).stable.tolist()
+        [True, False]
     """
     listed = structures(atoms)
     counts = np.zeros(len(listed), dtype=np.int64)
@@ -342,7 +349,7 @@ def _require_finite(
     positions: NDArray[np.floating],  # (B, M, 3)
     places: Sequence[int] | NDArray[np.int64],  # (B,)
 ) -> None:
-    """Raise a ValueError that names the structures with positions that are not finite."""
+    """Raises a ``ValueError`` that names the structures with positions that are not finite."""
     broken = ~np.isfinite(positions).all(axis=(1, 2))
     if broken.any():
         named = ", ".join(str(place) for place in np.asarray(places)[broken][:5])

@@ -1,6 +1,6 @@
-"""`Atoms` to RDKit molecules and SMILES: by the distance table, by RDKit's perception, by Open Babel's.
+"""``Atoms`` to RDKit molecules and SMILES: by the distance table, by RDKit's perception, by Open Babel's.
 
-The three ways differ in what they may do. The table (`ase_enf.chem.bonds`) is the published metric: it looks at
+The three ways differ in what they may do. The table (``ase_enf.chem.bonds``) is the published metric: it looks at
 distances only, never fails and never corrects anything. RDKit and Open Babel look for a sensible Lewis structure.
 RDKit and Open Babel are imported inside the functions that use them.
 """
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
 
     Attributes:
         smiles: canonical SMILES of all its fragments, None where RDKit cannot sanitise the graph.
-        largest: canonical SMILES of its largest fragment, None where `smiles` is.
+        largest: canonical SMILES of its largest fragment, None where ``smiles`` is.
         complete: whether it can be sanitised and no atom lacks a bond (equivalently an implicit hydrogen).
     """
 
@@ -45,29 +45,30 @@ def to_mol(atoms: Atoms, method: str = "table") -> Mol:
     """An RDKit molecule with all atoms, in their order, and their positions as its conformer.
 
     Nothing is added: hydrogens that are missing stay missing (the atom is a radical). The molecule of "table" and
-    "openbabel" is not yet sanitised, see `sanitise`; that of "rdkit" is.
+    "openbabel" is not yet sanitised, see ``sanitise``; that of "rdkit" is.
 
     Args:
         atoms: A molecule, positions in Å. It is not modified.
-        method: "table" (the published distance table), "rdkit" (`rdDetermineBonds`, neutral in all, with formal charges
-            where they make a closed shell and radicals where not, without stereochemistry) or "openbabel"
-            (`ConnectTheDots`, `PerceiveBondOrders`).
+        method: "table" (the published distance table), "rdkit" (``rdDetermineBonds`` for a total charge of zero: formal
+            charges where they make a closed shell, radicals where they do not, no stereochemistry) or "openbabel"
+            (``ConnectTheDots``, ``PerceiveBondOrders``).
 
     Returns:
-        An `rdkit.Chem.Mol` with a 3D conformer.
+        An ``rdkit.Chem.Mol`` with a 3D conformer.
 
     Raises:
-        TypeError: `atoms` is not an `Atoms`.
+        TypeError: ``atoms`` is not an ``Atoms``.
         ValueError: The method is unknown, or the structure is periodic or has a position that is not finite.
         PerceptionError: "rdkit" or "openbabel" finds no bond orders.
 
     Reference:
         Kim & Kim 2015, Bull. Korean Chem. Soc. 36, 1769 for the search of "rdkit".
 
-    >>> from ase.build import molecule
-    >>> mol = to_mol(molecule("C2H4"))
-    >>> mol.GetNumAtoms(), mol.GetNumBonds(), mol.GetConformer().Is3D()
-    (6, 5, True)
+    Example:
+        >>> from ase.build import molecule
+        >>> mol = to_mol(molecule("C2H4"))
+        >>> mol.GetNumAtoms(), mol.GetNumBonds(), mol.GetConformer().Is3D()
+        (6, 5, True)
     """
     if method not in _PERCEIVE:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(map(repr, _PERCEIVE))}")
@@ -83,22 +84,23 @@ def to_smiles(atoms: Atoms, method: str = "table") -> str | None:
     """The canonical SMILES of a structure, or None where there is none.
 
     Hydrogens are implicit, stereochemistry is left out, fragments are separated by dots. An atom that lacks bonds is
-    written as the radical it is, `[CH3]`.
+    written as the radical it is, ``[CH3]``.
 
     Args:
         atoms: A molecule, positions in Å. It is not modified.
-        method: "table", "rdkit" or "openbabel", see `to_mol`.
+        method: "table", "rdkit" or "openbabel", see ``to_mol``.
 
     Returns:
         The SMILES; None when no bond orders are found, RDKit cannot sanitise them, or an atom is ASE's dummy "X".
 
     Raises:
-        TypeError: `atoms` is not an `Atoms`.
+        TypeError: ``atoms`` is not an ``Atoms``.
         ValueError: The method is unknown, or the structure is periodic or has a position that is not finite.
 
-    >>> from ase.build import molecule
-    >>> to_smiles(molecule("CH3CH2OH")), to_smiles(molecule("CH3"))
-    ('CCO', '[CH3]')
+    Example:
+        >>> from ase.build import molecule
+        >>> to_smiles(molecule("CH3CH2OH")), to_smiles(molecule("CH3"))
+        ('CCO', '[CH3]')
     """
     try:
         mol = to_mol(atoms, method)
@@ -121,9 +123,10 @@ def bond_graph(
     Returns:
         A molecule whose atoms take no implicit hydrogens.
 
-    >>> import numpy as np
-    >>> bond_graph(np.array([6, 8]), np.array([[0, 3], [3, 0]])).GetBondWithIdx(0).GetBondTypeAsDouble()
-    3.0
+    Example:
+        >>> import numpy as np
+        >>> bond_graph(np.array([6, 8]), np.array([[0, 3], [3, 0]])).GetBondWithIdx(0).GetBondTypeAsDouble()
+        3.0
     """
     from rdkit import Chem
 
@@ -152,11 +155,12 @@ def read_graph(
     Returns:
         SMILES of the whole and of its largest fragment, and whether no atom lacks a bond.
 
-    >>> import numpy as np
-    >>> read_graph(np.array([8, 1, 2]), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]]))
-    Reading(smiles='[He].[OH]', largest='[OH]', complete=False)
+    Example:
+        >>> import numpy as np
+        >>> read_graph(np.array([8, 1, 2]), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]]))
+        Reading(smiles='[He].[OH]', largest='[OH]', complete=False)
     """
-    mol = None if 0 in numbers else sanitise(bond_graph(numbers, orders))  # RDKit takes X for any element
+    mol = None if 0 in numbers else sanitise(bond_graph(numbers, orders))  # RDKit reads X as a wildcard
     if mol is None or mol.GetNumAtoms() == 0:
         return Reading(None, None, False)
     smiles = canonical_smiles(mol)
@@ -173,9 +177,10 @@ def sanitise(mol: Mol) -> Mol | None:
     Returns:
         The copy, or None.
 
-    >>> from ase.build import molecule
-    >>> sanitise(to_mol(molecule("C6H6"), "rdkit")).GetBondWithIdx(0).GetIsAromatic()
-    True
+    Example:
+        >>> from ase.build import molecule
+        >>> sanitise(to_mol(molecule("C6H6"), "rdkit")).GetBondWithIdx(0).GetIsAromatic()
+        True
     """
     from rdkit import Chem
 
@@ -183,7 +188,7 @@ def sanitise(mol: Mol) -> Mol | None:
     with quiet_rdkit():
         try:
             Chem.SanitizeMol(copy)
-        except ValueError:  # of which all of RDKit's MolSanitizeException are
+        except ValueError:  # every MolSanitizeException of RDKit is one
             return None
     return copy
 
@@ -197,9 +202,10 @@ def canonical_smiles(mol: Mol) -> str:
     Returns:
         The SMILES, the same for every order of the atoms.
 
-    >>> from rdkit import Chem
-    >>> canonical_smiles(Chem.MolFromSmiles("O([H])[C@H](F)C"))
-    'CC(O)F'
+    Example:
+        >>> from rdkit import Chem
+        >>> canonical_smiles(Chem.MolFromSmiles("O([H])[C@H](F)C"))
+        'CC(O)F'
     """
     from rdkit import Chem
 
@@ -208,7 +214,7 @@ def canonical_smiles(mol: Mol) -> str:
 
 
 def _unmarked(mol: Mol) -> Mol:
-    """The molecule without what tells one of its atoms from another of the element: such hydrogens would stay."""
+    """The molecule without stereochemistry, isotopes and labels: RDKit removes no hydrogen that is marked by one."""
     from rdkit import Chem
 
     plain = Chem.Mol(mol)
@@ -220,7 +226,7 @@ def _unmarked(mol: Mol) -> Mol:
 
 
 def normalise_smiles(smiles: str) -> str | None:
-    """Somebody's SMILES in the form `to_smiles` gives.
+    """Any SMILES in the form that ``to_smiles`` writes.
 
     Args:
         smiles: Any SMILES.
@@ -228,8 +234,9 @@ def normalise_smiles(smiles: str) -> str | None:
     Returns:
         The canonical SMILES without stereochemistry, isotopes and labels, or None where RDKit cannot read it.
 
-    >>> normalise_smiles("OCC"), normalise_smiles("[2H]C"), normalise_smiles("C(")
-    ('CCO', 'C', None)
+    Example:
+        >>> normalise_smiles("OCC"), normalise_smiles("[2H]C"), normalise_smiles("C(")
+        ('CCO', 'C', None)
     """
     from rdkit import Chem
 
@@ -250,9 +257,10 @@ def largest_fragment(mol: Mol) -> str:
     Returns:
         The SMILES.
 
-    >>> from rdkit import Chem
-    >>> largest_fragment(Chem.AddHs(Chem.MolFromSmiles("CO.C")))
-    'CO'
+    Example:
+        >>> from rdkit import Chem
+        >>> largest_fragment(Chem.AddHs(Chem.MolFromSmiles("CO.C")))
+        'CO'
     """
     from rdkit import Chem
 
@@ -264,8 +272,9 @@ def largest_fragment(mol: Mol) -> str:
 def rdkit_version() -> str:
     """The version of the installed RDKit: canonical SMILES are comparable within one version.
 
-    >>> rdkit_version().split(".")[0].isdigit()
-    True
+    Example:
+        >>> rdkit_version().split(".")[0].isdigit()
+        True
     """
     from rdkit import rdBase
 
@@ -328,7 +337,7 @@ _PERCEIVE: dict[str, Callable[[Atoms], Mol]] = {
 
 
 def _with_conformer(mol: Mol, atoms: Atoms) -> Mol:
-    """Give a molecule of this module the positions of its atoms, Å, as its only conformer."""
+    """Gives a molecule of this module the positions of its atoms, Å, as its only conformer."""
     from rdkit import Chem
 
     conformer = Chem.Conformer(len(atoms))
@@ -342,7 +351,7 @@ def _with_conformer(mol: Mol, atoms: Atoms) -> Mol:
 
 @contextmanager
 def quiet_rdkit() -> Iterator[None]:
-    """Keep RDKit's messages about broken molecules off the user's terminal; the state before comes back after."""
+    """Keeps RDKit's messages about broken molecules off the terminal, and restores its settings at the end."""
     from rdkit import rdBase
 
     with rdBase.BlockLogs():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AROMATIC = 4
 BONDS_KEY = "enf_bonds"
-"""Key in ``info`` under which a structure carries its graph, as `write_bonds` writes it."""
+"""Key in ``info`` under which a structure carries its graph, as ``write_bonds`` writes it."""
 
 
 class Graph(NamedTuple):
@@ -38,10 +38,10 @@ class Graph(NamedTuple):
 
 
 def graph_of_smiles(smiles: str) -> Graph:
-    """The graph of a SMILES, its hydrogens added behind the atoms that are written.
+    """The graph of a SMILES, with its hydrogens after the atoms that it writes.
 
     Args:
-        smiles: Of one neutral closed-shell molecule. What it says of stereochemistry is left out.
+        smiles: SMILES of one neutral closed-shell molecule; its stereochemistry is ignored.
 
     Returns:
         The graph; atoms in the order of the SMILES, then hydrogens.
@@ -49,9 +49,10 @@ def graph_of_smiles(smiles: str) -> Graph:
     Raises:
         ValueError: RDKit cannot read it, or it has charges, radicals, isotopes, or several fragments.
 
-    >>> water = graph_of_smiles("O")
-    >>> water.numbers.tolist(), water.bonds.tolist()
-    ([8, 1, 1], [[0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    Example:
+        >>> water = graph_of_smiles("O")
+        >>> water.numbers.tolist(), water.bonds.tolist()
+        ([8, 1, 1], [[0, 1, 1], [1, 0, 0], [1, 0, 0]])
     """
     from rdkit import Chem
 
@@ -66,10 +67,11 @@ def graph_of_smiles(smiles: str) -> Graph:
 
 
 def has_stereo(smiles: str) -> bool:
-    """Whether a SMILES says something of stereochemistry.
+    """Whether a SMILES specifies stereochemistry.
 
-    >>> has_stereo("F/C=C/F"), has_stereo("C[C@H](O)F"), has_stereo("CCO")
-    (True, True, False)
+    Example:
+        >>> has_stereo("F/C=C/F"), has_stereo("C[C@H](O)F"), has_stereo("CCO")
+        (True, True, False)
     """
     return any(mark in smiles for mark in "@/\\")
 
@@ -84,13 +86,14 @@ def perceived_bonds(atoms: Atoms) -> NDArray[np.int8]:
         shape (M, M), symmetric, 0 to 4.
 
     Raises:
-        PerceptionError: RDKit finds no bonds, or such with charges, radicals or several fragments.
+        PerceptionError: RDKit finds no bonds, or a molecule with charges, radicals or several fragments.
 
-    >>> from ase.build import molecule
-    >>> perceived_bonds(molecule("C6H6"))[:3, :3].tolist()
-    [[0, 4, 0], [4, 0, 4], [0, 4, 0]]
+    Example:
+        >>> from ase.build import molecule
+        >>> perceived_bonds(molecule("C6H6"))[:3, :3].tolist()
+        [[0, 4, 0], [4, 0, 4], [0, 4, 0]]
     """
-    mol = sanitise(to_mol(atoms, "rdkit"))  # which finds what is aromatic
+    mol = sanitise(to_mol(atoms, "rdkit"))  # sanitising perceives aromaticity
     if mol is None:
         raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, bonds that RDKit refuses")
     if reason := _unfit(mol):
@@ -108,28 +111,30 @@ def bonds_of(atoms: Atoms) -> NDArray[np.int8]:
         shape (M, M), symmetric, 0 to 4.
 
     Raises:
-        PerceptionError: See `perceived_bonds`.
+        PerceptionError: See ``perceived_bonds``.
         ValueError: What it carries is no graph of its atoms.
 
-    >>> bonds_of(Atoms("H2", info={"enf_bonds": "0-1-1"})).tolist()
-    [[0, 1], [1, 0]]
+    Example:
+        >>> bonds_of(Atoms("H2", info={"enf_bonds": "0-1-1"})).tolist()
+        [[0, 1], [1, 0]]
     """
     text = atoms.info.get(BONDS_KEY)
     return perceived_bonds(atoms) if text is None else read_bonds(str(text), len(atoms))
 
 
 def write_bonds(bonds: NDArray[np.integer]) -> str:
-    """A graph as a text that every format keeps: ``i-j-bond`` for each, apart by spaces.
+    """A graph as a text that every format keeps: ``i-j-bond`` for each bond, separated by spaces.
 
-    >>> write_bonds(np.array([[0, 2], [2, 0]]))
-    '0-1-2'
+    Example:
+        >>> write_bonds(np.array([[0, 2], [2, 0]]))
+        '0-1-2'
     """
     first, second = np.nonzero(np.triu(bonds))
     return " ".join(f"{i}-{j}-{bonds[i, j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True))
 
 
 def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
-    """The graph that `write_bonds` has written.
+    """The graph that ``write_bonds`` has written.
 
     Args:
         text: The text.
@@ -139,10 +144,11 @@ def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
         shape (M, M), symmetric, 0 to 4.
 
     Raises:
-        ValueError: It is no such text, or not of so many atoms.
+        ValueError: The text is no list of bonds, or names an atom beyond ``n_atoms``.
 
-    >>> read_bonds("0-1-2", 2).tolist()
-    [[0, 2], [2, 0]]
+    Example:
+        >>> read_bonds("0-1-2", 2).tolist()
+        [[0, 2], [2, 0]]
     """
     bonds = np.zeros((n_atoms, n_atoms), dtype=np.int8)
     try:
@@ -160,7 +166,7 @@ def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
 
 
 def _unfit(mol: Mol) -> str | None:
-    """Returns in words what a molecule has that a graph cannot tell, None if nothing."""
+    """Returns in words what a molecule has that a graph cannot express, None if nothing."""
     from rdkit import Chem
 
     atoms = list(mol.GetAtoms())

@@ -1,4 +1,4 @@
-"""Datasets as lists of `Atoms`: QM9 in every form people have it, and the particle systems DW4 and LJ13."""
+"""Datasets as lists of ``Atoms``: QM9 in every form in use, and the particle systems DW4 and LJ13."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 ==============  ===========  ========================================================================
 array           shape        meaning
 ==============  ===========  ========================================================================
-``numbers``     (N,)         atomic numbers of all molecules on end, 0 for "X"; N = Σ ``n_atoms``
+``numbers``     (N,)         atomic numbers of all molecules, concatenated, 0 for "X"; N = Σ ``n_atoms``
 ``positions``   (N, 3)       their positions, Å, float32
 ``n_atoms``     (B,)         atoms in each molecule
 ``gdb_index``   (B,)         optional: 1-based number in GDB-9, ``info["qm9_index"]``
@@ -11,7 +11,7 @@ array           shape        meaning
 ``smiles``      (B,)         optional: SMILES as published, ``info["qm9_smiles"]``
 ``mu``, ...     (B,) each    optional: ``mu``, ``alpha``, ``homo``, ``lumo``, ``gap``, ``Cv`` as published, orbital
                              energies in Hartree; in ``info`` of these names in the units of
-                             `ase_enf.data.properties`
+                             ``ase_enf.data.properties``
 ==============  ===========  ========================================================================
 
 A file of the same name that ends in ``_properties.npz`` may lie beside it, with ``gdb_index`` and the last six.
@@ -54,7 +54,7 @@ class MoleculeTable(NamedTuple):
     gdb_index: NDArray[np.int32] | None = None  # (B,)
     split: NDArray[np.uint8] | None = None  # (B,)
     smiles: NDArray[np.str_] | None = None  # (B,)
-    mu: NDArray[np.float32] | None = None  # (B,), and so the others, in published units
+    mu: NDArray[np.float32] | None = None  # (B,) as all that follow, in published units
     alpha: NDArray[np.float32] | None = None
     homo: NDArray[np.float32] | None = None
     lumo: NDArray[np.float32] | None = None
@@ -62,7 +62,7 @@ class MoleculeTable(NamedTuple):
     Cv: NDArray[np.float32] | None = None
 
     def to_atoms(self, rows: Iterable[int] | None = None) -> list[Atoms]:
-        """Returns molecules as `Atoms`.
+        """Returns molecules as ``Atoms``.
 
         Args:
             rows: Which of the B molecules, in which order; all by default.
@@ -118,7 +118,7 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
         ([2, 1], [1, 1], None)
     """
     for row, molecule in enumerate(atoms):
-        _check_elements(molecule.numbers, f"molecule {row}")  # first: its symbols would be an IndexError
+        _check_elements(molecule.numbers, f"molecule {row}")  # before its symbols are asked for: an IndexError
         if molecule.pbc.any():
             raise DataError(f"molecule {row} ({molecule.symbols}) is periodic: the compact form has no cell")
     return MoleculeTable(
@@ -156,7 +156,7 @@ def read_npz(path: str | Path) -> MoleculeTable:
     except FileNotFoundError as error:
         raise DataNotFoundError(f"{path}: no such file") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError) as error:
-        # TypeError: what a bare .npy array behind the name gives, which is no context manager.
+        # TypeError: a bare .npy array under this name, which is no context manager.
         raise DataError(f"{path}: cannot be read as .npz, truncated or damaged? ({brief(error)})") from error
     missing = [name for name in _REQUIRED if name not in arrays]
     if missing:
@@ -167,7 +167,7 @@ def read_npz(path: str | Path) -> MoleculeTable:
 
 
 def _joined(table: MoleculeTable, beside: Path) -> MoleculeTable:
-    """Returns a table with the properties that another file has of its molecules, NaN where that knows one not."""
+    """Returns a table with the properties of its molecules from another file, NaN where that file has none."""
     try:
         with open(beside, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("gdb_index", *UNITS) if name in archive.files}
@@ -178,13 +178,13 @@ def _joined(table: MoleculeTable, beside: Path) -> MoleculeTable:
         columns = {name: np.where(found, column[place], np.nan).astype(np.float32) for name, column in arrays.items()}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError, KeyError, IndexError) as error:
         raise DataError(
-            f"{beside}: is no table of properties by gdb_index ({brief(error)}); repair it or take it away"
+            f"{beside}: is no table of properties by gdb_index ({brief(error)}); repair or remove it"
         ) from error
     return table._replace(**columns)
 
 
 def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
-    """Writes a compact file, whole or not at all.
+    """Writes a compact file, which appears when it is complete.
 
     Args:
         table: The molecules.
@@ -227,7 +227,7 @@ def _checked(table: MoleculeTable, name: str) -> MoleculeTable:
 
 
 def _check_elements(numbers: NDArray[np.integer], name: str) -> None:
-    """Raises unless ASE has symbols for atomic numbers, 0 ("X") for the particles of models of positions only."""
+    """Raises for atomic numbers of no element; 0 ("X") stands for the particles of models without elements."""
     unknown = numbers[(numbers < 0) | (numbers >= len(chemical_symbols))]
     if len(unknown):
         elements = len(chemical_symbols) - 1

@@ -39,7 +39,7 @@ REMOTES = {
         "a361887bacb427b8a0ce7903d92a53b4",
     ),
 }
-"""The files of figshare collection 978904 that `download` fetches, with their published sizes and checksums."""
+"""The files of figshare collection 978904 that ``download`` fetches, with their published sizes and checksums."""
 
 _REMEDY = "try again later, or fetch it with a browser: a local file always works"
 
@@ -54,7 +54,7 @@ def download(
 
     Args:
         what: ``"archive"`` (raw files, 86 MB) or ``"excluded"`` (``uncharacterized.txt``, 0.5 MB).
-        folder: Where to keep it; `cache_folder` by default, where `load` looks.
+        folder: Where to keep it; ``cache_folder`` by default, where ``load`` looks.
         timeout: Seconds without an answer after which to give up.
         progress: Whether to show a progress bar; by default on a terminal.
 

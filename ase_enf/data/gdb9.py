@@ -1,4 +1,4 @@
-"""Raw QM9 files (``dsgdb9nsd_*.xyz``) as `Atoms`, and the plug-in that lets ``ase.io.read`` open them.
+"""Raw QM9 files (``dsgdb9nsd_*.xyz``) as ``Atoms``, and the plug-in that lets ``ase.io.read`` open them.
 
 The layout, M being the number of atoms (Ramakrishnan et al., Sci. Data 1, 140022 (2014), table 2)::
 
@@ -9,7 +9,7 @@ The layout, M being the number of atoms (Ramakrishnan et al., Sci. Data 1, 14002
     <SMILES of GDB-17> <SMILES of the relaxed geometry>
     <InChI of the initial geometry> <InChI of the relaxed geometry>
 
-What becomes of it, all of it in the units as published (nothing is converted):
+Where each entry goes, in its published unit (nothing is converted):
 
 =========================================================  =================  ========================================
 place                                                      unit               meaning
@@ -77,7 +77,7 @@ class Record(NamedTuple):
     inchi: tuple[str, str]  # initial, relaxed
 
     def to_atoms(self) -> Atoms:
-        """Returns the molecule as `Atoms`, with everything published under the names of the module's table.
+        """Returns the molecule as ``Atoms``, with everything published under the names of the module's table.
 
         Returns:
             A non-periodic molecule.

@@ -1,4 +1,4 @@
-"""Structures of any file that ASE reads: all of them, with all that they say, or one clear line about the file."""
+"""Structures of any file that ASE reads: all of them, with all of their entries, or one clear line about the file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _n_atoms(line: str, number: int, source: Path) -> int:
     if not re.fullmatch(r"\d+", line.strip()):
         raise DataError(
             f"{source}: structure {number} must open with its number of atoms, found {line.strip()[:60]!r}; "
-            "mend or remove it"
+            "correct or remove it"
         )
     return int(line)
 
@@ -146,8 +146,8 @@ def _database_images(source: Path) -> Iterator[Atoms]:
 def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of a row as they were written, without those that ``info`` holds already.
 
-    ASE computes properties such as ``row.charge``, which hide a key of that name. Keys that `ase_enf.atoms.io` made of
-    an entry ``enf_...`` are that entry.
+    ASE computes properties such as ``row.charge``, which hide a key of that name. A key that ``ase_enf.atoms.rows``
+    made of an entry ``enf_...`` is left out for that entry.
     """
     keys = {key: vars(row)[key] for key in row.key_value_pairs}
     return {
@@ -158,7 +158,7 @@ def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_arrays(value: Any, n: int) -> bool:
-    """Whether an entry of a row's data is what `ase_enf.atoms.io` puts there: arrays of n atoms by name."""
+    """Whether an entry of a row's data is what ``ase_enf.atoms.rows`` puts there: arrays of n atoms by name."""
     return isinstance(value, dict) and all(
         isinstance(array, list | np.ndarray) and len(array) == n for array in value.values()
     )

@@ -11,8 +11,8 @@
 ``Cv``        cal/mol/K   heat capacity at 298.15 K
 ============  ==========  ===============================================
 
-`ase_enf.data.qm9` gives every molecule these keys where its source has them. Raw files that ``ase.io.read`` opens have
-the published values under ``qm9_gap`` and so on, orbital energies in Hartree; those are found, too, and converted.
+``ase_enf.data.qm9`` gives every molecule these keys where its source has them. Raw files that ``ase.io.read`` opens
+have the published values under ``qm9_gap`` and so on, orbital energies in Hartree; they are found, too, and converted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HARTREE = ("homo", "lumo", "gap")
 
 
 def from_published(name: str, value: float) -> float:
-    """Returns a property of QM9 in the unit of `UNITS`, from its published value.
+    """Returns a property of QM9 in the unit of ``UNITS``, from its published value.
 
     Example:
         >>> round(from_published("gap", 0.25), 3)
@@ -46,7 +46,7 @@ def from_published(name: str, value: float) -> float:
 
 
 def to_published(name: str, values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Returns properties in the unit that QM9 is published in; the inverse of `from_published`.
+    """Returns properties in the unit that QM9 is published in; the inverse of ``from_published``.
 
     Example:
         >>> round(float(to_published("gap", np.array(6.803))), 3)

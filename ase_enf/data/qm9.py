@@ -1,4 +1,4 @@
-"""QM9 in every form people have it, and the published split of it.
+"""QM9 in every form in use, and its published split.
 
 QM9 (Ramakrishnan, Dral, Rupp, von Lilienfeld, Sci. Data 1, 140022 (2014)) is 133,885 molecules of H, C, N, O and F
 at B3LYP/6-31G(2df,p); 3,054 of them failed its consistency check and are left out of every split.
@@ -9,16 +9,16 @@ form                                           what it is
 a folder                                       of raw files ``dsgdb9nsd_*.xyz``
 ``.tar``, ``.tar.bz2``, ``.tar.gz``, ...       the published archive, or any other of raw files
 ``.xyz`` that opens with ``gdb``               one raw file, or several joined
-``.npz``                                       the compact form of `ase_enf.data.compact`, see `save_npz`
+``.npz``                                       the compact form of ``ase_enf.data.compact``, see ``save_npz``
 ``.db``, ``.extxyz``, ``.traj``, ...           whatever ASE reads
 =============================================  ================================================================
 
-All but the last give the same `Atoms`: positions in Å to float32, ``info["qm9_index"]`` (1-based number in GDB-9),
+All but the last give the same ``Atoms``: positions in Å to float32, ``info["qm9_index"]`` (1-based number in GDB-9),
 ``info["qm9_smiles"]`` (published SMILES of the geometry) and, where the source has them, the properties of
-`ase_enf.data.properties` (``info["gap"]`` in eV and so on), in the order of the index. What ASE reads is handed on as
+``ase_enf.data.properties`` (``info["gap"]`` in eV and so on), in the order of the index. What ASE reads is handed on as
 it is, in its own order. The other published energies and charges are in the raw files: ``ase.io.read`` opens those.
 
-Without a path the environment variable ``ASE_ENF_QM9`` names the source, or else the archive `download` fetched.
+Without a path the environment variable ``ASE_ENF_QM9`` names the source, or else the archive ``download`` fetched.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ def load(
     cache: str | Path | bool | None = None,
     progress: bool | None = None,
 ) -> list[Atoms]:
-    """Loads QM9, or a part of it, from any form people have (see the table of the module).
+    """Loads QM9, or a part of it, from any form in the table of the module.
 
     Args:
-        path: The source; by default what ``ASE_ENF_QM9`` names, or else the archive that `download` fetched.
-        split: ``"train"``, ``"valid"`` or ``"test"`` of the published split (`published_split`); all structures of the
-            source by default, the excluded ones among them. An ``.npz`` that stores a split is taken at its word.
+        path: The source; by default what ``ASE_ENF_QM9`` names, or else the archive that ``download`` fetched.
+        split: ``"train"``, ``"valid"`` or ``"test"`` of the published split (``published_split``); by default all
+            structures of the source, the excluded ones among them. A split that an ``.npz`` stores takes precedence.
         n_atoms: Only the molecules of this many atoms: 19 gives QM9 Positional.
-        excluded: Indices of the excluded molecules, or a file of them (`read_excluded`), to compute the split with; the
-            published ones by default.
+        excluded: Indices of the excluded molecules, or a file of them (``read_excluded``), from which the split is
+            computed; the published ones by default.
         cache: Whether to keep a compact copy of a slow source (raw files), and in which folder. By default a source of
-            2,000 molecules or more is kept in `cache_folder`. A copy is used only while name, size and modification
+            2,000 molecules or more is kept in ``cache_folder``. A copy is used only while name, size and modification
             time of the source are the same. True keeps any, False none.
         progress: Whether to show a progress bar; by default on a terminal.
 
@@ -127,7 +127,7 @@ def published_split(excluded: str | Path | Iterable[int] | None = None) -> dict[
         Anderson, Hy, Kondor, "Cormorant", NeurIPS 2019; used by Satorras et al. 2021, sec. 5.
 
     Args:
-        excluded: The 3,054 excluded indices, or a file of them (`read_excluded`); by default those published.
+        excluded: The 3,054 excluded indices, or a file of them (``read_excluded``); by default those published.
 
     Returns:
         Sorted 1-based indices under ``"train"``, ``"valid"`` and ``"test"``, shapes (100000,), (17748,) and (13083,).
@@ -181,11 +181,11 @@ def read_excluded(path: str | Path) -> NDArray[np.int64]:
 
 
 def save_npz(atoms: Sequence[Atoms], path: str | Path, split: str | Sequence[int] | None = None) -> None:
-    """Writes molecules in the compact form, which `load` reads in a second or two for 100,000 of them.
+    """Writes molecules in the compact form, which ``load`` reads in a second or two for 100,000 of them.
 
     Args:
         atoms: Non-periodic molecules, of any elements; positions (Å) are rounded to float32.
-        path: The ``.npz`` to write; it appears whole or not at all.
+        path: The ``.npz`` to write, which appears when it is complete.
         split: The split all of them belong to, or a code for each (0 train, 1 valid, 2 test, 3 excluded).
 
     Raises:
@@ -247,12 +247,12 @@ def _read_copy(copy: Path, fingerprint: str) -> MoleculeTable | None:
             if str(archive["fingerprint"]) != fingerprint:
                 return None
         return compact.read_npz(copy)
-    except Exception:  # whatever is wrong with a copy, the source is still there to be read
+    except Exception:  # any damage: the source is still there to be read
         return None
 
 
 def _write_copy(table: MoleculeTable, copy: Path, fingerprint: str, required: bool) -> None:
-    """Keeps a compact copy; one that nobody asked for may fail, with a warning."""
+    """Writes a compact copy; a failure is only a warning unless the copy was asked for."""
     try:
         compact.write_npz(table, copy, fingerprint=np.array(fingerprint))
     except OSError as error:
@@ -285,7 +285,7 @@ def _load_ase(
     excluded: str | Path | Iterable[int] | None,
     progress: bool | None,
 ) -> list[Atoms]:
-    """Loads what ASE reads, handing the `Atoms` on as they are."""
+    """Loads what ASE reads, without changing the ``Atoms``."""
     wanted = None if split is None else set(published_split(excluded)[split].tolist())
     chosen, found = [], 0
     images = tqdm(read_images(source), desc=f"reading {source.name}", disable=hide(progress))
@@ -311,7 +311,7 @@ def _index_of(atoms: Atoms, position: int, source: Path) -> int:
 
 
 def _excluded_indices(excluded: str | Path | Iterable[int] | None) -> NDArray[np.int64]:
-    """Returns the excluded indices that an argument means."""
+    """Returns the excluded indices from any form of the argument."""
     if excluded is None:
         return read_excluded(Path(__file__).with_name("qm9_excluded.txt"))
     if isinstance(excluded, str | Path):

@@ -147,7 +147,7 @@ def _archive_texts(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _open_decompressed(source: Path) -> BinaryIO:
-    """Opens a file for reading, whatever it is compressed with; what it holds decides, not its name."""
+    """Opens a file for reading and decompresses it as its first bytes ask for, whatever its name."""
     with source.open("rb") as handle:
         magic = handle.read(6)
     if magic.startswith(b"BZh"):

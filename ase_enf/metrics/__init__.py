@@ -1,8 +1,8 @@
 """How good are these molecules? Stability, validity, uniqueness, novelty and distances, as one table.
 
-Metrics see structures, never models: everything here takes `Atoms`, from wherever they come. Each metric is a
-function that returns a `Metric` (value, standard error, denominator, definition); `evaluate` puts all of them in a
-`pandas.DataFrame`. Bonds are those of the published distance table (`ase_enf.chem.bonds`).
+Metrics see structures, never models: everything here takes ``Atoms``, from wherever they come. Each metric is a
+function that returns a ``Metric`` (value, standard error, denominator, definition); ``evaluate`` puts all of them in a
+``pandas.DataFrame``. Bonds are those of the published distance table (``ase_enf.chem.bonds``).
 
 "Valid" has three published meanings, and figures in the literature mix them; here each has its name:
 

@@ -33,9 +33,10 @@ def distance_js(atoms: Structures, reference: str | Reference | Iterable[Atoms])
     Reference:
         Satorras et al. 2021 (E-NF), section 5.2, figure 4.
 
-    >>> from ase.build import molecule
-    >>> abs(distance_js(molecule("CH4"), [molecule("CH4")]).value) < 1e-9
-    True
+    Example:
+        >>> from ase.build import molecule
+        >>> abs(distance_js(molecule("CH4"), [molecule("CH4")]).value) < 1e-9
+        True
     """
     counts = survey(atoms).distances
     known = as_reference(reference)

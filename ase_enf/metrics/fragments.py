@@ -15,8 +15,9 @@ def connected(atoms: Structures) -> Metric:
     Returns:
         The metric; its denominator is the number of structures, its standard error binomial.
 
-    >>> from ase.build import molecule
-    >>> connected([molecule("CH4"), molecule("LiF")]).value  # Li is not in the table: two fragments
-    0.5
+    Example:
+        >>> from ase.build import molecule
+        >>> connected([molecule("CH4"), molecule("LiF")]).value  # Li is not in the table: two fragments
+        0.5
     """
     return fraction("connected", survey(atoms).fragments == 1, "structures of one fragment / all structures")

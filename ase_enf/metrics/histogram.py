@@ -24,8 +24,9 @@ def distance_counts(
     Returns:
         shape (B, 100), counts in equal bins on [0, 13] Å; what is longer is in the last bin.
 
-    >>> distance_counts(np.array([[[0.0, 0, 0], [1.0, 0, 0]]]))[0, :9].tolist()
-    [0, 0, 0, 0, 0, 0, 0, 2, 0]
+    Example:
+        >>> distance_counts(np.array([[[0.0, 0, 0], [1.0, 0, 0]]]))[0, :9].tolist()
+        [0, 0, 0, 0, 0, 0, 0, 2, 0]
     """
     batch, size = positions.shape[:2]
     i, j = np.triu_indices(size, 1)
@@ -44,8 +45,9 @@ def js_divergence(counts: NDArray[np.number], others: NDArray[np.number]) -> flo
     Returns:
         A number in [0, log 2] up to 1e-8; NaN when a histogram is empty.
 
-    >>> round(js_divergence(np.array([1, 0]), np.array([0, 1])), 6)  # log 2
-    0.693147
+    Example:
+        >>> round(js_divergence(np.array([1, 0]), np.array([0, 1])), 6)  # log 2
+        0.693147
     """
     if not (counts.sum() and others.sum()):
         return np.nan

@@ -30,15 +30,16 @@ def novelty(
         over: "valid" or "all": the denominator.
 
     Returns:
-        The metric, named `novelty_<definition>`, with `_of_all` when that is the denominator; standard error
+        The metric, named ``novelty_<definition>``, with ``_of_all`` when that is the denominator; standard error
         binomial.
 
     Raises:
         ValueError: The definition or the denominator is unknown, or the reference is.
 
-    >>> from ase.build import molecule
-    >>> novelty([molecule("CH4"), molecule("H2O")], reference=["C"]).value
-    0.5
+    Example:
+        >>> from ase.build import molecule
+        >>> novelty([molecule("CH4"), molecule("H2O")], reference=["C"]).value
+        0.5
     """
     known = as_reference(reference).smiles
     smiles = valid_smiles(atoms, definition)

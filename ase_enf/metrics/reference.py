@@ -27,7 +27,7 @@ class Reference(NamedTuple):
     Attributes:
         name: What it is, in a word or two.
         smiles: Canonical SMILES of the known molecules.
-        distances: shape (100,), histogram of distances as in `Survey`; None when only SMILES are known.
+        distances: shape (100,), histogram of distances as in ``Survey``; None when only SMILES are known.
         n_structures: Number of structures or SMILES it was made from.
     """
 
@@ -52,9 +52,10 @@ def load_reference(name: str = "qm9") -> Reference:
     Raises:
         ValueError: There is no such reference.
 
-    >>> reference = load_reference("qm9")
-    >>> reference.n_structures, "CC(C)=O" in reference.smiles
-    (100000, True)
+    Example:
+        >>> reference = load_reference("qm9")
+        >>> reference.n_structures, "CC(C)=O" in reference.smiles
+        (100000, True)
     """
     if name not in REFERENCES:
         raise ValueError(
@@ -65,7 +66,7 @@ def load_reference(name: str = "qm9") -> Reference:
 
 
 def read_reference(path: str | Path | Traversable) -> Reference:
-    """Read a reference that `write_reference` wrote.
+    """Read a reference that ``write_reference`` wrote.
 
     Args:
         path: The .npz file.
@@ -73,8 +74,9 @@ def read_reference(path: str | Path | Traversable) -> Reference:
     Returns:
         The reference, its SMILES canonical by the installed RDKit.
 
-    >>> read_reference(resources.files("ase_enf") / "data" / "qm9_reference.npz").distances.shape
-    (100,)
+    Example:
+        >>> read_reference(resources.files("ase_enf") / "data" / "qm9_reference.npz").distances.shape
+        (100,)
     """
     source = Path(path) if isinstance(path, str) else path
     with source.open("rb") as file, np.load(file, allow_pickle=False) as data:
@@ -95,12 +97,13 @@ def write_reference(reference: Reference, path: str | Path) -> None:
     Raises:
         ValueError: The reference has no distances.
 
-    >>> import tempfile
-    >>> from ase.build import molecule
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_reference(as_reference([molecule("CH4")]), folder + "/methane.npz")
-    ...     sorted(read_reference(folder + "/methane.npz").smiles)
-    ['C']
+    Example:
+        >>> import tempfile
+        >>> from ase.build import molecule
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_reference(as_reference([molecule("CH4")]), folder + "/methane.npz")
+        ...     sorted(read_reference(folder + "/methane.npz").smiles)
+        ['C']
     """
     if reference.distances is None:
         raise ValueError(f"the reference ({reference.name}) has no distances to write")
@@ -117,10 +120,10 @@ def write_reference(reference: Reference, path: str | Path) -> None:
 
 
 def as_reference(reference: str | Reference | Survey | Iterable[str] | Atoms | Iterable[Atoms]) -> Reference:
-    """What a user may call a reference, as a `Reference`.
+    """What a user may call a reference, as a ``Reference``.
 
     Args:
-        reference: A shipped name, SMILES strings, structures or their survey, or a `Reference`. Of structures, the
+        reference: A shipped name, SMILES strings, structures or their survey, or a ``Reference``. Of structures, the
             molecule and its largest fragment are both known.
 
     Returns:
@@ -130,8 +133,9 @@ def as_reference(reference: str | Reference | Survey | Iterable[str] | Atoms | I
         ValueError: The name is unknown, or there is nothing in it that can be read.
         TypeError: It mixes SMILES and structures, or holds something else.
 
-    >>> sorted(as_reference(["OCC", "C"]).smiles)
-    ['C', 'CCO']
+    Example:
+        >>> sorted(as_reference(["OCC", "C"]).smiles)
+        ['C', 'CCO']
     """
     if isinstance(reference, Reference):
         return reference

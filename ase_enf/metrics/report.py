@@ -28,26 +28,27 @@ def evaluate(
     """All metrics of a set of structures.
 
     Args:
-        atoms: One structure or several, positions in Å; or their `survey`. They are not modified.
+        atoms: One structure or several, positions in Å; or their ``survey``. They are not modified.
         reference: What novelty and distances are measured against: a shipped name ("qm9"), SMILES strings, or
-            structures. Without it there is no novelty; with SMILES alone there is no `distance_js`.
+            structures. Without it there is no novelty; with SMILES alone there is no ``distance_js``.
 
     Returns:
-        A row a metric with the columns metric, value, stderr, denominator, definition. `.attrs` holds what has to be
+        A row a metric with the columns metric, value, stderr, denominator, definition. ``.attrs`` holds what has to be
         printed with the figures: the versions of RDKit, ASE and this package, the bond table and the reference.
 
     Raises:
         ValueError: There are no structures, one is periodic or has an atomic number of no element, or the reference is
             unknown, empty or unreadable.
-        TypeError: An item is neither `Atoms` nor, in the reference, a SMILES.
+        TypeError: An item is neither ``Atoms`` nor, in the reference, a SMILES.
 
     Reference:
         Satorras et al. 2021 (E-NF), sections 5.2, 5.3 and appendix A.3; Hoogeboom et al. 2022 (EDM).
 
-    >>> from ase.build import molecule
-    >>> report = evaluate([molecule("CH4"), molecule("CH3")], reference=["C"]).set_index("metric")
-    >>> float(report.value["molecule_stability"]), float(report.value["novelty_stable"])
-    (0.5, 0.0)
+    Example:
+        >>> from ase.build import molecule
+        >>> report = evaluate([molecule("CH4"), molecule("CH3")], reference=["C"]).set_index("metric")
+        >>> float(report.value["molecule_stability"]), float(report.value["novelty_stable"])
+        (0.5, 0.0)
     """
     seen = survey(atoms)
     known = None if reference is None else as_reference(reference)

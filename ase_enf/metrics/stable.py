@@ -20,9 +20,10 @@ def atom_stability(atoms: Structures) -> Metric:
     Returns:
         The metric; its denominator is the number of atoms.
 
-    >>> from ase.build import molecule
-    >>> atom_stability([molecule("CH4"), molecule("CH3")]).value  # 5 of 5 and 3 of 4 atoms
-    0.8888888888888888
+    Example:
+        >>> from ase.build import molecule
+        >>> atom_stability([molecule("CH4"), molecule("CH3")]).value  # 5 of 5 and 3 of 4 atoms
+        0.8888888888888888
     """
     stable, sizes, _ = survey(atoms).stability
     return Metric(
@@ -42,13 +43,14 @@ def stability_by_element(atoms: Structures) -> dict[str, Metric]:
 
     Returns:
         Under the symbol of each element that occurs, in the order of atomic numbers: the metric, named
-        `atom_stability_<symbol>`, with the standard error of `atom_stability`; its denominator is the number of atoms
-        of the element.
+        ``atom_stability_<symbol>``, with a standard error as in ``atom_stability``; its denominator is the number of
+        atoms of the element.
 
-    >>> from ase.build import molecule
-    >>> found = stability_by_element([molecule("CH4"), molecule("CH3")])
-    >>> {symbol: metric.value for symbol, metric in found.items()}
-    {'H': 1.0, 'C': 0.5}
+    Example:
+        >>> from ase.build import molecule
+        >>> found = stability_by_element([molecule("CH4"), molecule("CH3")])
+        >>> {symbol: metric.value for symbol, metric in found.items()}
+        {'H': 1.0, 'C': 0.5}
     """
     seen = survey(atoms)
     return {
@@ -75,9 +77,10 @@ def molecule_stability(atoms: Structures) -> Metric:
     Returns:
         The metric; its denominator is the number of structures, its standard error binomial.
 
-    >>> from ase.build import molecule
-    >>> molecule_stability([molecule("CH4"), molecule("CH3")]).value
-    0.5
+    Example:
+        >>> from ase.build import molecule
+        >>> molecule_stability([molecule("CH4"), molecule("CH3")]).value
+        0.5
     """
     definition = "structures all of whose atoms are stable / all structures"
     return fraction("molecule_stability", survey(atoms).stability.stable, definition)

@@ -54,12 +54,13 @@ def survey(atoms: Structures) -> Survey:
 
     Raises:
         ValueError: There are no structures, or one is periodic or has an atomic number of no element.
-        TypeError: An item is not an `Atoms`.
+        TypeError: An item is not an ``Atoms``.
 
-    >>> from ase.build import molecule
-    >>> seen = survey(molecule("CH3CHO"))
-    >>> seen.readings[0].smiles, int(seen.fragments[0])
-    ('CC=O', 1)
+    Example:
+        >>> from ase.build import molecule
+        >>> seen = survey(molecule("CH3CHO"))
+        >>> seen.readings[0].smiles, int(seen.fragments[0])
+        ('CC=O', 1)
     """
     if isinstance(atoms, Survey):
         return atoms

@@ -25,14 +25,15 @@ def uniqueness(atoms: Structures, definition: str = "strict", over: str = "valid
         over: "valid" or "all": the denominator.
 
     Returns:
-        The metric, named `uniqueness_<definition>`, with `_of_all` when that is the denominator.
+        The metric, named ``uniqueness_<definition>``, with ``_of_all`` when that is the denominator.
 
     Raises:
         ValueError: The definition or the denominator is unknown.
 
-    >>> from ase.build import molecule
-    >>> uniqueness([molecule("CH4"), molecule("CH4"), molecule("H2O")]).value
-    0.6666666666666666
+    Example:
+        >>> from ase.build import molecule
+        >>> uniqueness([molecule("CH4"), molecule("CH4"), molecule("H2O")]).value
+        0.6666666666666666
     """
     smiles = valid_smiles(atoms, definition)
     valid = [text for text in smiles if text is not None]

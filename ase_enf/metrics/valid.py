@@ -1,4 +1,4 @@
-"""Validity, under its three published definitions (see `ase_enf.metrics`)."""
+"""Validity, under its three published definitions (see ``ase_enf.metrics``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AMONG = {"stable": "stable structures", "largest_fragment": "all structures", "
 
 
 def validity(atoms: Structures, definition: str = "strict") -> Metric:
-    """Fraction of valid structures, under one of the three definitions of this module.
+    """Fraction of valid structures, under one of the three definitions of ``ase_enf.metrics``.
 
     Args:
         atoms: Structures, or their survey.
@@ -29,9 +29,10 @@ def validity(atoms: Structures, definition: str = "strict") -> Metric:
     Raises:
         ValueError: The definition is unknown.
 
-    >>> from ase.build import molecule
-    >>> [validity([molecule("CH4"), molecule("CH3")], name).value for name in VALIDITY]
-    [1.0, 1.0, 0.5]
+    Example:
+        >>> from ase.build import molecule
+        >>> [validity([molecule("CH4"), molecule("CH3")], name).value for name in VALIDITY]
+        [1.0, 1.0, 0.5]
     """
     seen = survey(atoms)
     valid = np.array([smiles is not None for smiles in valid_smiles(seen, definition)])
@@ -53,9 +54,10 @@ def valid_smiles(atoms: Structures, definition: str = "strict") -> list[str | No
     Raises:
         ValueError: The definition is unknown.
 
-    >>> from ase.build import molecule
-    >>> valid_smiles([molecule("CH3OH"), molecule("CH3")])
-    ['CO', None]
+    Example:
+        >>> from ase.build import molecule
+        >>> valid_smiles([molecule("CH3OH"), molecule("CH3")])
+        ['CO', None]
     """
     if definition not in VALIDITY:
         raise ValueError(f"unknown definition {definition!r}: choose one of {', '.join(map(repr, VALIDITY))}")

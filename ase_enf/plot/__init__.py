@@ -1,6 +1,6 @@
 """Pictures of molecules and of what they are measured by.
 
-Figures are made with `matplotlib.figure.Figure` itself, never with pyplot: no window, no global state, any thread.
+Figures are made with ``matplotlib.figure.Figure`` itself, never with pyplot: no window, no global state, any thread.
 Matplotlib is imported inside the functions that draw.
 """
 

@@ -32,7 +32,7 @@ class Canvas(NamedTuple):
 
 
 def blank(width: float, height: float, columns: int, rows: int) -> Canvas:
-    """An empty canvas, `width` by `height` Å about the origin, for a picture of `columns` by `rows` pixels."""
+    """An empty canvas, ``width`` by ``height`` Å about the origin, for a picture of ``columns`` by ``rows`` pixels."""
     fine = (rows * _SUPERSAMPLE, columns * _SUPERSAMPLE)
     x = (np.arange(fine[1]) + 0.5) / fine[1] * width - width / 2
     y = height / 2 - (np.arange(fine[0]) + 0.5) / fine[0] * height

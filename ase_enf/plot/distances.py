@@ -27,7 +27,7 @@ def distance_histogram(
     """Histogram of interatomic distances beside that of a reference, with their Jensen-Shannon divergence (figure 4).
 
     Args:
-        atoms: Structures, or their `metrics.survey`.
+        atoms: Structures, or their ``metrics.survey``.
         reference: A shipped name ("qm9") or structures.
         path: File to write; its ending names the format (.png, .pdf, .svg).
         dpi: Pixels an inch.
@@ -39,11 +39,12 @@ def distance_histogram(
         OSError: Nothing can be written there: the folder of the file does not exist, for instance.
         ValueError: There are no structures, or the reference has no distances.
 
-    >>> import tempfile
-    >>> from ase.build import molecule
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     distance_histogram(molecule("CH3CHO"), [molecule("CH3CH2OH")], folder + "/d.png", dpi=50).name
-    'd.png'
+    Example:
+        >>> import tempfile
+        >>> from ase.build import molecule
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     distance_histogram(molecule("CH3CHO"), [molecule("CH3CH2OH")], folder + "/d.png", dpi=50).name
+        'd.png'
     """
     target = check_picture(path)
     from matplotlib.figure import Figure

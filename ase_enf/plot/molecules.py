@@ -54,13 +54,14 @@ def gallery(
 
     Raises:
         OSError: Nothing can be written there: the folder of the file does not exist, for instance.
-        ValueError: There are no molecules, one is periodic or has a position that is not finite, or `columns` < 1.
+        ValueError: There are no molecules, one is periodic or has a position that is not finite, or ``columns`` < 1.
 
-    >>> import tempfile
-    >>> from ase.build import molecule
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     gallery([molecule("CH3CHO"), molecule("CH3")], folder + "/two.png", dpi=50).name
-    'two.png'
+    Example:
+        >>> import tempfile
+        >>> from ase.build import molecule
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gallery([molecule("CH3CHO"), molecule("CH3")], folder + "/two.png", dpi=50).name
+        'two.png'
     """
     target = check_picture(path)
     listed = structures(atoms)
@@ -101,9 +102,10 @@ def broadside(
     Returns:
         shape (M, 3), Å.
 
-    >>> rod = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
-    >>> np.abs(broadside(rod)).argmax(axis=1).tolist()  # along x
-    [0, 0]
+    Example:
+        >>> rod = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+        >>> np.abs(broadside(rod)).argmax(axis=1).tolist()  # along x
+        [0, 0]
     """
     if not len(positions):
         return np.zeros((0, 3))
@@ -137,8 +139,9 @@ def draw(
     Returns:
         shape (H, W, 3), colours 0 to 1 on white.
 
-    >>> draw(np.array([1]), np.zeros((1, 3)), (2.0, 1.0), 40).shape
-    (20, 40, 3)
+    Example:
+        >>> draw(np.array([1]), np.zeros((1, 3)), (2.0, 1.0), 40).shape
+        (20, 40, 3)
     """
     width, height = extent
     reach = np.abs(positions).max(axis=0, initial=0) + _MARGIN
@@ -180,7 +183,7 @@ def _axes_of_few(centred: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tilt() -> NDArray[np.float64]:
-    """Rotation by `_TILT` about x, then y."""
+    """Rotation by ``_TILT`` about x, then y."""
     (cx, cy), (sx, sy) = np.cos(_TILT), np.sin(_TILT)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])

@@ -38,7 +38,7 @@ def evaluation(
     """The histogram of interatomic distances, and the stability of atoms by element, side by side.
 
     Args:
-        atoms: Structures, or their `metrics.survey`.
+        atoms: Structures, or their ``metrics.survey``.
         path: File to write; its ending names the format (.png, .pdf, .svg).
         reference: What the distances are compared with: a shipped name ("qm9") or structures. SMILES have no
             distances: with them, or without a reference, those of the structures stand alone.
