@@ -97,8 +97,8 @@ def run(flow: ENF, options: argparse.Namespace, work: Path) -> None:
         f"{done} molecules of the test split at random (seed {options.seed}), {options.draws} conformers of each; "
         f"{without} more were left out, whose DFT geometry has by RDKit no neutral closed-shell graph. Drawn by "
         f"{solver}. RMSD of heavy atoms in Å to the DFT geometry, up to mirror images; covered is below {THRESHOLD} Å. "
-        f"Errors are standard deviations over {BOOTSTRAPS} bootstraps of the molecules. Where a way finds no conformer of a "
-        "molecule, it counts as not covered, and is left out of the mean RMSD."
+        f"Errors are standard deviations over {BOOTSTRAPS} bootstraps of the molecules. Where a way finds no conformer "
+        "of a molecule, it counts as not covered, and is left out of the mean RMSD."
     )
     write_results(table, "conformers_from_smiles", "Conformers of QM9 molecules from their SMILES", notes)
 
