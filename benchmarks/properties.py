@@ -166,8 +166,8 @@ def _drawn(
 class Regressor:
     """Kernel ridge regression of all properties at once: k(x, y) = exp(−‖x − y‖₁ / w) of histograms of molecules.
 
-    It learns what a linear regression leaves over, which extensive properties mostly follow. Width and ridge are those of
-    the least error, relative to the spread, on molecules of D_a that are held out.
+    It learns what a linear regression leaves over, which extensive properties mostly follow. Width and ridge are those
+    of the least error, relative to the spread, on molecules of D_a that are held out.
     """
 
     def __init__(self, molecules: Sequence[Atoms], seed: int) -> None:
