@@ -16,8 +16,9 @@ from torch import Tensor
 
 import ase_enf
 from ase_enf.atoms.batch import Batch, to_batch
-from ase_enf.flow import base, divergence
+from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver
+from ase_enf.flow.likelihood import log_likelihood
 from ase_enf.flow.model import ENF
 from benchmarks.report import write_results
 
@@ -65,9 +66,7 @@ def by_determinant(flow: ENF, batch: Batch, noise: Tensor) -> float:
     determinant = torch.linalg.slogdet(torch.autograd.functional.jacobian(latent, y)).logabsdet
     with torch.no_grad():
         z = latent(y).view(shape)
-    log_base = base.position_log_prob(z[..., :n], data.mask) + base.feature_log_prob(z[..., n:], data.mask)
-    log_size = flow.size_prior.log_prob(batch.n_atoms.tolist())
-    return float(determinant + log_base + data.log_volume - data.log_q + log_size)
+    return float(log_likelihood(data, z[..., :n], z[..., n:], determinant).log_prob)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ import ase_enf
 from ase_enf.atoms.batch import canonical_order, to_batch
 from ase_enf.data import qm9
 from ase_enf.flow import divergence
-from ase_enf.flow.continuous import Solver, Transformed
+from ase_enf.flow.continuous import Solver
 from ase_enf.flow.divergence import Moment
-from ase_enf.flow.model import ENF, Encoded
+from ase_enf.flow.likelihood import Encoded, log_likelihood
+from ase_enf.flow.model import ENF
 from ase_enf.flow.quadrature import clenshaw_curtis, integrate
 from ase_enf.scoring.score import Row, Scorer
 from benchmarks.common import load_flow
@@ -299,9 +300,7 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     start = (torch.cat([data.x, data.h], dim=-1), torch.zeros(1))
     with torch.no_grad():
         y, ladj = torchdiffeq.odeint(augmented, start, torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-5, method="dopri5")
-    zero = torch.zeros(1, 1)
-    z = Transformed(y[-1][..., :n], y[-1][..., n:], ladj[-1], zero, zero, zero, evaluations)
-    return float(flow._terms(data, z).log_prob), evaluations
+    return float(log_likelihood(data, y[-1][..., :n], y[-1][..., n:], ladj[-1]).log_prob), evaluations
 
 
 # Quadrature

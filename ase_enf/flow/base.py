@@ -103,16 +103,21 @@ class SizePrior:
             raise ValueError(f"size prior: counts {dict(counts)} hold no molecule")
         check_counts("sizes", counts)
         self.counts = {int(size): int(count) for size, count in sorted(counts.items()) if count}
-        self._sizes = np.array(list(self.counts))
+        self._sizes = np.array(list(self.counts), dtype=np.int64)
         self._probabilities = np.array(list(self.counts.values()), dtype=float) / sum(self.counts.values())
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __contains__(self, size: int) -> bool:
         return int(size) in self.counts
 
     def log_prob(self, sizes: Iterable[int] | Tensor) -> Tensor:
-        """Returns log p_M(M) in nats, float64, −inf for a size never seen."""
-        table = {int(s): math.log(p) for s, p in zip(self._sizes, self._probabilities, strict=True)}
-        return torch.tensor([table.get(int(size), -math.inf) for size in sizes], dtype=torch.float64)
+        """Returns log p_M(M) in nats, float64, −inf for a size never seen; a tensor is not read by the host."""
+        sizes = sizes if isinstance(sizes, Tensor) else torch.tensor(list(sizes))
+        if sizes.device not in self._tables:  # kept, because making it would halt a GPU
+            known, log_p = torch.from_numpy(self._sizes), torch.from_numpy(np.log(self._probabilities))
+            self._tables[sizes.device] = known.to(sizes.device), log_p.to(sizes.device)
+        known, log_p = self._tables[sizes.device]
+        return torch.where(sizes.unsqueeze(-1) == known, log_p, -math.inf).amax(dim=-1)
 
     def sample(self, rng: np.random.Generator, weights: Mapping[int, float] | None = None) -> int:
         """Draws one size, by p_M or by weights of the sizes that p_M has."""

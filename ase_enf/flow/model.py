@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,13 @@ from ase_enf.flow.context import (
 )
 from ase_enf.flow.continuous import (
     INTERVALS,
-    PATH_REDUCTION,
     ContinuousFlow,
     Solver,
-    SolverError,
     TraceMethod,
-    Transformed,
 )
 from ase_enf.flow.dequantize import build_q, lift, quantize
 from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
+from ase_enf.flow.likelihood import Encoded, LogProb, log_likelihood, path_error
 from ase_enf.flow.parameterisation import Parameterisation
 from ase_enf.flow.weights import write_weights
 from ase_enf.geometry import subspace_dim
@@ -46,33 +44,6 @@ MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
 # Renewed noise mends much of what a trained velocity does wrong, and many short steps of much noise more than few long
 # ones of a better method (benchmarks/samplers.py).
 RENEWING_SAMPLING_SOLVER = Solver("euler", steps=128, warp=2.0, churn=20.0)
-
-
-class Encoded(NamedTuple):
-    """A batch in the coordinates of the flow."""
-
-    x: Tensor  # (B, M, n), scaled and centred
-    h: Tensor  # (B, M, F), lifted, shifted and scaled
-    mask: Tensor  # (B, M)
-    context: Tensor | Context | None  # (B, M, K) for "given" and of conditions; of a graph those of the pairs, too
-    log_volume: Tensor  # (B,), log|det| of the scaling, on the subspace
-    log_q: Tensor  # (B,), log q(h̃|h)
-
-
-class LogProb(NamedTuple):
-    """The terms of a log-likelihood, nats, each of shape (B,) unless said otherwise.
-
-    ``log_prob = log_base + ladj − log_q + log_size``
-    """
-
-    log_prob: Tensor
-    log_base: Tensor  # log p_Z(z)
-    ladj: Tensor  # log-determinant of flow and scaling
-    log_q: Tensor  # zero unless "joint"
-    log_size: Tensor  # log p_M(M), zero unless "joint"
-    error: Tensor  # estimated integration error, of the quadrature and of the path
-    samples: Tensor  # (P, B), ladj by each probe alone
-    nfe: int
 
 
 class ENF(nn.Module):
@@ -235,16 +206,34 @@ class ENF(nn.Module):
         config = self.config
         real = batch.mask.unsqueeze(-1)
         x = batch.positions / config.position_scale
-        log_volume = -subspace_dim(batch.mask, config.dimension).to(x.dtype) * math.log(config.position_scale)
         context = self.context(batch)
         if self.q is None:
-            return Encoded(x, x[..., :0], batch.mask, context, log_volume, torch.zeros_like(log_volume))
+            return self.encoded(x, x[..., :0], batch.mask, context)
         if noise is None:
             noise = torch.randn(*x.shape[:2], config.flow_features, dtype=x.dtype, device=x.device)
         lifted = lift(self.q, batch.positions, batch.types, batch.charges, batch.mask, noise)
         h = (lifted.features - self._feature(config.feature_shift)) * self._feature(config.feature_scale) * real
-        log_volume = log_volume + batch.n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
-        return Encoded(x, h, batch.mask, context, log_volume, lifted.log_q)
+        return self.encoded(x, h, batch.mask, context, lifted.log_q)
+
+    def encoded(
+        self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | Context | None = None, log_q: Tensor | None = None
+    ) -> Encoded:
+        """Returns what is in the coordinates of the flow already with the terms of its likelihood; see :meth:`encode`.
+
+        Args:
+            x: Scaled and centred positions, shape (B, M, n).
+            h: Lifted and scaled features, shape (B, M, F).
+            mask: True for real atoms, shape (B, M).
+            context: What conditions the dynamics; see :meth:`context`.
+            log_q: log q(h̃|h), nats, shape (B,); zero when None.
+        """
+        config, n_atoms = self.config, mask.sum(dim=-1)
+        log_volume = -subspace_dim(mask, config.dimension).to(x.dtype) * math.log(config.position_scale)
+        if config.flow_features:
+            log_volume = log_volume + n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
+        zero = torch.zeros_like(log_volume)
+        log_size = self.size_prior.log_prob(n_atoms).to(log_volume) if config.features == "joint" else zero
+        return Encoded(x, h, mask, context, log_volume, zero if log_q is None else log_q, log_size)
 
     def context(self, batch: Batch) -> Tensor | Context | None:
         """Returns what conditions the dynamics of a batch: given types, conditions, and features of the graph's pairs.
@@ -306,62 +295,12 @@ class ENF(nn.Module):
             encoded = self.encode(batch, noise)
             flow = self.flow(encoded.mask, encoded.context, solver)
             z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals)
-            terms = self._terms(encoded, z)
-            if not estimate_path_error:
-                return terms
-            path_error, more = self.path_error(flow, encoded.x, encoded.h, terms.log_base, z.traces, trace)
-            return terms._replace(error=terms.error + path_error, nfe=terms.nfe + more)
-
-    def path_error(
-        self, flow: ContinuousFlow, x: Tensor, h: Tensor, log_base: Tensor, traces: Tensor, trace: TraceMethod
-    ) -> tuple[Tensor, int]:
-        """Estimates what the solver does to log p_Z + ladj, from what a coarser one does; see ``Solver.coarser``.
-
-        An adaptive solver is held against a finer one, too, and the larger estimate counts: its error depends on the
-        tolerance erratically, and two loose ones may share theirs.
-
-        Args:
-            flow: Of one batch, see :meth:`flow`.
-            x: Positions at the data end of the path, shape (B, M, n).
-            h: Features there, shape (B, M, F).
-            log_base: log p_Z at its latent end, shape (B,).
-            traces: Along the path, from the quadrature, shape (Q, P, B).
-            trace: By which.
-
-        Returns:
-            The error, nats, shape (B,), infinite where another solver fails; the number of evaluations it took.
-        """
-        solver, error, nfe = flow.solver, torch.zeros_like(log_base), 0
-        reduction = PATH_REDUCTION[solver.method]
-        # Of the difference, how much is the error of the solver itself.
-        others = [(solver.coarser(), 1.0 / (reduction - 1.0))]
-        if solver.adaptive:
-            others.append((solver.finer(x.dtype), reduction / (reduction - 1.0)))
-        for other, share in others:
-            try:
-                again = flow.again(x, h, trace, len(traces) - 1, other)
-            except SolverError:
-                return torch.full_like(log_base, math.inf), nfe
-            by_base = log_base.double() - self._log_base(again.x, again.h, flow.mask).double()
-            by_trace = flow.every_fourth(traces[::4]) - again.ladj
-            error = torch.maximum(error, share * (by_base + by_trace).abs().to(log_base))
-            nfe += again.nfe
-        return error, nfe
-
-    @staticmethod
-    def _log_base(x: Tensor, h: Tensor, mask: Tensor) -> Tensor:
-        return base.position_log_prob(x, mask) + base.feature_log_prob(h, mask)
-
-    def _terms(self, encoded: Encoded, z: Transformed) -> LogProb:
-        mask = encoded.mask
-        log_base = self._log_base(z.x, z.h, mask)
-        log_size = torch.zeros_like(log_base)
-        if self.config.features == "joint":
-            log_size = self.size_prior.log_prob(mask.sum(dim=-1).tolist()).to(log_base)
-        ladj = z.ladj + encoded.log_volume
-        total = log_base + ladj - encoded.log_q + log_size
-        samples = z.samples + encoded.log_volume
-        return LogProb(total, log_base, ladj, encoded.log_q, log_size, z.error, samples, z.nfe)
+            terms = log_likelihood(encoded, z.x, z.h, z.ladj)
+            error, nfe = z.error, z.nfe
+            if estimate_path_error:
+                by_path, more = path_error(flow, encoded.x, encoded.h, terms.log_base, z.traces, trace)
+                error, nfe = error + by_path, nfe + more
+            return LogProb(terms.log_prob, terms.log_density, *terms, error, z.samples + encoded.log_volume, nfe)
 
     def sample(
         self,

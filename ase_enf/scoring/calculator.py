@@ -13,11 +13,10 @@ from ase.calculators.calculator import CalculationFailed, Calculator, Calculator
 from torch import Tensor
 
 from ase_enf.atoms.batch import Batch
-from ase_enf.flow import base, divergence
+from ase_enf.flow import divergence
 from ase_enf.flow.continuous import ContinuousFlow, Solver, SolverError, resolve_solver
-from ase_enf.flow.divergence import Velocity
+from ase_enf.flow.likelihood import Later, log_likelihood, smeared
 from ase_enf.flow.model import ENF, check_flow
-from ase_enf.geometry import subspace_dim
 from ase_enf.scoring.conditions import conditioned_batch
 
 # Forces of methanol (qm9-conditional, atoms off by 0.05 Å) err by 1 % so, by a tenth and more with half the steps.
@@ -32,29 +31,6 @@ class EnergyAndForces(NamedTuple):
 
     log_likelihood: float  # nats
     gradient: np.ndarray  # (M, n), nats / Å
-
-
-class Later:
-    """A velocity from a later time on, as a velocity between 0 and 1: ``(1 − t₀) φ(t₀ + (1 − t₀) s)``.
-
-    Args:
-        velocity: ``(t, x, h) → (dx, dh)``.
-        start: t₀.
-    """
-
-    def __init__(self, velocity: Velocity, start: float) -> None:
-        self.velocity, self.start, self.length = velocity, start, 1.0 - start
-
-    def __call__(self, s: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns dx/ds and dh/ds."""
-        dx, dh = self.velocity(self.start + self.length * s, x, h)
-        return self.length * dx, self.length * dh
-
-    def trace(self, s: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Returns dx/ds, dh/ds and the exact trace (B,), None where the velocity has no closed form."""
-        trace = getattr(self.velocity, "trace", None)
-        parts = None if trace is None else trace(self.start + self.length * s, x, h)
-        return None if parts is None else tuple(self.length * part for part in parts)
 
 
 def smeared_log_likelihood(
@@ -87,17 +63,13 @@ def smeared_log_likelihood(
     if intervals is None:  # steps between the nodes, and nowhere else
         intervals, solver = 8 * -(-solver.steps // 8), replace(solver, steps=1)
     noise = torch.zeros(*batch.mask.shape, flow.config.flow_features, dtype=flow.dtype, device=flow.device)
-    data = flow.encode(batch, noise)
     time = smear / (smear + flow.config.position_scale)
-    velocity = Later(flow.velocity(data.mask, data.context), time) if time else flow.velocity(data.mask, data.context)
+    data = smeared(flow.encode(batch, noise), time)
+    velocity = flow.velocity(data.mask, data.context)
     trace = functools.partial(divergence.exact, create_graph=torch.is_grad_enabled())
-    z = ContinuousFlow(velocity, data.mask, solver).forward(
-        (1.0 - time) * data.x, (1.0 - time) * data.h, trace, intervals=intervals
-    )
-    log_base = base.position_log_prob(z.x, data.mask) + base.feature_log_prob(z.h, data.mask)
-    dimensions = subspace_dim(data.mask, flow.config.dimension) + flow.config.flow_features * batch.n_atoms
-    shrunk = dimensions.to(log_base) * float(np.log1p(-time))
-    return log_base + z.ladj + data.log_volume + shrunk - data.log_q
+    path = ContinuousFlow(Later(velocity, time) if time else velocity, data.mask, solver)
+    z = path.forward(data.x, data.h, trace, intervals=intervals)
+    return log_likelihood(data, z.x, z.h, z.ladj).log_density
 
 
 def log_likelihood_gradient(

@@ -18,11 +18,11 @@ from ase.units import kB
 from tqdm import tqdm
 
 from ase_enf.atoms.batch import Batch
-from ase_enf.flow import base, divergence
+from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
+from ase_enf.flow.likelihood import log_likelihood, path_error
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
-from ase_enf.geometry import subspace_dim
 from ase_enf.sampling.generate import Draft, Sampler, check_counts
 
 # Configurations given at once to a calculator that takes many.
@@ -333,11 +333,10 @@ class DensitySampler(Sampler):
         with torch.no_grad():
             flow = self.flow.flow(mask, context, self.solver)
             data = flow.inverse(z_x, z_h, divergence.exact, intervals=self.intervals)
-            log_base = base.position_log_prob(z_x.double(), mask)
-            scale = math.log(self.flow.config.position_scale)
-            log_prob = log_base - data.ladj.double() - subspace_dim(mask, z_x.shape[-1]).double() * scale
-            path_error, _ = self.flow.path_error(flow, data.x, data.h, log_base, data.traces, divergence.exact)
-            error = data.error.double() + path_error
+            encoded = self.flow.encoded(data.x, data.h, mask, context)
+            terms = log_likelihood(encoded, z_x.double(), z_h.double(), -data.ladj.double())
+            by_path, _ = path_error(flow, data.x, data.h, terms.log_base, data.traces, divergence.exact)
+            log_prob, error = terms.log_prob, data.error.double() + by_path
             batch = self.flow.decode(data.x, data.h, mask, context)
         for draft, *density in zip(drafts, log_prob.tolist(), error.tolist(), strict=True):
             self.densities[draft.index, draft.attempt] = tuple(density)

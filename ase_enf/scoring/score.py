@@ -23,7 +23,8 @@ from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.divergence import Divergence, Field
-from ase_enf.flow.model import ENF, LogProb, check_flow
+from ase_enf.flow.likelihood import LogProb
+from ase_enf.flow.model import ENF, check_flow
 from ase_enf.scoring.conditions import conditioned_batch
 
 COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")

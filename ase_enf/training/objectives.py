@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ase_enf.atoms.batch import Batch
-from ase_enf.flow import base, divergence
+from ase_enf.flow import divergence
 from ase_enf.flow.continuous import Solver
+from ase_enf.flow.likelihood import log_likelihood
 from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, subspace_dim
 
@@ -152,11 +153,7 @@ class NegativeLogLikelihood:
         flow = model.flow(data.mask, data.context, self.solver)
         parameters = list(model.dynamics.parameters())
         z = flow.forward_regularised(data.x, data.h, (v_x[0], v_h[0]), parameters, self.adjoint)
-        log_base = base.position_log_prob(z.x, data.mask) + base.feature_log_prob(z.h, data.mask)
-        log_prob = log_base + z.ladj + data.log_volume - data.log_q
-        if model.features == "joint":
-            log_prob = log_prob + model.size_prior.log_prob(batch.n_atoms.tolist()).to(log_prob)
-        nll = -log_prob.mean()
+        nll = -log_likelihood(data, z.x, z.h, z.ladj).log_prob.mean()
         return Loss(nll + self.regularisation * (z.kinetic + z.jacobian).mean(), nll.detach())
 
 

@@ -91,7 +91,7 @@ def validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tens
     result = model.log_prob(batch, noise, trace, model.likelihood_solver, estimate_path_error=False)
     # A size that training has not seen counts as seen once: at −inf no set of weights would be better than another.
     floor = -math.log(1 + sum(model.config.sizes.values()))
-    return -(result.log_base + result.ladj - result.log_q + result.log_size.clamp(min=floor)).cpu()
+    return -(result.log_density + result.log_size.clamp(min=floor)).cpu()
 
 
 def steps_between_validations(run: Run) -> int:
