@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ase_enf.flow.continuous import Solver as Solver
     from ase_enf.flow.loading import load as load
     from ase_enf.flow.model import ENF as ENF
+    from ase_enf.flow.stochastic import StochasticSampler as StochasticSampler
     from ase_enf.sampling.generate import generate as generate
     from ase_enf.sampling.generate import igenerate as igenerate
     from ase_enf.scoring.calculator import ENFCalculator as ENFCalculator
@@ -31,6 +32,7 @@ _PUBLIC = {
     "ENFCalculator": "scoring.calculator",
     "ENFConfig": "flow.config",
     "Solver": "flow.continuous",
+    "StochasticSampler": "flow.stochastic",
     "TrainConfig": "training.config",
     "annotate": "scoring.score",
     "generate": "sampling.generate",

@@ -257,9 +257,9 @@ def _add_generate(commands: Any) -> None:
         "--churn",
         type=float,
         default=None,
-        help="noise added again before each step, counted in steps: more stable molecules; 0 draws from the flow "
-        "itself, whose density score gives, and is all that is possible for a flow that flow matching did not train; "
-        "when left out, 20 (with 128 steps) for molecules",
+        help="how much noise is renewed on the way, for more stable molecules: 1 is the reverse diffusion, 0 draws from "
+        "the flow itself, whose density score gives, and is all that is possible for a flow that flow matching did not "
+        "train; when left out, 50 for molecules",
     )
 
 

@@ -2,7 +2,7 @@
 
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
 the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow whose
-molecules are drawn with renewed noise by default (``Solver.churn``) is measured with and without, by the compiled
+molecules are drawn with renewed noise by default (``StochasticSampler``) is measured with and without, by the compiled
 kernel where it can be had; there the solvers share the streams of noise.
 
 ``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule after the other. With
@@ -25,6 +25,7 @@ from ase_enf import metrics
 from ase_enf.atoms.files import atomic_write
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
+from ase_enf.flow.stochastic import StochasticSampler
 from benchmarks.common import load_flow, open_work
 from benchmarks.report import RESULTS, write_results
 
@@ -38,10 +39,9 @@ SOLVERS = (
 FASTEST = SOLVERS[-2:]
 RENEWING = (
     *(Solver("midpoint", steps=steps, warp=1.75) for steps in (16, 64)),
-    *(Solver("euler", steps=128, warp=2.0, churn=churn) for churn in (5, 10, 20, 40)),
-    *(Solver("euler", steps=steps, warp=2.0, churn=steps / 6.4) for steps in (32, 64)),
-    Solver("euler", steps=256, warp=2.0, churn=20),
-    Solver("midpoint", steps=64, warp=1.75, churn=8),
+    *(StochasticSampler(churn=churn) for churn in (0.0, 1.0, 4.0, 12.0, 25.0, 50.0, 100.0, 1000.0)),
+    StochasticSampler(warp=3.0),
+    *(StochasticSampler(steps=steps) for steps in (32, 64, 256)),
 )
 PUBLISHED = Solver("dopri5", rtol=1e-7, atol=1e-7)
 BATCH = 64
@@ -63,7 +63,7 @@ def main() -> None:
     if options.work:
         open_work(options.work, flow, seed=options.seed, threads=torch.get_num_threads())
     kernel = flow.use_kernel("auto")
-    if flow.sampling_solver.churn:
+    if isinstance(flow.sampling_solver, StochasticSampler):
         plans = [(solver, options.n, BATCH, kernel) for solver in RENEWING]
     else:
         plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
@@ -76,14 +76,11 @@ def main() -> None:
 
 
 def _measure(
-    flow: ENF, solver: Solver, n: int, batch: int, kernel: str, options: argparse.Namespace
+    flow: ENF, solver: Solver | StochasticSampler, n: int, batch: int, kernel: str, options: argparse.Namespace
 ) -> dict[str, float | str]:
     """Returns stability, evaluations a molecule and molecules/s of one solver."""
     flow.use_kernel(kernel)
-    grid = ("" if solver.warp == 1 else f", warp {solver.warp:g}") + (
-        f", churn {solver.churn:g}" if solver.churn else ""
-    )
-    name = f"{solver.method}, {solver.rtol:g}" if solver.adaptive else f"{solver.method}, {solver.steps} steps{grid}"
+    name, method = _names(solver)
     name += ", compiled kernel" if kernel == "fused" else ""
     key = name.replace(" steps", "").replace(", ", "_").replace(" ", "_")
     path = options.work / f"{key}_{n}_{batch}.json" if options.work else None
@@ -101,10 +98,10 @@ def _measure(
     atoms = ase_enf.generate(flow, n, seed=options.seed, solver=solver, batch_size=batch)
     seconds = time.perf_counter() - start
     hook.remove()
-    report = metrics.evaluate(atoms).set_index("metric")
+    report = metrics.evaluate(atoms, reference="qm9").set_index("metric")
     row = {
         "solver": name,
-        "method": solver.method + grid,
+        "method": method,
         "batch": batch,
         "n": n,
         "evaluations": evaluations / n,
@@ -113,11 +110,21 @@ def _measure(
         "atoms_error": float(report.stderr["atom_stability"]),
         "molecules": float(report.value["molecule_stability"]),
         "molecules_error": float(report.stderr["molecule_stability"]),
+        "js": float(report.value["distance_js"]),
     }
     if path:
         with atomic_write(path) as handle:
             handle.write(json.dumps(row).encode())
     return row
+
+
+def _names(solver: Solver | StochasticSampler) -> tuple[str, str]:
+    """Returns what the table and the picture call a solver: with its steps, and without."""
+    if isinstance(solver, StochasticSampler):
+        return str(solver), f"stochastic, warp {solver.warp:g}, churn {solver.churn:g}"
+    grid = "" if solver.warp == 1 else f", warp {solver.warp:g}"
+    steps = f"{solver.rtol:g}" if solver.adaptive else f"{solver.steps} steps{grid}"
+    return f"{solver.method}, {steps}", solver.method + grid
 
 
 def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
@@ -131,6 +138,7 @@ def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
             "molecules stable": [
                 f"{a:.4f} ± {e:.4f}" for a, e in zip(table.molecules, table.molecules_error, strict=True)
             ],
+            "JS of distances": [f"{value:.4f}" for value in table.js],
             "molecules/s": [f"{value:.2f}" for value in table.rate],
         }
     )
@@ -141,7 +149,12 @@ def _write(flow: ENF, table: pd.DataFrame, options: argparse.Namespace) -> None:
         printed["times one at a time"] = [f"{value / rate:.1f}" for value in table.rate]
         notes += f" The first row is how the published script samples, in this code: {rate:.2f} molecules/s."
     write_results(printed, f"samplers_{flow.name}", f"Samplers of {flow.name}", notes)
-    _plot(batched if flow.sampling_solver.churn else batched[~batched.solver.str.endswith("kernel")], flow.name)
+    _plot(
+        batched
+        if isinstance(flow.sampling_solver, StochasticSampler)
+        else batched[~batched.solver.str.endswith("kernel")],
+        flow.name,
+    )
 
 
 def _plot(table: pd.DataFrame, name: str) -> None:

@@ -18,6 +18,7 @@ from scipy.spatial.transform import Rotation
 import ase_enf.scoring.calculator as module
 from ase_enf.atoms.batch import to_batch
 from ase_enf.flow.continuous import INTERVALS, Solver
+from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.scoring.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient, smeared_log_likelihood
 
 STEPS = 3
@@ -178,7 +179,7 @@ def test_parameters_are_json_scalars(make_flow):
     [
         ({"solver": "dopri5"}, "'dopri5' is adaptive"),
         ({"solver": Solver()}, "'dopri5' is adaptive"),
-        ({"solver": Solver("midpoint", churn=2.0)}, "churn=2: renewed noise has no likelihood"),
+        ({"solver": StochasticSampler(churn=2.0)}, "churn 2: renewed noise has no likelihood"),
         ({"kT": 0.0}, "kT=0"),
         ({"kT": -1.0}, "kT=-1"),
         ({"kT": math.nan}, "kT=nan"),

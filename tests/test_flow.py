@@ -327,9 +327,6 @@ def test_failure_of_the_solver_is_one_line_with_the_remedy(state, kind, directio
         ({"rtol": 0.0}, "rtol=0.0"),
         ({"atol": -1.0}, "atol=-1.0"),
         ({"warp": 0.0}, "warp=0.0"),
-        ({"method": "midpoint", "churn": -1.0}, "churn=-1.0"),
-        ({"method": "midpoint", "churn": math.nan}, "churn=nan"),
-        ({"method": "dopri5", "churn": 1.0}, "churn=1.0: dopri5 has no fixed steps"),
     ],
 )
 def test_solver_refuses_what_it_cannot_do(options, words):
@@ -355,79 +352,6 @@ def test_every_method_runs_both_ways_in_both_precisions(state, method):
         z = flow.forward(x, h, divergence.exact)
         assert z.x.dtype == z.ladj.dtype == z.error.dtype == dtype
         assert torch.allclose(flow.inverse(z.x, z.h).x, x, atol=1e-2 if method == "euler" else 1e-4)
-
-
-# Renewed noise
-
-WIDTH = 0.4  # standard deviation of the data of `gaussian_path`
-
-
-def gaussian_path(mask, error=lambda t: 0.0):
-    """The velocity of flow matching for Gaussian data, E[z − x | x_t] in closed form, and an error of its rate."""
-
-    def rate(t):
-        return (t - (1 - t) * WIDTH**2) / ((1 - t) ** 2 * WIDTH**2 + t**2) + error(t)
-
-    return linear(rate, mask)
-
-
-def renewed(mask, churn, seed=0, **path):
-    """Mean square of positions and features (a degree of freedom) at the data end, and its standard error."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise():
-        x, h = (torch.randn(*mask.shape, n, generator=generator, dtype=torch.float64) for n in (2, 2))
-        return center(x, mask), h
-
-    flow = ContinuousFlow(gaussian_path(mask, **path), mask, Solver("midpoint", steps=40, warp=1.5, churn=churn))
-    data = flow.renewed_inverse(*noise(), noise) if churn else flow.inverse(*noise())
-    assert center(data.x, mask).allclose(data.x, rtol=0, atol=1e-12)
-    count = mask.sum() * (2 + 2) - 2 * len(mask)
-    value = float((data.x.square().sum() + data.h.square().sum()) / count)
-    return value, value * math.sqrt(2 / float(count))
-
-
-@pytest.mark.parametrize("churn", [0.5, 4.0])
-def test_renewed_noise_leaves_the_distribution_what_it_is(churn):
-    value, stderr = renewed(mask_of(*[3] * 4000), churn)
-    assert abs(value - WIDTH**2) < 4 * stderr + 0.002 * WIDTH**2  # the steps
-
-
-def test_renewed_noise_forgets_what_the_velocity_did_wrong():
-    wrong = {"error": lambda t: -1.0 * (t > 0.5)}  # which spreads the state by exp(0.5)
-    mask = mask_of(*[3] * 1000)
-    assert renewed(mask, 0.0, **wrong)[0] > 2.5 * WIDTH**2
-    assert renewed(mask, 1.0, **wrong)[0] < 1.2 * WIDTH**2
-
-
-def test_renewed_noise_has_no_likelihood(real_flow):
-    flow, x, h = real_flow(Solver("midpoint", steps=2, churn=1.0))
-    for go in (flow.forward, flow.inverse, lambda *state: flow.trajectory(*state, torch.tensor([0.0, 1.0]))):
-        with pytest.raises(ValueError, match="churn=1: renewed noise has neither path nor likelihood; use churn=0"):
-            go(x, h)
-    zeros = torch.zeros_like(x), torch.zeros_like(h)
-    assert flow.renewed_inverse(x, h, lambda: zeros).ladj.isnan().all()
-    assert flow.nfe == EVALUATIONS_PER_STEP["midpoint"]  # the second of two steps already starts at t = 1
-
-
-def test_what_goes_in_comes_out_changed_by_it_and_by_all_noise(real_flow):
-    flow, x, h = real_flow(Solver("midpoint", steps=8, churn=2.0))
-    generator = torch.Generator().manual_seed(1)
-    fresh = [tuple(0.5 * torch.randn(p.shape, generator=generator).to(p) for p in (x, h)) for _ in range(7)]
-    fresh = [(center(e, flow.mask), other * flow.mask.unsqueeze(-1)) for e, other in fresh]
-
-    def end(x, h, fresh):
-        draws = iter(fresh)
-        return flow.renewed_inverse(x, h, lambda: next(draws)).x
-
-    reference = end(x, h, fresh)
-    used = len(fresh) - 2  # the first three of eight steps start at t = 1, the last of them from x and h
-    for k in range(len(fresh)):
-        changed = [(2 * e, other) if i == k else (e, other) for i, (e, other) in enumerate(fresh)]
-        assert (
-            (end(x, h, changed) - reference).abs().max() > 1e-6 if k < used else (end(x, h, changed) == reference).all()
-        )
-    assert (end(2 * x, h, fresh) - reference).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "midpoint", "euler"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from ase.io import read, write
 import ase_enf
 from ase_enf.flow import base
 from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
-from ase_enf.flow.model import ENF, RENEWING_SAMPLING_SOLVER, SAMPLING_SOLVER
+from ase_enf.flow.model import ENF, SAMPLING_SOLVER, STOCHASTIC_SAMPLER
+from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.sampling.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
+from ase_enf.sampling.samplers import resolve_sampler
 
 FAST = Solver("midpoint", steps=4, warp=1.5)
 COMPOSITIONS = {"H2O": 3, "CH4": 1, "CHO": 2}
@@ -163,9 +166,11 @@ BAD = [
     ("joint", {"solver": FAST, "steps": 8}, "leave one of them out"),
     ("joint", {"device": "cpuu"}, "'cpuu'"),
     ("joint", {"churn": 1.0}, "was not trained by it; use churn=0"),
-    ("joint", {"solver": Solver("midpoint", churn=1.0)}, "was not trained by it; use churn=0"),
+    ("joint", {"solver": StochasticSampler(churn=1.0)}, "was not trained by it; use churn=0"),
     ("joint", {"churn": -1.0}, "churn=-1.0"),
-    ("joint", {"solver": "dopri5", "churn": 1.0}, "dopri5 has no fixed steps"),
+    ("joint", {"churn": math.nan}, "churn=nan"),
+    ("joint", {"solver": "dopri5", "churn": 1.0}, "renews noise; leave one of them out"),
+    ("joint", {"solver": StochasticSampler(), "steps": 8}, "already says its steps and churn"),
 ]
 
 
@@ -200,14 +205,17 @@ def test_resolve_solver():
     assert resolve_solver("rk4", 7, SAMPLING_SOLVER) == Solver("rk4", steps=7, warp=SAMPLING_SOLVER.warp)
     assert resolve_solver(FAST, None, SAMPLING_SOLVER) is FAST
     assert resolve_solver("dopri5", None, SAMPLING_SOLVER).adaptive
-    for steps, churn in (
-        (8, 1.25),
-        (16, 2.5),
-        (128, 20.0),
-        (256, 20.0),
-    ):  # steps too long would renew nearly everything
-        assert resolve_solver(None, steps, RENEWING_SAMPLING_SOLVER).churn == churn
-    assert resolve_solver("midpoint", None, RENEWING_SAMPLING_SOLVER).churn == 0
+    with pytest.raises(TypeError, match="^solver stochastic, .* renewed noise has no likelihood; give a Solver"):
+        resolve_solver(STOCHASTIC_SAMPLER, None, SAMPLING_SOLVER)
+
+
+def test_resolve_sampler(make_flow):
+    flow = matched(make_flow("joint", layers=1, hidden=4))
+    assert resolve_sampler(flow, None, None, None) == STOCHASTIC_SAMPLER
+    assert resolve_sampler(flow, None, 8, 3.0) == dataclasses.replace(STOCHASTIC_SAMPLER, steps=8, churn=3.0)
+    assert resolve_sampler(flow, None, 8, 0) == dataclasses.replace(flow.ode_solver, steps=8)
+    assert resolve_sampler(flow, "rk4", None, 0) == resolve_sampler(flow, "rk4", None, None)
+    assert resolve_sampler(flow, FAST, None, None) is FAST
 
 
 def matched(flow):
@@ -219,11 +227,12 @@ def matched(flow):
 def test_renewed_noise_is_each_molecules_own(flow, churn):
     flow = matched(flow.double())
     fields = {"formula": "C2H6O"} if flow.features == "given" else {}
-    reference = generate(flow, 5, seed=3, solver=FAST, churn=churn, **fields)
-    assert reference[0].info["enf_solver"] == f"midpoint, 4 steps, warp 1.5, churn {churn:g}"
+    fields["steps"] = 4
+    reference = generate(flow, 5, seed=3, churn=churn, **fields)
+    assert reference[0].info["enf_solver"] == f"stochastic, 4 steps, warp 2, churn {churn:g}"
     for batch_size in (1, 2):
-        assert_same(generate(flow, 5, seed=3, solver=FAST, churn=churn, batch_size=batch_size, **fields), reference)
-    for other in (generate(flow, 5, seed=s, solver=FAST, churn=c, **fields) for s, c in ((3, 0), (3, 1.0), (4, churn))):
+        assert_same(generate(flow, 5, seed=3, churn=churn, batch_size=batch_size, **fields), reference)
+    for other in (generate(flow, 5, seed=s, churn=c, **fields) for s, c in ((3, 0), (3, 1.0), (4, churn))):
         pairs = [(a, b) for a, b in zip(other, reference, strict=True) if len(a) == len(b)]
         assert pairs and all(np.abs(a.positions - b.positions).max() > 1e-6 for a, b in pairs)
 
@@ -239,7 +248,7 @@ def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
         return self.decode(z_x, z_h, mask, context)
 
     monkeypatch.setattr(ENF, "sample", keep)
-    generate(flow, 600, solver=Solver("euler", steps=1, churn=1.0), batch_size=600)
+    generate(flow, 600, solver=StochasticSampler(steps=1), batch_size=600)
     z = torch.stack(seen, dim=1).flatten(1).numpy()  # (600, 27): the start and two renewals
     projector = np.kron(np.eye(3), np.kron(np.eye(3) - 1 / 3, np.eye(3)))
     assert np.abs(np.cov(z.T) - projector).max() < 0.25  # 4 standard errors; nothing is drawn twice
@@ -250,8 +259,8 @@ def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
 
 def test_noise_is_renewed_by_default_for_molecules_of_flow_matching(make_flow):
     for features, path, expected in (
-        ("joint", "linear", RENEWING_SAMPLING_SOLVER),
-        ("given", "linear", RENEWING_SAMPLING_SOLVER),
+        ("joint", "linear", STOCHASTIC_SAMPLER),
+        ("given", "linear", STOCHASTIC_SAMPLER),
         ("none", "linear", SAMPLING_SOLVER),
         ("joint", None, SAMPLING_SOLVER),
     ):
@@ -268,8 +277,8 @@ def test_noise_is_renewed_by_default_for_molecules_of_flow_matching(make_flow):
             "none": {"churn": 0},
         }.items()
     }
-    assert drawn["default"] == str(RENEWING_SAMPLING_SOLVER)
-    assert drawn["steps"].startswith("euler, 8 steps") and "churn" in drawn["steps"]
+    assert drawn["default"] == str(STOCHASTIC_SAMPLER)
+    assert drawn["steps"].startswith("stochastic, 8 steps") and "churn" in drawn["steps"]
     assert "churn" not in drawn["name"] + drawn["none"]
 
 
@@ -306,6 +315,7 @@ import sys, torch
 from ase_enf.flow.continuous import ContinuousFlow, SolverError
 from ase_enf.sampling.generate import GenerationError, generate
 from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.flow.model import ENF
 assert not __debug__  # assertions are left out
 flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))

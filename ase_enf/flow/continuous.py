@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +57,9 @@ class Solver:
         warp: Fixed steps lie at ``t = (k / steps)^warp``: above 1 they are denser near the data, where a flow is stiff.
             The quadrature of the trace is in u with t = u^warp, too, whatever the method (and in t below 1); whole
             numbers keep smooth integrands smooth.
-        churn: How much noise is renewed on the way from noise to data, in steps: before each step from t to t' it goes
-            back to t + churn (t − t'); 0 for the flow itself. See :meth:`ContinuousFlow.renewed_inverse`.
 
     Raises:
-        ValueError: For an unknown method, steps < 1, tolerances that are not positive, a churn that is negative or
-            asked of an adaptive method.
+        ValueError: For an unknown method, steps < 1, tolerances that are not positive.
 
     Example:
         >>> Solver("midpoint", steps=4, warp=2.0).grid().tolist()
@@ -75,7 +71,6 @@ class Solver:
     rtol: float = 1e-5
     atol: float = 1e-5
     warp: float = 1.0
-    churn: float = 0.0
 
     def __post_init__(self) -> None:
         known = (*ADAPTIVE, *EVALUATIONS_PER_STEP)
@@ -85,10 +80,6 @@ class Solver:
             raise ValueError(f"solver steps={self.steps}: need at least 1")
         if min(self.rtol, self.atol, self.warp) <= 0:
             raise ValueError(f"solver rtol={self.rtol}, atol={self.atol}, warp={self.warp}: all must be positive")
-        if not 0 <= self.churn < math.inf:
-            raise ValueError(f"solver churn={self.churn}: must be a finite number of steps, at least 0")
-        if self.churn and self.adaptive:
-            raise ValueError(f"solver churn={self.churn}: {self.method} has no fixed steps; use midpoint, rk4 or euler")
 
     @property
     def adaptive(self) -> bool:
@@ -98,8 +89,7 @@ class Solver:
     def __str__(self) -> str:
         if self.adaptive:
             return f"{self.method}, rtol {self.rtol:g}, atol {self.atol:g}"
-        renewed = f", churn {self.churn:g}" if self.churn else ""
-        return f"{self.method}, {self.steps} steps, warp {self.warp:g}{renewed}"
+        return f"{self.method}, {self.steps} steps, warp {self.warp:g}"
 
     def coarser(self) -> Solver:
         """Returns a cheaper solver of about ``PATH_REDUCTION`` times the error: half the steps, a looser tolerance.
@@ -131,11 +121,10 @@ class Solver:
 
 
 def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
-    """Turns a name, a number of steps or nothing into a ``Solver``; a name asks for the flow itself, without churn.
-
-    Fewer steps than the default's lower its churn in proportion: it counts steps, and those are longer then.
+    """Turns a name, a number of steps or nothing into a ``Solver``.
 
     Raises:
+        TypeError: For anything else, such as a ``StochasticSampler``, which solves no ODE and has no likelihood.
         ValueError: For an unknown method, or steps for an adaptive one.
 
     Example:
@@ -146,13 +135,14 @@ def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solv
         if steps is not None:
             raise ValueError(f"steps={steps}: the given Solver already says {solver.steps}; leave one of them out")
         return solver
+    if not (solver is None or isinstance(solver, str)):
+        raise TypeError(f"solver {solver}: renewed noise has no likelihood; give a Solver or the name of a method")
     chosen = Solver(
         method=solver or default.method,
         steps=default.steps if steps is None else steps,
         rtol=default.rtol,
         atol=default.atol,
         warp=default.warp,
-        churn=default.churn * min(1.0, (steps or default.steps) / default.steps) if solver is None else 0.0,
     )
     if steps is not None and chosen.adaptive:
         raise ValueError(f"steps={steps}: {chosen.method} chooses its own steps; use rk4, midpoint or euler")
@@ -228,41 +218,6 @@ class ContinuousFlow:
     def inverse(self, x: Tensor, h: Tensor, trace: TraceMethod | None = None, **quadrature: Any) -> Transformed:
         """Takes latent to data space (g of the paper); see :meth:`transport`."""
         return self.transport(x, h, 1.0, 0.0, trace, **quadrature)
-
-    def renewed_inverse(self, x: Tensor, h: Tensor, noise: Callable[[], tuple[Tensor, Tensor]]) -> Transformed:
-        """Takes latent to data space, renewing part of the noise before every step (Karras et al. 2022, algorithm 2).
-
-        x_t̂ = r x_t + √(t̂² − r² t²) ε,  r = (1 − t̂) / (1 − t),  t̂ = min(t + churn (t − t'), 1)
-
-        then one step of the solver from t̂ to t'; x and h enter at the last t whose t̂ is 1. On the path of flow
-        matching, x_t = (1 − t) x + t z, and there only, this leaves the distribution at every t what it is. A trained
-        velocity errs, and part of what its errors did is replaced by fresh noise before every step. Small steps give
-        the reverse diffusion with g² = 2 churn t / (1 − t). There is no likelihood.
-
-        Args:
-            x: Latent positions, centred, shape (B, M, n).
-            h: Latent features, shape (B, M, F).
-            noise: Draws ε: fresh latent positions and features of the same shapes.
-
-        Returns:
-            The data; ``ladj`` and its kin are NaN.
-        """
-        self.nfe = 0
-        single = ContinuousFlow(self.velocity, self.mask, replace(self.solver, steps=1, churn=0.0))
-        steps = [
-            (t, min(t + self.solver.churn * (t - end), 1.0), end)
-            for t, end in pairwise(self.solver.grid().flip(0).tolist())
-        ]
-        last = max(k for k, (_, start, _) in enumerate(steps) if start == 1.0)  # nothing of the steps before would stay
-        for k, (t, start, end) in enumerate(steps[last:]):
-            if k:
-                keep = (1.0 - start) / (1.0 - t)
-                spread = math.sqrt(start**2 - (keep * t) ** 2)
-                x, h = (keep * old + spread * fresh for old, fresh in zip((x, h), noise(), strict=True))
-            x, h = single.trajectory(x, h, torch.tensor([start, end], dtype=torch.float64))[-1]
-            self.nfe += single.nfe
-        unknown = torch.full_like(x[:, 0, 0], math.nan)
-        return Transformed(x, h, unknown, unknown, unknown[None], unknown[None, None][:0], self.nfe)
 
     def transport(
         self,
@@ -369,7 +324,6 @@ class ContinuousFlow:
         Raises:
             SolverError: If the solver fails.
         """
-        self._refuse_churn()
         self.nfe = 0
         n = x.shape[-1]
 
@@ -399,7 +353,6 @@ class ContinuousFlow:
 
     def _solve(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns the states at ``times`` as (x, h) pairs."""
-        self._refuse_churn()
         n = x.shape[-1]
 
         def derivative(t: Tensor, y: Tensor) -> Tensor:
@@ -413,13 +366,6 @@ class ContinuousFlow:
             )
         )
         return [(state[..., :n], state[..., n:]) for state in y]
-
-    def _refuse_churn(self) -> None:
-        if self.solver.churn:
-            raise ValueError(
-                f"solver churn={self.solver.churn:g}: renewed noise has neither path nor likelihood; use churn=0 "
-                "(or renewed_inverse, to sample)"
-            )
 
     def _tolerances(self, times: Tensor, x: Tensor, h: Tensor | None = None) -> dict[str, object]:
         if not self.solver.adaptive:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from ase_enf.flow.dequantize import build_q, lift, quantize
 from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
 from ase_enf.flow.likelihood import Encoded, LogProb, log_likelihood, path_error
 from ase_enf.flow.parameterisation import Parameterisation
+from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.flow.weights import write_weights
 from ase_enf.geometry import subspace_dim
 
@@ -41,9 +42,8 @@ LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
 MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
-# Renewed noise mends much of what a trained velocity does wrong, and many short steps of much noise more than few long
-# ones of a better method (benchmarks/samplers.py).
-RENEWING_SAMPLING_SOLVER = Solver("euler", steps=128, warp=2.0, churn=20.0)
+# Renewed noise mends much of what a trained velocity does wrong (benchmarks/samplers.py).
+STOCHASTIC_SAMPLER = StochasticSampler(steps=128, warp=2.0, churn=50.0)
 
 
 class ENF(nn.Module):
@@ -141,8 +141,8 @@ class ENF(nn.Module):
         return MATCHED_SAMPLING_SOLVER if self.matched and self.features != "none" else SAMPLING_SOLVER
 
     @property
-    def sampling_solver(self) -> Solver:
-        """How samples are integrated: with renewed noise where flow matching has trained a flow of molecules.
+    def sampling_solver(self) -> Solver | StochasticSampler:
+        """How samples are drawn: with renewed noise where flow matching has trained a flow of molecules.
 
         Flows of positions alone are for exact densities (``reweight``), and those trained by likelihood have no known
         path; both take the flow itself.
@@ -151,7 +151,7 @@ class ENF(nn.Module):
             >>> str(ENF(ENFConfig(features="none", hidden=8, layers=1)).sampling_solver)
             'midpoint, 32 steps, warp 1'
         """
-        return RENEWING_SAMPLING_SOLVER if self.matched and self.features != "none" else self.ode_solver
+        return STOCHASTIC_SAMPLER if self.matched and self.features != "none" else self.ode_solver
 
     @property
     def device(self) -> torch.device:
@@ -308,14 +308,14 @@ class ENF(nn.Module):
         z_h: Tensor,
         mask: Tensor,
         context: Tensor | Context | None = None,
-        solver: Solver | None = None,
-        noise: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        solver: Solver | StochasticSampler | None = None,
+        noise: Noise | None = None,
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
 
-        With a solver that has churn, noise is renewed on the way; see ``ContinuousFlow.renewed_inverse``. By default
-        that is what ``generate`` does, if ``noise`` is given; without it, molecules are drawn from the density of
-        :meth:`log_prob`, by the ODE on the same grid.
+        A ``StochasticSampler`` renews noise on the way; see ``stochastic.sample_stochastic``. By default that is what
+        ``generate`` does, if ``noise`` is given; without it, molecules are drawn from the density of :meth:`log_prob`,
+        by the ODE.
 
         Args:
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
@@ -324,27 +324,29 @@ class ENF(nn.Module):
             context: One-hot types for "given", shape (B, M, K), and what else conditions the flow; see
                 :meth:`context`.
             solver: How to integrate; when None, :attr:`sampling_solver`, or :attr:`ode_solver` if there is no noise.
-            noise: Draws fresh latent molecules like z_x and z_h, for a solver with churn.
+            noise: Draws fresh latent molecules like z_x and z_h, for a stochastic sampler.
 
         Raises:
             SolverError: If the solver fails.
-            ValueError: For a solver with churn where the flow was not trained by flow matching, or without noise.
+            ValueError: For a stochastic sampler where the flow was not trained by flow matching, or without noise.
         """
         if solver is None:
             solver = self.ode_solver if noise is None else self.sampling_solver
-        flow = self.flow(mask, context, solver)
-        self.check_churn(flow.solver)
-        if flow.solver.churn and noise is None:
-            raise ValueError(f"solver churn={flow.solver.churn:g}: needs noise, a function that draws latent molecules")
         with torch.no_grad():
-            out = flow.renewed_inverse(z_x, z_h, noise) if flow.solver.churn else flow.inverse(z_x, z_h)
-            return self.decode(out.x, out.h, mask, context)
+            if isinstance(solver, Solver):
+                out = self.flow(mask, context, solver).inverse(z_x, z_h)
+                return self.decode(out.x, out.h, mask, context)
+            self.check_sampler(solver)
+            if noise is None:
+                raise ValueError(f"solver {solver}: needs noise, a function that draws latent molecules")
+            x, h = sample_stochastic(self.velocity(mask, context), z_x, z_h, noise, solver)
+            return self.decode(x, h, mask, context)
 
-    def check_churn(self, solver: Solver) -> None:
-        """Raises ``ValueError`` for a solver that renews noise where the flow has no path on which that can be done."""
-        if solver.churn and not self.matched:
+    def check_sampler(self, sampler: Solver | StochasticSampler) -> None:
+        """Raises ``ValueError`` for a sampler that renews noise where the flow has no known path to do so."""
+        if isinstance(sampler, StochasticSampler) and not self.matched:
             raise ValueError(
-                f"solver churn={solver.churn:g}: noise can be renewed on the path of flow matching only, and the flow "
+                f"churn={sampler.churn:g}: noise can be renewed on the path of flow matching only, and the flow "
                 f"{self.name!r} was not trained by it; use churn=0"
             )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +18,14 @@ from tqdm import tqdm
 from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
 from ase_enf.flow import base
 from ase_enf.flow.context import Context
-from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
+from ase_enf.flow.continuous import Solver, SolverError
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.model import ENF, check_flow
+from ase_enf.flow.stochastic import Noise, StochasticSampler
 from ase_enf.sampling.compositions import drawn_compositions, open_shell
 from ase_enf.sampling.graphs import graph_info, requested_graph
 from ase_enf.sampling.properties import PropertyRequest
+from ase_enf.sampling.samplers import resolve_sampler
 
 MAX_ATTEMPTS = 10
 MAX_OPEN_SHELLS = 100
@@ -54,7 +55,7 @@ def generate(
     seed: int = 0,
     n_atoms: int | None = None,
     formula: str | None = None,
-    solver: str | Solver | None = None,
+    solver: str | Solver | StochasticSampler | None = None,
     steps: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -87,12 +88,13 @@ def generate(
         seed: Non-negative.
         n_atoms: Fixed size M; drawn from p_M when None.
         formula: Composition such as "C7H10O2", for ``features="given"``; drawn from the training set's when None.
-        solver: A ``Solver`` or the name of a method; see ``ENF.sampling_solver``. A name alone means no churn.
-        steps: Number of fixed steps, when ``solver`` is a name or None.
+        solver: How to draw: a ``Solver`` or the name of a method for the flow itself, or a ``StochasticSampler``; that
+            of ``ENF.sampling_solver`` when None.
+        steps: Number of steps, when ``solver`` is a name or None.
         batch_size: Molecules integrated together.
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
-        churn: How much noise is added again before a step, in steps, instead of what ``solver`` says; see ``Solver``.
+        churn: How much noise to renew on the way, see ``StochasticSampler``; 0 for the flow itself.
         closed_shell: Only molecules that have, as neutral ones, an even number of electrons.
         properties: Of a flow with conditions, by name the value that is wanted, ``{"gap": 5.2}``, or a range,
             ``{"gap": "4:6"}`` or ``{"gap": (4, 6)}``, within which values are drawn as the training set has them. The
@@ -130,7 +132,7 @@ def igenerate(
     seed: int = 0,
     n_atoms: int | None = None,
     formula: str | None = None,
-    solver: str | Solver | None = None,
+    solver: str | Solver | StochasticSampler | None = None,
     steps: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -177,7 +179,7 @@ def _sampler(
     seed: int,
     n_atoms: int | None,
     formula: str | None,
-    solver: str | Solver | None,
+    solver: str | Solver | StochasticSampler | None,
     steps: int | None,
     batch_size: int,
     device: str | torch.device | None,
@@ -190,10 +192,7 @@ def _sampler(
     """Returns a request, checked."""
     check_flow(flow)
     check_counts(n, seed, batch_size, start)
-    chosen = resolve_solver(solver, steps, flow.ode_solver if churn == 0 else flow.sampling_solver)
-    if churn is not None:
-        chosen = replace(chosen, churn=churn)
-    flow.check_churn(chosen)
+    chosen = resolve_sampler(flow, solver, steps, churn)
     return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell, properties, smiles)
 
 
@@ -206,7 +205,7 @@ class Sampler:
         seed: int,
         n_atoms: int | None,
         formula: str | None,
-        solver: Solver,
+        solver: Solver | StochasticSampler,
         batch_size: int,
         device: str | torch.device | None,
         closed_shell: bool = False,
@@ -351,7 +350,7 @@ class Sampler:
 
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        noise = self.noise(drafts) if self.solver.churn else None
+        noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
         return self.flow.sample(*self.latents(drafts), self.solver, noise)
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
@@ -361,7 +360,7 @@ class Sampler:
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
         return z_x, z_h, mask, self._context(drafts, z_x, mask)
 
-    def noise(self, drafts: list[Draft]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def noise(self, drafts: list[Draft]) -> Noise:
         """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
         config = self.flow.config
         generators = [

@@ -161,8 +161,8 @@ class ENFCalculator(Calculator):
             density of ``score``. By default 0.05 for molecules after flow matching, otherwise 0.
 
     Raises:
-        CalculatorSetupError: For an adaptive solver, one with churn, a kT that is not positive, or smeared data of a
-            flow that flow matching has not trained; on calculation, for periodic cells, unknown elements and other
+        CalculatorSetupError: For an adaptive solver, a stochastic sampler, a kT that is not positive, or smeared data
+            of a flow that flow matching has not trained; on calculation, for periodic cells, unknown elements and other
             structures that the flow cannot take.
 
     Example:
@@ -187,14 +187,13 @@ class ENFCalculator(Calculator):
         smear: float | None = None,
     ) -> None:
         self._flow = check_flow(flow)
-        self._solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
+        try:
+            self._solver = resolve_solver(solver, steps, DEFAULT_SOLVER)
+        except TypeError as error:
+            raise CalculatorSetupError(str(error)) from None
         if self._solver.adaptive:
             raise CalculatorSetupError(
                 f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint"
-            )
-        if self._solver.churn:
-            raise CalculatorSetupError(
-                f"solver churn={self._solver.churn:g}: renewed noise has no likelihood and no energy; use churn=0"
             )
         smooth = flow.matched and flow.features != "none"
         self._smear = float(smear if smear is not None else DEFAULT_SMEAR if smooth else 0.0)

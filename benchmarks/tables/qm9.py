@@ -27,6 +27,7 @@ from ase_enf.chem.bonds import stability
 from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
+from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
@@ -86,7 +87,7 @@ def main() -> None:
         if options.only is None or name in options.only:
             flow = trained(name, options) if name in METHODS else ase_enf.load(name, "cpu")
             rows.append(measure(name, flow, test, options))
-            if name not in METHODS and flow.sampling_solver.churn:
+            if name not in METHODS and isinstance(flow.sampling_solver, StochasticSampler):
                 rows.append(redrawn(rows[-1], options))
     if not options.no_table:
         write_table(rows, options)
@@ -128,7 +129,7 @@ def redrawn(row: Row, options: argparse.Namespace) -> Row:
 
 
 def _drawn(
-    flow: ENF, solver: Solver, work: Path, options: argparse.Namespace, n: int | None = None
+    flow: ENF, solver: Solver | StochasticSampler, work: Path, options: argparse.Namespace, n: int | None = None
 ) -> tuple[list[Atoms], float]:
     """Returns molecules, and how many a second."""
     start = time.perf_counter()
@@ -143,7 +144,8 @@ def write_table(rows: list[Row], options: argparse.Namespace) -> None:
     budgets = []
     for row in rows:
         label = f"{row.name}, {options.steps} steps" if row.name in METHODS else f"E-NF, `{row.name}` as shipped"
-        renewed = f"; noise renewed ({row.solver}), {len(row.atoms)} samples" if row.solver.churn else ""
+        stochastic = isinstance(row.solver, StochasticSampler)
+        renewed = f"; noise renewed ({row.solver}), {len(row.atoms)} samples" if stochastic else ""
         table.append((label + renewed, *_figures(row), f"{row.speed:.0f}"))
         if not renewed:
             budgets.append(_budget(label, row.flow))
