@@ -258,8 +258,8 @@ def _add_generate(commands: Any) -> None:
         type=float,
         default=None,
         help="how much noise is renewed on the way, for more stable molecules: 1 is the reverse diffusion, 0 draws from "
-        "the flow itself, whose density score gives, and is all that is possible for a flow not trained by flow matching; "
-        "when left out, 50 for molecules",
+        "the flow itself, whose density score gives, and is all that is possible for a flow that flow matching did "
+        "not train; when left out, 50 for molecules",
     )
 
 
