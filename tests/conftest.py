@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +127,19 @@ def batch_of(device, dtype):
         return to_batch(atoms, species, dtype=dtype, **options).to(device=device)
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with tiny models, good structures and every kind of bad ones."""
+    from commands import fill_workshop
+
+    return fill_workshop(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def here(workshop, monkeypatch) -> Path:
+    """The workshop, in which the test runs."""
+    monkeypatch.chdir(workshop)
+    monkeypatch.delenv("ASE_ENF_QM9", raising=False)
+    return workshop

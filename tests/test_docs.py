@@ -27,7 +27,7 @@ RUNS = (
     ("howto/calculator.md",),
     ("howto/reweight.md",),
 )
-# Whose many commands, each tested in test_cli.py, run as written only.
+# Whose many commands, each tested in test_cli_*.py, run as written only.
 COMMANDS_ONLY = (("howto/files.md",),)
 # What a page says → what is run by default.
 SMALLER = [

@@ -1,0 +1,31 @@
+"""``ase-enf convert-en-flows``: the weights published with the paper, in this package's format."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ase_enf.cli.arguments import add_command, add_replacing
+from ase_enf.cli.outputs import check_free
+from ase_enf.cli.progress import say
+
+
+def add_convert(commands: Any) -> None:
+    """Adds the command ``convert-en-flows``."""
+    text = "Convert the QM9 weights published with the paper (en_flows) to this package's format."
+    command = add_command(commands, "convert-en-flows", text, run_convert)
+    command.add_argument("checkpoint", help=".npz of the arrays, or the torch checkpoint; read without pickle")
+    command.add_argument("-o", "--output", required=True, help="the .safetensors to write")
+    add_replacing(command)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Writes published weights in this package's format."""
+    from ase_enf.atoms.files import require_folder
+    from ase_enf.flow.en_flows import convert_en_flows
+
+    if require_folder(options.output).suffix != ".safetensors":
+        raise ValueError(f"{options.output}: weights are written as .safetensors; choose that ending")
+    check_free(options, options.output)
+    convert_en_flows(options.checkpoint).save(options.output)
+    say(f"wrote {options.output}")

@@ -1,0 +1,73 @@
+"""``ase-enf info``: what a model is and how it was trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ase_enf.cli.arguments import add_command
+
+
+def add_info(commands: Any) -> None:
+    """Adds the command ``info``."""
+    command = add_command(commands, "info", "What a model is and how it was trained.", run_info)
+    command.add_argument(
+        "model", nargs="?", default=None, help="a shipped name or a path; a line on each shipped model when left out"
+    )
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """Says what a model is, or which ones are shipped."""
+    from ase_enf.atoms.files import brief
+    from ase_enf.flow.weights import PRETRAINED, read_header, shipped
+
+    if options.model is None:
+        for name in shipped():
+            print(_in_short(name, read_header(PRETRAINED / f"{name}.safetensors")))
+        return
+    named = PRETRAINED / f"{options.model}.safetensors"
+    header = read_header(named if named.is_file() else options.model)
+    if options.json:
+        print(json.dumps(header, indent=2))
+        return
+    try:
+        description = _described(header)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{options.model}: has a damaged header ({brief(error)}); fetch or train it again, or read it with --json"
+        ) from None
+    print(f"{options.model}: {description}")
+    card = named.with_suffix(".md")
+    if card.is_file():
+        print("\n" + card.read_text(encoding="utf-8"), end="")
+
+
+def _in_short(name: str, header: dict[str, Any]) -> str:
+    """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
+    from ase_enf.flow.weights import PRETRAINED
+
+    config, card = header["config"], PRETRAINED / f"{name}.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    said = (line.removeprefix("In short: ").removesuffix(".") for line in text.splitlines() if "In short: " in line)
+    purpose = next(said, f"features {config['features']}")
+    sizes = sorted({int(size) for size in config["sizes"]})
+    span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return f"{name:16s} {' '.join(config['species']) or 'any elements'}, {span} atoms: {purpose}"
+
+
+def _described(header: dict[str, Any]) -> str:
+    """Returns what a weights file says of itself, a line each."""
+    config = header["config"]
+    sizes = sorted(int(size) for size in config["sizes"])
+    lines = [
+        f"E(n) equivariant normalizing flow, written by ase-enf {header['package']}",
+        f"features       {config['features']}",
+        f"species        {' '.join(config['species']) or 'any (positions only)'}",
+        f"sizes          {min(sizes)} to {max(sizes)} atoms, {sum(config['sizes'].values())} molecules",
+        f"network        {config['network']}, {config['layers']} layers x {config['hidden']}",
+        f"position scale {config['position_scale']:.4f} Å",
+    ]
+    said = {key: value for key, value in header["provenance"].items() if not isinstance(value, dict)}
+    return "\n".join([*lines, *(f"{key:14s} {value}" for key, value in said.items())])

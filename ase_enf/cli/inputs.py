@@ -1,0 +1,54 @@
+"""What commands read: structures, and references to compare them with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+SMILES = (".smi", ".smiles", ".txt")
+
+
+def read_structures(path: str, split: str | None = None, n_atoms: int | None = None) -> list[Atoms]:
+    """Reads structures from anything that ASE or the QM9 reader knows."""
+    from ase_enf.data import qm9
+
+    if not (path and Path(path).expanduser().exists()):
+        raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
+    atoms = qm9.load(path, split=split, n_atoms=n_atoms)
+    if not atoms:
+        raise ValueError(f"{path}: holds no structure" + (f" of {n_atoms} atoms" if n_atoms else ""))
+    return atoms
+
+
+def read_reference(name: str) -> Any:
+    """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
+    from ase_enf.atoms.files import check_source
+    from ase_enf.metrics import REFERENCES
+
+    if name in REFERENCES:
+        return name
+    path = Path(name).expanduser()
+    if not path.exists():
+        shipped = [known for known in REFERENCES if known == name.lower()]
+        other = f"name {', '.join(REFERENCES)}, a file of SMILES ({', '.join(SMILES)}) or one of structures"
+        raise FileNotFoundError(
+            f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
+        )
+    check_source(path)
+    return _read_smiles(path) if path.suffix in SMILES else read_structures(name)
+
+
+def _read_smiles(path: Path) -> list[str]:
+    """Reads the first word of every line."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file of SMILES or of structures")
+    try:
+        smiles = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not smiles:
+        raise ValueError(f"{path}: holds no SMILES; write one at the start of each line")
+    return smiles

@@ -1,0 +1,208 @@
+"""``ase-enf train``: begins a run, or goes on with one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ase_enf.cli.arguments import add_command, flag
+from ase_enf.cli.inputs import read_structures
+from ase_enf.cli.progress import say
+from ase_enf.cli.sources import (
+    DATA_FILE,
+    check_apart,
+    is_sources,
+    moved_sources,
+    new_sources,
+    read_json,
+    saved_sources,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from ase_enf.flow.model import ENF
+    from ase_enf.training.config import TrainConfig
+
+
+def add_train(commands: Any, complete: bool) -> None:
+    """Adds the command ``train``.
+
+    Args:
+        commands: Where it is added.
+        complete: Whether with the options that set fields of ``TrainConfig``, which cost an import of torch.
+    """
+    command = add_command(commands, "train", "Train a flow on structures of any elements.", run_train)
+    command.add_argument(
+        "--resume",
+        default=None,
+        metavar="FOLDER",
+        help="go on with the run in this folder; with --cool-down and --out, let a branch of it cool down there",
+    )
+    command.add_argument("--data", default=None, help="training structures: any file ASE reads, or QM9 in any form")
+    command.add_argument("--valid", default=None, help="validation structures")
+    command.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
+    command.add_argument("--n-atoms", type=int, default=None, help="only structures of this many atoms")
+    if not complete:
+        return
+    for name, kind, default, text in _train_fields():
+        # What is absent was not typed: a run that is resumed must know.
+        about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
+        if kind is bool:
+            command.add_argument(flag(name), action=argparse.BooleanOptionalAction, **about)
+        elif name == "condition":  # once for each
+            command.add_argument(flag(name), action="append", **about)
+        else:
+            command.add_argument(flag(name), type=kind, **about)
+    for old, new in _renamed_fields().items():
+        command.add_argument(flag(old), action=_Renamed, const=flag(new), nargs="?", help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    """Says what an option of earlier versions is called today."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now called {self.const}")
+
+
+def _renamed_fields() -> dict[str, str]:
+    from ase_enf.training.config import RENAMED
+
+    return RENAMED
+
+
+def _train_fields() -> list[tuple[str, type, Any, str]]:
+    """Returns name, type, default and description of every field of TrainConfig."""
+    from ase_enf.training.config import TrainConfig, field_help
+
+    hints, texts = typing.get_type_hints(TrainConfig), field_help()
+    return [
+        (field.name, _plain_type(hints[field.name]), field.default, texts[field.name].replace("%", "%%"))
+        for field in dataclasses.fields(TrainConfig)
+    ]
+
+
+def _plain_type(hint: Any) -> type:
+    """Returns T of ``T | None``."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Trains, and says how far the run has come."""
+    from ase_enf.atoms.files import make_folder
+    from ase_enf.training.folder import check_new_run, check_ours
+    from ase_enf.training.loop import train
+
+    typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
+    if "condition" in typed:
+        typed["condition"] = ",".join(typed["condition"])
+    config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
+    folder = Path(config.out)
+    check_apart(sources, folder)
+    trunk = options.resume if "out" in typed else None  # a branch
+    anew = bool(trunk) or not options.resume
+    if anew:
+        check_new_run(folder)
+        check_ours(folder / DATA_FILE, lambda text: is_sources(json.loads(text)))
+    train_atoms, valid_atoms = (
+        read_structures(sources[name], name if sources["split"] else None, sources["n_atoms"])
+        for name in ("train", "valid")
+    )
+    described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process and anew:
+        write_json(make_folder(folder) / DATA_FILE, sources)
+    model = train(config, train_atoms, valid_atoms, resume=not anew, source=described, branch_of=trunk)
+    if main_process:
+        if not anew:  # only now is it known that data that moved are those of the run
+            write_json(folder / DATA_FILE, sources)
+        _report_run(model, folder)
+
+
+def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Returns settings and data of a run that begins."""
+    from ase_enf.flow.loading import load
+    from ase_enf.training.config import TrainConfig, model_fields
+
+    sources = new_sources(options)
+    if "out" not in typed:
+        raise ValueError("--out is missing; name the folder of the run")
+    config = TrainConfig(**typed)
+    own = model_fields(load(config.init_from, device="cpu").config) if config.init_from else {}
+    for name, value in own.items():
+        if typed.get(name, value) != value:
+            raise ValueError(
+                f"{flag(name)}={typed[name]}: the model of --init-from {config.init_from} has {value}; leave it out"
+            )
+    return config, sources
+
+
+def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Returns settings and data of a run that goes on."""
+    from ase_enf.training.config import RESUME_MAY_CHANGE
+    from ase_enf.training.folder import CONFIG_FILE
+
+    folder = Path(options.resume)
+    if "out" in typed and "cool_down" not in typed:
+        raise ValueError("--resume names the folder of the run; leave --out out, or add --cool-down for a branch")
+    anew = bool(options.data) and not (folder / DATA_FILE).exists()  # as for a run that Python began
+    if (options.qm9_split or options.n_atoms) and not anew:
+        raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
+    saved = _saved_config(folder / CONFIG_FILE)
+    may_change = set(RESUME_MAY_CHANGE) - {"init_from"}
+    fixed = [name for name in typed if name not in may_change and typed[name] != getattr(saved, name)]
+    if fixed:
+        raise ValueError(f"{flag(fixed[0])} cannot change when a run is resumed; leave it out")
+    if saved.schedule == "constant" and "cool_down" in typed and "out" not in typed:
+        raise ValueError("--cool-down of a run with a constant rate makes a branch; add --out, a folder for it")
+    config = dataclasses.replace(saved, **({"out": str(folder)} | typed))
+    sources = new_sources(options) if anew else moved_sources(saved_sources(folder / DATA_FILE), options)
+    for name in ("train", "valid"):
+        if not Path(sources[name]).exists():
+            raise FileNotFoundError(f"{sources[name]}: no such file; say by --data and --valid where the data are now")
+    return config, sources
+
+
+def _saved_config(path: Path) -> TrainConfig:
+    from ase_enf.flow.weights import package_version
+    from ase_enf.training.config import TrainConfig, migrated
+
+    saved = read_json(path)
+    if not (isinstance(saved, dict) and saved):
+        raise ValueError(f"{path}: holds no settings of a run; start the run again in another folder")
+    saved = migrated(saved)
+    if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}):
+        raise ValueError(
+            f"{path}: {unknown[0]!r} is no setting of this ase-enf {package_version()}; take it out, or upgrade"
+        )
+    try:
+        return TrainConfig(**saved)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _report_run(model: ENF, folder: Path) -> None:
+    """Says how far a run has come, and where its weights are."""
+    from ase_enf.flow.weights import read_header
+    from ase_enf.training.folder import BEST_FILE, LAST_FILE
+
+    best, last = model.provenance, read_header(folder / LAST_FILE)["provenance"]
+    total = last["total_steps"]
+    stopped = total is None or last["step"] < total
+    if stopped:
+        done = f"step {last['step']}" + (f" of {total}" if total else "")
+        say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {folder}")
+    if best["validation_nll"] is not None:
+        found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
+        say(f"validation NLL {found}; weights in {folder}/{BEST_FILE}")
+    elif stopped and not (folder / BEST_FILE).exists():
+        say(f"no validation yet; weights of now in {folder}/{LAST_FILE}")
+    else:
+        say(f"the validation NLL is not finite; lower --learning-rate; weights of now in {folder}/{LAST_FILE}")

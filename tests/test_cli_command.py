@@ -1,0 +1,83 @@
+"""The command line as a whole: help, overwriting, progress, terminals."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from commands import FAST, SCORE, error_of, process, run
+
+from ase_enf.cli import progress
+from ase_enf.flow.model import ENF
+
+
+def test_version_and_help(here, capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("ase-enf ")
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("generate", "score", "evaluate", "train", "info"))
+    for command in ("generate", "score", "evaluate", "info"):
+        assert run(command, "--help") == 0
+
+
+def test_an_unknown_option_points_at_the_help_of_its_command(here, capsys):
+    for command in (["generate", "qm9"], ["score", "qm9", "good.extxyz"], ["evaluate", "good.extxyz"], ["info"]):
+        assert run(*command, "--stable") == 2
+        said = capsys.readouterr().err
+        expected = f"error: unrecognized arguments: --stable; see ase-enf {command[0]} --help\n"
+        assert said == f"ase-enf {command[0]}: {expected}"
+
+
+def test_nothing_is_overwritten_silently(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(ENF, "sample")  # said before anything is computed
+    monkeypatch.delattr(ENF, "log_prob")
+    generate, evaluate = ["generate", "joint.safetensors", "-n", 2], ["evaluate", "good.extxyz"]
+    pictured = [*generate, "-o", tmp_path / "n.traj", "--gallery"]
+    compared = [*evaluate, "--reference", "qm9", "--histogram"]
+    for name, words in {
+        "m.extxyz": [*generate, "-o"], "m.db": [*generate, "-o"], "m.png": pictured, "s.csv": [*SCORE, "-o"],
+        "s.extxyz": [*SCORE, "-o"], "r.json": [*evaluate, "-o"], "g.png": [*evaluate, "--gallery"], "h.png": compared,
+        "w.safetensors": ["convert-en-flows", "nothing.npz", "-o"],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text("mine")
+        said = error_of(capsys, *words, tmp_path / name)
+        added = ", --append adds to it" if name in ("m.extxyz", "m.db", "s.csv", "s.extxyz") else ""
+        assert f"{tmp_path / name}: is there already; --overwrite replaces it{added}, or name another" in said
+        assert (tmp_path / name).read_text() == "mine"
+    assert "choose one" in error_of(capsys, *generate, "-o", tmp_path / "m.extxyz", "--append", "--overwrite")
+    assert "is no ASE database; nothing can be added" in error_of(
+        capsys, *generate, "-o", tmp_path / "m.db", "--append"
+    )
+    for words in ([*generate, "-o", tmp_path / "m.cif"], [*SCORE, "-o", tmp_path / "s.json"]):
+        assert "added to such a" in error_of(capsys, *words, "--append")
+    assert "name it by -o" in error_of(capsys, *SCORE, "--append")
+    assert "good.extxyz holds 2 structures" in error_of(capsys, *SCORE, "--start", 2)
+
+
+def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    assert run("generate", "joint.safetensors", "-n", 3, "-o", tmp_path / "m.extxyz", *FAST) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == ["ase-enf: 1 of 3 molecules", "ase-enf: 2 of 3 molecules"]
+    assert run(*SCORE, "--batch-size", 1) == 0
+    assert capsys.readouterr().err == "ase-enf: 1 of 2 structures\n"
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["evaluate", "good.extxyz", "--reference"], ["score", "qm9"]])
+def test_what_cannot_be_read_twice_is_refused(here, tmp_path, capsys, words):
+    os.mkfifo(tmp_path / "pipe.smi")
+    for path in (tmp_path / "pipe.smi", "/dev/null"):
+        said = error_of(capsys, *words, path)
+        assert f"{path}: is a pipe or a device, which cannot be read twice; save it to a file and name that" in said
+
+
+@pytest.mark.parametrize("words", [["info", "qm9"], ["train", "--help"], ["evaluate", "good.extxyz"]])
+def test_a_terminal_that_knows_ascii_alone(here, words):
+    done = process(*words, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0 and "?" in done.stdout and done.stdout.isascii(), done.stderr
+
+
+def test_the_package_is_a_command(here, tmp_path):
+    done = process("--version", module="ase_enf")
+    assert done.returncode == 0 and done.stdout.startswith("ase-enf ")
+    assert process("create", module="ase_enf").stderr.startswith("ase-enf: error: argument COMMAND: invalid choice")

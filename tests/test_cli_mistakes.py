@@ -1,0 +1,145 @@
+"""For every mistake on the command line exit code 2 with one line that says what to do."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from commands import GENERATE, TRAIN, process, run
+
+from ase_enf.flow.model import ENF
+
+BAD = {
+    "periodic cell": (["score", "joint.safetensors", "periodic.extxyz"], "structure 1 (H2O): has periodic boundaries"),
+    "unknown element": (["score", "joint.safetensors", "element.extxyz"], "S unknown to this model"),
+    "one atom": (["score", "joint.safetensors", "one.extxyz"], "structure 1 (H): has 1 atom"),
+    "zero atoms": (["score", "joint.safetensors", "zero.xyz"], "structure 0 (empty): has 0 atom"),
+    "one point": (["score", "joint.safetensors", "point.extxyz"], "atoms 1 and 2 lie on one point"),
+    "NaN": (["score", "joint.safetensors", "nan.extxyz"], "atom 1 has non-finite coordinates"),
+    "size never seen": (["score", "joint.safetensors", "size.extxyz"], "a size this model never saw"),
+    "empty file": (["score", "joint.safetensors", "nothing.xyz"], "nothing.xyz"),
+    "no structure": (["score", "joint.safetensors", "prose.xyz"], "prose.xyz"),
+    "no format": (["score", "joint.safetensors", "prose"], "prose"),
+    "missing structures": (["score", "joint.safetensors", "missing.xyz"], "missing.xyz: no such file; name one"),
+    "no name": (["score", "joint.safetensors", ""], "'': no such file"),
+    "truncated weights": (["generate", "half.safetensors"], "half.safetensors: is no readable .safetensors"),
+    "a byte of weights": (["info", "tiny.safetensors"], "tiny.safetensors: is no readable .safetensors"),
+    "foreign weights": (["score", "foreign.safetensors", "good.extxyz"], "holds no ase-enf model"),
+    "text as weights": (["info", "prose"], "prose: is no readable .safetensors"),
+    "unknown model": (["generate", "qm8", "-n", "3"], "qm8: no such weights file"),
+    "unknown model info": (["info", "qm8"], "qm8: no such weights file"),
+    "folder of output": ([*GENERATE[:2], "-o", "no/out.extxyz"], "the folder no does not exist"),
+    "folder of scores": (
+        ["score", "joint.safetensors", "good.extxyz", "-o", "no/s.csv"],
+        "the folder no does not exist",
+    ),
+    "folder of report": (["evaluate", "good.extxyz", "-o", "no/r.json"], "the folder no does not exist"),
+    "folder of gallery": ([*GENERATE, "--gallery", "no/g.png"], "the folder no does not exist"),
+    "format of output": ([*GENERATE[:2], "-o", "out.nonsense"], "ASE knows no format"),
+    "format of scores": (["score", "joint.safetensors", "good.extxyz", "-o", "s.nonsense"], "ASE knows no format"),
+    "format of report": (["evaluate", "good.extxyz", "-o", "r.nonsense"], "one of these endings"),
+    "n=0": ([*GENERATE, "-n", "0"], "n=0: must be at least 1"),
+    "negative n": ([*GENERATE, "-n", "-3"], "n=-3: must be at least 1"),
+    "n is no number": ([*GENERATE, "-n", "many"], "invalid int value: 'many'"),
+    "seed": ([*GENERATE, "--seed", "-1"], "seed=-1: must be at least 0"),
+    "batch size": ([*GENERATE, "--batch-size", "0"], "batch_size=0"),
+    "n_atoms": ([*GENERATE, "--n-atoms", "4"], "n_atoms=4"),
+    "formula of a joint model": ([*GENERATE, "--formula", "H2O"], "features='given'"),
+    "formula": (["generate", "given.safetensors", "--formula", "H2("], "not a chemical formula"),
+    "formula with a charge": (["generate", "given.safetensors", "--formula", "H2O+"], "no charges"),
+    "formula without atoms": (["generate", "given.safetensors", "--formula", "C0H4"], "no atoms of an element"),
+    "radical": (["generate", "given.safetensors", "--formula", "CH3", "--closed-shell"], "odd number of electrons"),
+    "device": ([*GENERATE, "--device", "cpuu"], "device 'cpuu' is unknown"),
+    "dtype": ([*GENERATE, "--dtype", "float16"], "choose float32 or float64"),
+    "solver": ([*GENERATE, "--solver", "rk5"], "choose one of dopri5"),
+    "steps of dopri5": ([*GENERATE, "--solver", "dopri5", "--steps", "3"], "chooses its own steps"),
+    "trace": (["score", "joint.safetensors", "good.extxyz", "--trace", "exakt"], "trace 'exakt' is unknown"),
+    "draws": (["score", "joint.safetensors", "good.extxyz", "--draws", "0"], "draws=0"),
+    "tolerance": (["score", "joint.safetensors", "good.extxyz", "--tolerance", "-1"], "tolerance=-1.0"),
+    "no command": ([], "arguments are required: COMMAND"),
+    "unknown command": (["create"], "invalid choice: 'create'"),
+    "unknown option": ([*GENERATE, "--fast"], "unrecognized arguments: --fast"),
+    "missing argument": (["score", "joint.safetensors"], "arguments are required: structures"),
+    "evaluate a missing file": (["evaluate", "missing.xyz"], "missing.xyz: no such file"),
+    "evaluate nothing": (["evaluate", "nothing.xyz"], "nothing.xyz"),
+    "missing reference": (
+        ["evaluate", "good.extxyz", "--reference", "missing.smi"],
+        "--reference 'missing.smi': no such file; name qm9, a file of SMILES",
+    ),
+    "a name in capitals": (
+        ["evaluate", "good.extxyz", "--reference", "QM9"],
+        "--reference 'QM9': no such file; write qm9 for the shipped one",
+    ),
+    "reference in Latin-1": (["evaluate", "good.extxyz", "--reference", "latin1.smi"], "latin1.smi: is no text in"),
+    "reference of nothing": (["evaluate", "good.extxyz", "--reference", "empty.smi"], "empty.smi: holds no SMILES"),
+    "a folder as reference": (["evaluate", "good.extxyz", "--reference", "folder.smi"], "folder.smi: is a folder"),
+    "info on no fields": (["info", "bare.safetensors"], "bare.safetensors: has a damaged header (KeyError: 'config')"),
+    "info on no sizes": (["info", "sizeless.safetensors"], "sizeless.safetensors: has a damaged header"),
+    "negative start": ([*GENERATE, "--start", "-1"], "start=-1: must be at least 0"),
+    "histogram of nothing": (["evaluate", "good.extxyz", "--histogram", "h.png"], "add --reference"),
+    "train on nothing": (["train"], "training needs --data"),
+    "train without validation": (["train", "--data", "good.extxyz", "--out", "run"], "--valid"),
+    "train without out": (["train", "--data", "good.extxyz", "--valid", "good.extxyz"], "--out is missing"),
+    "train on a missing file": (
+        [*TRAIN, "--data", "missing.xyz", "--valid", "good.extxyz"],
+        "missing.xyz: no such file",
+    ),
+    "train on a cell": ([*TRAIN, "--data", "periodic.extxyz", "--valid", "good.extxyz"], "periodic"),
+    "train without that size": (
+        [*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--n-atoms", "9"],
+        "of 9 atoms",
+    ),
+    "train a strange objective": (
+        [*TRAIN, "--data", "x", "--valid", "x", "--objective", "gan"],
+        "objective 'gan' is unknown",
+    ),
+    "split of unnumbered": ([*TRAIN, "--data", "good.extxyz", "--qm9-split"], "good.extxyz"),
+    "train into a file": (
+        ["train", "--data", "good.extxyz", "--valid", "good.extxyz", "--out", "good.extxyz"],
+        "is a file; name the folder",
+    ),
+    "train on two splits": (
+        [*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--qm9-split"],
+        "leave --valid out",
+    ),
+    "validate on other elements": (
+        [*TRAIN, "--data", "methane.xyz", "--valid", "good.extxyz"],
+        "validation set: structure 0 (H2O): element(s) O are not in the training set",
+    ),
+    "train by an earlier name": ([*TRAIN, "--matrix-rate", 0.1], "--matrix-rate is now called --muon-learning-rate"),
+    "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
+    "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
+    "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name, monkeypatch):
+    words, expected = BAD[name]
+    if name.startswith(("folder of", "format of")):  # said before anything is computed
+        monkeypatch.delattr(ENF, "sample")
+        monkeypatch.delattr(ENF, "log_prob")
+    before = set(os.listdir(here))
+    assert run(*words) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("ase-enf") and said.err.count("\n") == 1 and said.err.endswith("\n"), said.err
+    assert expected in said.err and "Traceback" not in said.err
+    assert set(os.listdir(here)) - before <= {"run"}  # no half file is left
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("words", [GENERATE, ["score", "joint.safetensors", "good.extxyz"]])
+def test_a_missing_gpu_is_one_line(here, capfd, words):
+    assert run(*words, "--device", "cuda") == 2
+    said = capfd.readouterr().err
+    assert said.startswith("ase-enf: error: device 'cuda': this machine has 0 usable CUDA") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["periodic cell", "unknown command"])
+def test_a_process_that_fails(here, name):
+    words, expected = BAD[name]
+    done = process(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr and done.stderr.count("\n") == 1
