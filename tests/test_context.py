@@ -11,7 +11,7 @@ from ase_enf.atoms.batch import Batch, to_batch
 from ase_enf.chem.graph import perceived_bonds
 from ase_enf.flow import divergence
 from ase_enf.flow.config import ENFConfig
-from ase_enf.flow.context import GRAPH_FEATURES, Condition, graph_features
+from ase_enf.flow.context import GRAPH_FEATURES, SPREAD, Condition, graph_features
 from ase_enf.flow.divergence import Moment
 from ase_enf.flow.model import ENF
 from ase_enf.training.build import widened
@@ -109,7 +109,7 @@ def test_new_inputs_of_weight_zero_leave_a_flow_as_it_was(make_flow, molecules, 
 def test_unknown_numbers_are_zero_and_said_to_be_unknown(make_flow, molecules):
     flow = make_flow("given", conditions=(GAP, ALPHA)).double()
     nodes = flow.encode(molecules).context[..., 3:]
-    expected = (5.0 - GAP.mean) / GAP.std, (30.0 - ALPHA.mean) / ALPHA.std, 1.0, 1.0
+    expected = SPREAD * (5.0 - GAP.mean) / GAP.std, SPREAD * (30.0 - ALPHA.mean) / ALPHA.std, 1.0, 1.0
     assert torch.allclose(nodes[0, 0], torch.tensor(expected, dtype=torch.float64))
     assert nodes[1, 0, 1:].tolist() == [0.0, 1.0, 0.0] and not nodes[1, 3:].any()  # and nothing at padding
     bare = flow.encode(molecules._replace(conditions=None)).context

@@ -14,6 +14,9 @@ from torch import Tensor
 
 # Equal bins of a histogram between the least and the largest value of the training set.
 BINS = 100
+# Standard deviations of a condition are so many units of the network's input. Adam moves a weight by the learning rate,
+# however small its gradient, so that an input of a wide spread is learned sooner.
+SPREAD = 10.0
 # How far beyond the training set a value may be asked for, in parts of its range.
 MARGIN = 0.05
 # Bond orders: 1, 2, 3 and aromatic (4 in ``Batch.bonds``); then atoms two and three bonds apart.
@@ -73,7 +76,7 @@ def graph_features(bonds: Tensor, dtype: torch.dtype) -> Tensor:
 class Condition:
     """A number of the whole molecule that conditions a flow, such as its gap, and what training knows of it.
 
-    The network sees (c − mean) / std, and whether c is there at all.
+    The network sees 10 (c − mean) / std, and whether c is there at all.
 
     Args:
         name: Key in ``info``.
@@ -204,11 +207,11 @@ def condition_features(values: Tensor | None, like: Tensor, mean: Tensor, std: T
     Example:
         >>> values, like = torch.tensor([[7.0, torch.nan]]), torch.zeros(1, 1, 3)
         >>> condition_features(values, like, torch.tensor([5.0, 0.0]), torch.tensor([2.0, 1.0])).tolist()
-        [[[1.0, 0.0, 1.0, 0.0]]]
+        [[[10.0, 0.0, 1.0, 0.0]]]
     """
     size, atoms = like.shape[:2]
     if values is None:
         return like.new_zeros(size, atoms, 2 * len(mean))
     known = ~torch.isnan(values)
-    scaled = torch.where(known, (values - mean) / std, 0.0)
+    scaled = torch.where(known, SPREAD * (values - mean) / std, 0.0)
     return torch.cat([scaled, known.to(like.dtype)], dim=-1).unsqueeze(1).expand(-1, atoms, -1)
