@@ -170,9 +170,40 @@ def test_every_row_has_a_budget_and_valid_settings(system, tmp_path):
     for cell in table1.every_cell(1):
         if cell.system == system:
             config = cell.config(1.0, tmp_path)
-            assert config.steps == table1.STEPS[system, cell.objective][cell.size]
-            assert math.ceil(config.steps / config.validate_every) <= table1.VALIDATIONS
+            published = cell.method == table1.AS_PUBLISHED
+            steps = table1.PUBLISHED_STEPS[system] if published else table1.STEPS[system, cell.objective]
+            assert config.steps == steps[cell.size]
+            often = table1.PUBLISHED_VALIDATIONS if published else table1.VALIDATIONS
+            assert math.ceil(config.steps / config.validate_every) <= often
     assert all(len(values) == len(SIZES[system]) for values in table1.PAPER[system].values())
+
+
+def test_the_published_budget_is_that_of_the_paper():
+    """Epochs of the paper times batches of 100 in one: 6 · 100,000 / 100 = 6000, and so on; learning rate 5e-4."""
+    epochs = {"dw4": (1000, 300, 50, 6), "lj13": (500, 1000, 300, 50)}
+    cells = [cell for cell in table1.every_cell(1) if cell.method == table1.AS_PUBLISHED]
+    assert len(cells) == 8 and {cell.objective for cell in cells} == {NLL}
+    for cell in cells:
+        passes = epochs[cell.system][SIZES[cell.system].index(cell.size)]
+        config = cell.config(1.0, "run")
+        assert config.steps == passes * max(cell.size // config.batch_size, 1)
+        assert (config.batch_size, config.learning_rate, config.radial) == (100, 5e-4, 0)
+
+
+def test_an_unfinished_cell_says_how_far_it_is_and_how_long_it_takes(tmp_path):
+    cell = Cell("dw4", table1.AS_PUBLISHED, NLL, 100_000, 0)
+    assert table1.so_far(cell, tmp_path, 1.0) == ""
+    folder = tmp_path / "runs" / cell.name
+    folder.mkdir(parents=True)
+    rows = ["step,valid_nll,elapsed_s", "150,8.5,60", "200,,80", "300,8.2,120"]
+    (folder / "log.csv").write_text("\n".join(rows))
+    words = table1.so_far(cell, tmp_path, 1.0)
+    assert words.endswith(
+        "300 of 6000 steps in 2 of about 40 minutes; NLL of 256 validation samples 8.200, which changes by -0.200 in "
+        "100 steps"
+    )
+    table1.write_json(tmp_path / f"{cell.name}.json", {})
+    assert table1.so_far(cell, tmp_path, 1.0) == ""
 
 
 def test_combination_over_seeds():
