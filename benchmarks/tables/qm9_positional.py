@@ -61,13 +61,13 @@ METHODS |= {
     f"E-NF{LIKELIHOOD}": METHODS["E-NF"] | NLL | {"learning_rate": 1e-3},
 }
 # Passes over the training set, of which the last part COOL_DOWN is at a falling rate.
-EPOCHS = dict.fromkeys(METHODS, 5.0) | {DENOISING: 50.0, FROM_SMALL: 7.0}
+EPOCHS = dict.fromkeys(METHODS, 5.0) | {DENOISING: 50.0, FROM_SMALL: 3.0}
 EPOCHS |= {name: 0.2 for name in METHODS if name.endswith(LIKELIHOOD)}
 COOL_DOWN = 0.4
 SOLVER = Solver("midpoint", steps=48, warp=1.5)  # of samples, which are of the density that is scored
 # Epochs after which a point of the curves is taken; further ones are where the rate begins to fall, and the end.
-STAGES = (1, 3, 10, 20)
-POINT, SCORED = 128, 48  # molecules drawn for a point of the divergence, and validation molecules scored by one probe
+STAGES = (1, 5, 20)
+POINT, SCORED = 64, 32  # molecules drawn for a point of the divergence, and validation molecules scored by one probe
 PAPER = {
     "Simple dynamics": (73.0, 0.086),
     "Kernel dynamics": (38.6, 0.029),
@@ -153,7 +153,15 @@ def settings(name: str, molecules: int, options: argparse.Namespace, out: Path) 
     if name == FROM_SMALL:
         fields["init_from"] = str(out.parent / "start.safetensors")
     # Validations are at the ends of stages.
-    return TrainConfig(**common, **fields, validate_every=10**9, validation_size=SCORED, device="cpu", out=str(out))
+    return TrainConfig(
+        **common,
+        **fields,
+        validate_every=10**9,
+        validation_size=SCORED,
+        checkpoint_every=100,
+        device="cpu",
+        out=str(out),
+    )
 
 
 def positional(flow: ENF) -> ENF:
