@@ -49,6 +49,17 @@ def molecules(flow, batch_of, methane, water):
     return batch_of([methane, water], flow)
 
 
+@pytest.mark.parametrize(
+    ("features", "flow", "given", "known"),
+    [("joint", True, False, True), ("given", False, True, True), ("none", False, False, False)],
+)
+def test_what_flows_is_no_condition(features, flow, given, known):
+    config = ENFConfig(features=features, species=("H", "O"))
+    assert (config.types_flow, config.types_given, config.knows_types) == (flow, given, known)
+    assert (config.flow_features, config.context_features) == (3 * flow, 2 * given)
+    assert config.species == (("H", "O") if known else ())
+
+
 # Likelihood
 
 

@@ -76,7 +76,7 @@ class ENFConfig:
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)
-        set_field("species", () if self.features == "none" else tuple(self.species))
+        set_field("species", tuple(self.species) if self.knows_types else ())
         set_field("sizes", {int(size): int(count) for size, count in self.sizes.items()})
         set_field("compositions", dict(self.compositions))
         set_field("conditions", read_conditions(self.conditions))
@@ -89,7 +89,7 @@ class ENFConfig:
             raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
         if self.dequantizer not in DEQUANTIZERS:
             raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
-        if self.network in POSITION_NETWORKS and self.features != "none":
+        if self.network in POSITION_NETWORKS and self.knows_types:
             raise ValueError(
                 f"network {self.network!r} moves positions only, but features={self.features!r}; use features='none'"
             )
@@ -99,7 +99,7 @@ class ENFConfig:
             raise ValueError(
                 f"graph=True needs features='given' and network='egnn', not {self.features!r} and {self.network!r}"
             )
-        if self.features != "none" and not self.species:
+        if self.knows_types and not self.species:
             raise ValueError(f"features={self.features!r} needs the species; only features='none' works without")
         unknown = [symbol for symbol in self.species if symbol not in atomic_numbers]
         if unknown or len(set(self.species)) < len(self.species):
@@ -122,11 +122,26 @@ class ENFConfig:
             raise ValueError(f"feature_shift and feature_scale need {width} numbers, one a flowing feature")
 
     @property
+    def types_flow(self) -> bool:
+        """Whether types and charges flow with the positions: the likelihood is a bound, with p_M and a draw of q."""
+        return self.features == "joint"
+
+    @property
+    def types_given(self) -> bool:
+        """Whether the types are the condition: the likelihood is exact, and a sample needs a composition."""
+        return self.features == "given"
+
+    @property
+    def knows_types(self) -> bool:
+        """Whether there are types at all: without them the likelihood is that of positions, and any element will do."""
+        return self.features != "none"
+
+    @property
     def flow_features(self) -> int:
         """Number F of features that flow with the positions."""
-        return len(self.species) + 1 if self.features == "joint" else 0
+        return len(self.species) + 1 if self.types_flow else 0
 
     @property
     def context_features(self) -> int:
         """Number of features of an atom that condition the flow."""
-        return (len(self.species) if self.features == "given" else 0) + 2 * len(self.conditions)
+        return (len(self.species) if self.types_given else 0) + 2 * len(self.conditions)

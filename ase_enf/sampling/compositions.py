@@ -20,9 +20,9 @@ def drawn_compositions(
     flow: ENF, n_atoms: int | None, formula: str | None, closed_shell: bool
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the formulas to draw from and their weights, None when the types are not given."""
-    if flow.features != "given":
+    if not flow.config.types_given:
         if formula is not None:
-            does = "generates types itself" if flow.features == "joint" else "knows no types"
+            does = "generates types itself" if flow.config.types_flow else "knows no types"
             raise ValueError(
                 f"formula={formula!r}: this model has features={flow.features!r} and {does}; "
                 "use a model with features='given'"

@@ -222,7 +222,7 @@ class Sampler:
         self.batch_size = batch_size
         self.n_atoms = n_atoms
         self.closed_shell = closed_shell
-        if closed_shell and flow.features == "none":
+        if closed_shell and not flow.config.knows_types:
             raise ValueError("closed_shell=True: this model knows no elements; leave it out")
         self.properties = PropertyRequest(flow, properties)
         self.graph = requested_graph(flow, smiles, n_atoms, formula)
@@ -390,7 +390,7 @@ class Sampler:
         return self.flow.context(Batch(like, types, like[..., :1], mask, conditions, bonds))
 
     def _charge_mismatches(self, batch: Batch, molecules: list[Atoms]) -> list[int | None]:
-        if self.flow.features != "joint":
+        if not self.flow.config.types_flow:
             return [None] * len(molecules)
         charges = batch.charges[..., 0].cpu().numpy()
         return [

@@ -195,7 +195,7 @@ class ENFCalculator(Calculator):
             raise CalculatorSetupError(
                 f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint"
             )
-        smooth = flow.matched and flow.features != "none"
+        smooth = flow.matched and flow.config.knows_types
         self._smear = float(smear if smear is not None else DEFAULT_SMEAR if smooth else 0.0)
         try:
             _check_smear(flow, self._smear)

@@ -404,7 +404,7 @@ def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], 
 def _check(
     flow: ENF, n: int, temperature: float, seed: int, clip: float | None, intervals: int, batch_size: int
 ) -> None:
-    if flow.features == "joint":
+    if flow.config.types_flow:
         raise ValueError("features='joint': its likelihood is a bound, no density to weigh by; use 'none' or 'given'")
     check_counts(n, seed, batch_size)
     check_intervals(intervals)
@@ -420,7 +420,7 @@ def _numbers(
     """Returns the atomic numbers that the calculator sees, None for those that the flow gives."""
     if symbols is None:
         return None
-    if flow.features != "none":
+    if flow.config.knows_types:
         raise ValueError(f"symbols={symbols!r}: this model has types of its own; give a formula")
     try:
         numbers = Atoms(symbols).numbers
@@ -433,8 +433,8 @@ def _numbers(
 
 def _check_one_composition(flow: ENF, n_atoms: int | None, formula: str | None) -> None:
     """Raises unless all samples will have one composition: energies of different ones have no common weights."""
-    if flow.features == "given" and formula is None:
+    if flow.config.types_given and formula is None:
         raise ValueError("weights compare within one composition; give a formula")
     sizes = list(flow.size_prior.counts)
-    if flow.features == "none" and n_atoms is None and len(sizes) > 1:
+    if not flow.config.knows_types and n_atoms is None and len(sizes) > 1:
         raise ValueError(f"weights compare within one size, this model saw {sizes[0]} to {sizes[-1]}; give n_atoms")

@@ -161,7 +161,7 @@ def _check_not_empty(train_atoms: list[Atoms], valid_atoms: list[Atoms]) -> None
 def _initial(config: TrainConfig) -> ENF:
     """Loads the weights to start from."""
     initial = load(config.init_from, device="cpu")
-    learned = initial.features == "joint" and initial.config.dequantizer == "learned"
+    learned = initial.config.types_flow and initial.config.dequantizer == "learned"
     if learned and config.objective == "flow_matching":
         raise ValueError(
             f"init_from={config.init_from!r}: its learned q collapses under flow matching; train it with "
@@ -223,7 +223,7 @@ def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
             f"condition={config.condition!r}: the model of init_from={config.init_from!r} has the conditions "
             f"{', '.join(names)}; leave condition out, or start from a model without"
         )
-    if config.graph and (initial.features != "given" or initial.config.network != "egnn"):
+    if config.graph and not (initial.config.types_given and initial.config.network == "egnn"):
         raise ValueError(
             f"graph=True: the model of init_from={config.init_from!r} has features={initial.features!r}; start from an "
             "EGNN with features='given'"
