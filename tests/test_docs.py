@@ -40,6 +40,7 @@ SMALLER = [
     ("--layers 3 --steps 600 --warmup 50", "--layers 1 --steps 3 --validation-size 4"),
     ('index=":20"), tolerance=1)', 'index=":2"), tolerance=1e3)'),
     ("n=10, seed=5), tolerance=1)", "n=2, seed=5), tolerance=1e3)"),
+    ("--layers 2 --steps 400", "--layers 1 --steps 3 --validation-size 4"),
     ("-n 20 ", "-n 2 "),
     ("-n 5 ", "-n 1 "),
     ("score(flow, [ethanol, stretched])", "score(flow, [ethanol, stretched], tolerance=1e3)"),
