@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ase.build import molecule
 from ase.io import write
 from commands import FAST, SAMPLE, TINY, error_of, run
 
+from ase_enf.cli.arguments import flag
+from ase_enf.cli.settings import GROUPS, settings
 from ase_enf.cli.sources import DATA_FILE
 from ase_enf.flow.loading import load
 from ase_enf.training import validation
@@ -203,3 +206,18 @@ def test_train_help_has_every_setting(here, capsys):
     for name in ("--learning-rate", "--objective", "--no-attention", "--precision", "--time-limit"):
         assert name in said
     assert "λ of the kinetic" in said  # what the field says of itself
+
+
+def test_train_help_is_in_groups_and_every_setting_is_in_one(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("train", "--help") == 0
+    parts = re.split(r"^([a-z ]+):$", capsys.readouterr().out, flags=re.MULTILINE)
+    groups = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(groups) == ["options", *GROUPS]
+    listed = {title: re.findall(r"^  (--[a-z0-9-]+)", text, flags=re.MULTILINE) for title, text in groups.items()}
+    assert listed["data"] == ["--data", "--valid", "--qm9-split", "--n-atoms"]
+    assert listed["output"][:2] == ["--resume", "--out"] and "--backend" in listed["advanced"]
+    everything = [name for names in listed.values() for name in names]
+    assert {flag(field.name) for field in settings()} <= set(everything)
+    assert len(set(everything)) == len(everything)
+    assert "(default: None)" not in " ".join(groups.values())

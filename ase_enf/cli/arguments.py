@@ -18,6 +18,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False  # 0 is a default like another
+        return action.help if silent else super()._get_help_string(action)
+
+
 def add_command(
     commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
@@ -29,9 +37,7 @@ def add_command(
         text: What it does, in one sentence.
         run: What it does with its options.
     """
-    command = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser(name, help=text, description=text, formatter_class=_Formatter)
     command.set_defaults(run=run, parser=command)
     return command
 

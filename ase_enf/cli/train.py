@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import json
 import os
-import types
-import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ase_enf.cli.arguments import add_command, flag
 from ase_enf.cli.inputs import read_structures
 from ase_enf.cli.progress import say
+from ase_enf.cli.settings import add_groups, add_settings, typed_settings
 from ase_enf.cli.sources import (
     DATA_FILE,
     check_apart,
@@ -38,60 +37,26 @@ def add_train(commands: Any, complete: bool) -> None:
         complete: Whether with the options that set fields of ``TrainConfig``, which cost an import of torch.
     """
     command = add_command(commands, "train", "Train a flow on structures of any elements.", run_train)
-    command.add_argument(
+    command.usage = (
+        f"{command.prog} --data FILE --valid FILE --out FOLDER [options]\n"
+        f"       {command.prog} --resume FOLDER [options]"
+    )
+    groups = add_groups(command)
+    data, output = groups["data"], groups["output"]
+    data.add_argument(
+        "--data", default=None, metavar="FILE", help="training structures: any file ASE reads, or QM9 in any form"
+    )
+    data.add_argument("--valid", default=None, metavar="FILE", help="validation structures")
+    data.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
+    data.add_argument("--n-atoms", type=int, default=None, metavar="N", help="only structures of this many atoms")
+    output.add_argument(
         "--resume",
         default=None,
         metavar="FOLDER",
         help="go on with the run in this folder; with --cool-down and --out, let a branch of it cool down there",
     )
-    command.add_argument("--data", default=None, help="training structures: any file ASE reads, or QM9 in any form")
-    command.add_argument("--valid", default=None, help="validation structures")
-    command.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
-    command.add_argument("--n-atoms", type=int, default=None, help="only structures of this many atoms")
-    if not complete:
-        return
-    for name, kind, default, text in _train_fields():
-        # What is absent was not typed: a run that is resumed must know.
-        about = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
-        if kind is bool:
-            command.add_argument(flag(name), action=argparse.BooleanOptionalAction, **about)
-        elif name == "condition":  # once for each
-            command.add_argument(flag(name), action="append", **about)
-        else:
-            command.add_argument(flag(name), type=kind, **about)
-    for old, new in _renamed_fields().items():
-        command.add_argument(flag(old), action=_Renamed, const=flag(new), nargs="?", help=argparse.SUPPRESS)
-
-
-class _Renamed(argparse.Action):
-    """Says what an option of earlier versions is called today."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is now called {self.const}")
-
-
-def _renamed_fields() -> dict[str, str]:
-    from ase_enf.training.config import RENAMED
-
-    return RENAMED
-
-
-def _train_fields() -> list[tuple[str, type, Any, str]]:
-    """Returns name, type, default and description of every field of TrainConfig."""
-    from ase_enf.training.config import TrainConfig, field_help
-
-    hints, texts = typing.get_type_hints(TrainConfig), field_help()
-    return [
-        (field.name, _plain_type(hints[field.name]), field.default, texts[field.name].replace("%", "%%"))
-        for field in dataclasses.fields(TrainConfig)
-    ]
-
-
-def _plain_type(hint: Any) -> type:
-    """Returns T of ``T | None``."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint
+    if complete:
+        add_settings(groups)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -100,9 +65,7 @@ def run_train(options: argparse.Namespace) -> None:
     from ase_enf.training.folder import check_new_run, check_ours
     from ase_enf.training.loop import train
 
-    typed = {name: value for name, *_ in _train_fields() if (value := getattr(options, name, None)) is not None}
-    if "condition" in typed:
-        typed["condition"] = ",".join(typed["condition"])
+    typed = typed_settings(options)
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     check_apart(sources, folder)
