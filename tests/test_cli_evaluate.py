@@ -37,6 +37,17 @@ def test_evaluate_draws_a_gallery(here, tmp_path, capsys):
     assert "drew 2 molecules" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("reference", [[], ["--reference", "smiles.smi"], ["--reference", "methane.xyz"]])
+def test_evaluate_draws_distances_and_elements(here, tmp_path, capsys, reference):
+    pytest.importorskip("rdkit")
+    (here / "smiles.smi").write_text("C methane\n")
+    assert run("evaluate", "nan.extxyz", "--plot", tmp_path / "p.svg", *reference) == 0
+    assert "stable atoms" in (tmp_path / "p.svg").read_text()
+    said = error_of(capsys, "evaluate", "good.extxyz", "--plot", tmp_path / "p.svg", *reference)
+    assert "p.svg" in said and "--overwrite" in said
+    assert "p.xyz" in error_of(capsys, "evaluate", "good.extxyz", "--plot", tmp_path / "p.xyz", *reference)
+
+
 def test_an_empty_database_is_left_alone(here, tmp_path, capsys):
     (tmp_path / "empty.db").touch()
     assert run("evaluate", tmp_path / "empty.db") == 2

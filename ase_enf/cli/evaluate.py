@@ -24,6 +24,12 @@ def add_evaluate(commands: Any) -> None:
     add_replacing(command)
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 structures")
     command.add_argument("--histogram", default=None, metavar="PNG", help="distances against the reference's")
+    command.add_argument(
+        "--plot",
+        default=None,
+        metavar="PNG",
+        help="distances, against the reference's if any, and stability by element",
+    )
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -35,13 +41,13 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
     if options.output:
         require_folder(options.output)
-    for picture in (options.gallery, options.histogram):
+    for picture in (options.gallery, options.histogram, options.plot):
         check_picture(picture)
     if options.output and Path(options.output).suffix not in TABLES:
         raise ValueError(f"{options.output}: a report is written as {', '.join(TABLES)}; choose one of these endings")
     if options.histogram and not options.reference:
         raise ValueError("--histogram compares with a reference; add --reference qm9 or a file of structures")
-    check_free(options, options.output, options.gallery, options.histogram)
+    check_free(options, options.output, options.gallery, options.histogram, options.plot)
     atoms = read_structures(options.structures)
     reference = None if options.reference is None else metrics.as_reference(read_reference(options.reference))
     seen = metrics.survey(atoms)
@@ -50,6 +56,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         write_table(options.output, table)
     if options.histogram:
         plot.distance_histogram(seen, reference, options.histogram)
+    if options.plot:
+        plot.evaluation(seen, options.plot, reference)
     if options.gallery:
         draw_gallery([item for item in atoms if np.isfinite(item.positions).all()][:24], options.gallery)
     for row in table.itertuples():

@@ -27,8 +27,7 @@ from ase_enf.nn.egnn import EGCL, EGNN
 from ase_enf.nn.gnn import Messages
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalar_slopes, pair_scalars
 
-# Elements of the tangents (B, M, D, F) and of the block matrices (B, M F, M F) held at a time: on a CPU they should
-# stay in its caches, on a GPU fill it.
+# Elements of the tangents (B, M, D, F) and blocks (B, M F, M F) held at a time: to stay in a CPU's caches, fill a GPU.
 TANGENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
