@@ -71,3 +71,13 @@ def test_a_condition_that_no_structure_has_is_one_line(structures, tmp_path, cap
     words = ["--data", structures, "--valid", structures, "--out", tmp_path / "run", *SMALL, "--condition", "weight"]
     said = error_of(capsys, "train", *words)
     assert "training set: structure 0 (H2O): has no property 'weight' in its info, which has" in said
+
+
+def test_info_says_what_conditions_a_model(structures, tmp_path, capsys):
+    data = ["--data", structures, "--valid", structures, "--out", tmp_path / "run"]
+    assert run("train", *data, *SMALL, "--condition", "gap", "--features", "given", "--graph") == 0
+    capsys.readouterr()
+    assert run("info", tmp_path / "run" / "model.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "condition      gap: 4." in said and said.count("condition ") == 1 and "eV\n" in said
+    assert "graph          the molecular graph conditions the flow" in said

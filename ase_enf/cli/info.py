@@ -68,6 +68,11 @@ def _described(header: dict[str, Any]) -> str:
         f"sizes          {min(sizes)} to {max(sizes)} atoms, {sum(config['sizes'].values())} molecules",
         f"network        {config['network']}, {config['layers']} layers x {config['hidden']}",
         f"position scale {config['position_scale']:.4f} Å",
+        *(["graph          the molecular graph conditions the flow"] if config.get("graph") else []),
+        *(
+            f"condition      {condition['name']}: {condition['low']:.4g} to {condition['high']:.4g} {condition['unit']}"
+            for condition in config.get("conditions", ())
+        ),
     ]
     said = {key: value for key, value in header["provenance"].items() if not isinstance(value, dict)}
     return "\n".join([*lines, *(f"{key:14s} {value}" for key, value in said.items())])

@@ -94,9 +94,12 @@ class ENF(nn.Module):
         config, sizes = self.config, list(self.size_prior.counts)
         trained = f", {self.provenance['objective']}" if "objective" in self.provenance else ""
         weights = sum(parameter.numel() for parameter in self.parameters())
+        known = ["the molecular graph"] if config.graph else []
+        known += [f"{condition.name} in {condition.unit or 'its unit'}" for condition in config.conditions]
+        conditioned = f", conditioned by {', '.join(known)}" if known else ""
         return (
             f"ENF {self.name!r}: features {config.features}, {' '.join(self.species) or 'any elements'}, {sizes[0]} to "
-            f"{sizes[-1]} atoms{trained}\n"
+            f"{sizes[-1]} atoms{conditioned}{trained}\n"
             f"    {config.network}, {config.layers} layers x {config.hidden}, {weights:,} weights, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         )
