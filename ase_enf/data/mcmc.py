@@ -18,7 +18,8 @@ a random factor of each sweep): the spread of the means of ladders is the standa
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from ase_enf.data.fetch import hide
 from ase_enf.data.particles import Array, System, resolve
 
 LADDERS, BURN_IN, LEAPFROG = 64, 500, 8
-_TARGET_ACCEPTANCE = 0.8
+TARGET_ACCEPTANCE = 0.8
 # Beyond what a hundred sweeps that mix show by chance; the level is of Student's t, as there may be but two ladders.
 _R_HAT, _LEVEL = 1.3, 1e-4
 
@@ -129,7 +130,7 @@ class _Ladders:
             for parity in (0, 1):
                 exchanged[parity::2] = self._swap(parity)
         if adapt:
-            self.step_size *= np.exp(0.2 * (accepted - _TARGET_ACCEPTANCE))[:, None]
+            self.step_size *= tuned(accepted)[:, None]
         return accepted, exchanged
 
     def _trajectory(self) -> Array:
@@ -156,14 +157,70 @@ class _Ladders:
         return accepted.mean(axis=1)
 
     def _swap(self, parity: int) -> Array:
-        stop = parity + 2 * ((self.replicas[0] - parity) // 2)
-        low, high = slice(parity, stop, 2), slice(parity + 1, stop, 2)
-        log_ratio = (self.path[high] - self.path[low]) * (self.work[high] - self.work[low])
-        swap = np.log(self.rng.random(log_ratio.shape)) < log_ratio
-        for array in (self.x, self.gradient, self.work, self.born):
-            a, b = array[..., low, :], array[..., high, :]
-            array[..., low, :], array[..., high, :] = np.where(swap, b, a), np.where(swap, a, b)
-        return swap.mean(axis=1)
+        return exchange(self.path, self.work, (self.x, self.gradient, self.work, self.born), parity, self.rng)
+
+
+def tuned(accepted: Array | float) -> Array:
+    """Returns the factor by which a step size changes in the burn-in, so that 0.8 of the trajectories are accepted.
+
+    Args:
+        accepted: Rate of acceptance of the last trajectories.
+
+    Example:
+        >>> float(tuned(0.8)), bool(tuned(0.2) < 1)
+        (1.0, True)
+    """
+    return np.exp(0.2 * (accepted - TARGET_ACCEPTANCE))
+
+
+def exchange(
+    rungs: Array, energies: Array, arrays: Sequence[NDArray[Any]], parity: int, rng: np.random.Generator
+) -> Array:
+    """Tries to exchange every second pair of neighbouring replicas, of which replica k has the density exp(−β_k U).
+
+    A pair exchanges its configurations with probability min(1, exp((β_h − β_l) (U_h − U_l))) (Swendsen and Wang 1986).
+
+    Args:
+        rungs: β of the replicas, shape (K, 1), in units of 1 / U.
+        energies: U of the replicas, shape (K, C), of C ladders.
+        arrays: What moves with a configuration, in place; shapes end in (K, C).
+        parity: 0 to begin with replicas 0 and 1, or 1 to begin with 1 and 2.
+        rng: Random numbers.
+
+    Returns:
+        Rate of exchange of each pair, shape (number of pairs,).
+
+    Example:
+        >>> beta, u = np.array([[1.0], [0.5]]), np.array([[3.0], [1.0]])  # the colder one is higher
+        >>> exchange(beta, u, (u,), 0, np.random.default_rng(0)), u.ravel()
+        (array([1.]), array([1., 3.]))
+    """
+    stop = parity + 2 * ((len(energies) - parity) // 2)
+    low, high = slice(parity, stop, 2), slice(parity + 1, stop, 2)
+    log_ratio = (rungs[high] - rungs[low]) * (energies[high] - energies[low])
+    swap = np.log(rng.random(log_ratio.shape)) < log_ratio
+    for array in arrays:
+        a, b = array[..., low, :], array[..., high, :]
+        array[..., low, :], array[..., high, :] = np.where(swap, b, a), np.where(swap, a, b)
+    return swap.mean(axis=1)
+
+
+def r_hat(chains: Array) -> NDArray[np.float64]:
+    """Returns the potential scale reduction factor: 1 where chains agree, more where they do not (Gelman, Rubin 1992).
+
+    Args:
+        chains: Series of observables, shape (S, C, ...): S values of each of C chains.
+
+    Returns:
+        Shape (...).
+
+    Example:
+        >>> round(float(r_hat(np.random.default_rng(0).standard_normal((1000, 4)))), 2)
+        1.0
+    """
+    length = len(chains)
+    within, between = chains.var(axis=0, ddof=1).mean(axis=0), chains.mean(axis=0).var(axis=0, ddof=1)
+    return np.sqrt((length - 1) / length + between / within)
 
 
 class Run(NamedTuple):
@@ -183,7 +240,6 @@ class Run(NamedTuple):
         means, virials, half = self.energy.mean(axis=0), self.virial.mean(axis=0), sweeps // 2
         halves = np.concatenate([self.energy[:half], self.energy[-half:]], axis=1)  # (S / 2, 2 C)
         drifts = self.energy[-half:].mean(axis=0) - self.energy[:half].mean(axis=0)
-        within, between = halves.var(axis=0, ddof=1).mean(), halves.mean(axis=0).var(ddof=1)
         return Diagnostics(
             energy=float(means.mean()),
             energy_stderr=_stderr(means),
@@ -191,7 +247,7 @@ class Run(NamedTuple):
             equipartition_stderr=_stderr(virials),
             drift=float(drifts.mean()),
             drift_stderr=_stderr(drifts),
-            r_hat=math.sqrt((half - 1) / half + between / within),
+            r_hat=float(r_hat(halves)),
             effective_size=float(self.energy.var() / _stderr(means) ** 2),
             renewals=float(np.mean([len(np.unique(born)) - 1 for born in self.born.T])),
             acceptance=tuple(self.acceptance.tolist()),

@@ -1,0 +1,67 @@
+"""Averages of correlated series: how many values count as independent, and how far an average can be trusted."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+# Autocorrelations are summed up to this many of the times that the sum gives (Sokal 1997).
+_WINDOW = 5.0
+
+
+def autocorrelation_time(series: Array) -> Array:
+    """Integrated autocorrelation time of observables along several chains of one process, in steps.
+
+    τ = 1 + 2 Σ_{k=1}^{K} ρ_k,  K the least with K ≥ 5 τ(K)
+
+    ρ_k is the autocorrelation about the mean of all chains, so that chains that stay apart lengthen τ. Independent
+    values have τ = 1; S C values of C chains count as S C / τ.
+
+    Args:
+        series: shape (S, C, ...): S values of each of C chains.
+
+    Returns:
+        Shape (...); NaN for an observable that does not vary. It is too short where it is not far below S.
+
+    Reference:
+        Sokal 1997, in Functional Integration (NATO ASI B 361), 131.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> x = np.zeros((20_000, 4))
+        >>> for k in range(1, len(x)):  # τ = (1 + 0.8) / (1 − 0.8) = 9
+        ...     x[k] = 0.8 * x[k - 1] + rng.standard_normal(4)
+        >>> 8 < float(autocorrelation_time(x)) < 10
+        True
+    """
+    length = len(series)
+    centred = series - series.mean(axis=(0, 1))
+    power = np.square(np.abs(np.fft.rfft(centred, n=2 * length, axis=0)))
+    covariance = np.fft.irfft(power, axis=0)[:length].mean(axis=1) / length  # (S, ...)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = covariance / covariance[0]
+    times = 2.0 * np.cumsum(correlation, axis=0) - 1.0
+    lags = np.arange(length).reshape(-1, *[1] * (times.ndim - 1))
+    enough = lags >= _WINDOW * times
+    enough[-1] = True
+    window = np.argmax(enough, axis=0)
+    return np.take_along_axis(times, window[None], axis=0)[0]
+
+
+def standard_error(series: Array) -> Array:
+    """Standard error of the mean of correlated series, √(variance · τ / (S C)).
+
+    Args:
+        series: shape (S, C, ...): S values of each of C chains.
+
+    Returns:
+        Shape (...), in the unit of the series; zero for an observable that does not vary.
+
+    Example:
+        >>> round(float(standard_error(np.random.default_rng(0).standard_normal((400, 4)))), 3)
+        0.025
+    """
+    spread = series.var(axis=(0, 1))
+    times = np.where(spread > 0, autocorrelation_time(series), 1.0)
+    return np.sqrt(spread * np.maximum(times, 1.0 / series.shape[0]) / (series.shape[0] * series.shape[1]))
