@@ -24,7 +24,7 @@ MODULES = {
 # way back to itself, within a room either. A name stands for the module and everything below it.
 FLOORS = (
     {"__init__"},  # lazy: its names are imported when they are asked for
-    {"geometry", "threads"},
+    {"geometry", "threads", "folders"},
     {"atoms", "chem", "nn"},
     {"flow", "data", "metrics"},
     {"sampling", "training", "plot"},

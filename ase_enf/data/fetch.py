@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError
+from ase_enf.folders import cache_folder
 
 
 class Remote(NamedTuple):
@@ -84,27 +83,6 @@ def download(
     except (OSError, HTTPException) as error:
         raise DataError(f"{remote.url}: download to {target} failed ({brief(error)}); {_REMEDY}") from error
     return target
-
-
-def cache_folder() -> Path:
-    """Returns the folder of downloads and compact copies: ``ASE_ENF_CACHE``, or the platform's cache folder.
-
-    Returns:
-        The folder, which need not exist.
-
-    Example:
-        >>> cache_folder().name
-        'ase-enf'
-    """
-    if chosen := os.environ.get("ASE_ENF_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        base = "~/Library/Caches"
-    elif sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "ase-enf"
 
 
 def hide(progress: bool | None) -> bool | None:

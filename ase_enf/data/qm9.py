@@ -38,9 +38,10 @@ from tqdm import tqdm
 from ase_enf.atoms.files import brief, check_source
 from ase_enf.data import DataError, DataNotFoundError, compact
 from ase_enf.data.compact import EXCLUDED, SPLITS, MoleculeTable
-from ase_enf.data.fetch import REMOTES, cache_folder, download, hide
+from ase_enf.data.fetch import REMOTES, download, hide
 from ase_enf.data.images import read_images
 from ase_enf.data.raw import N_MOLECULES, is_raw, raw_files, read_raw
+from ase_enf.folders import cache_folder
 
 __all__ = ["cache_folder", "download", "load", "published_split", "read_excluded", "save_npz"]
 

@@ -1,7 +1,7 @@
 """The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer in less of the time.
 
 ``pairs.cpp`` is compiled at first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for this very
-processor, and kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache). The kernel knows first derivatives only;
+processor, and kept in the user's cache folder (``ase_enf.folders``). The kernel knows first derivatives only;
 whoever needs second ones uses the plain layer, which remains the definition.
 """
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ase_enf.folders import cache_folder
 from ase_enf.threads import share_out, shares
 
 SOURCE = Path(__file__).with_name("pairs.cpp")
@@ -272,13 +273,13 @@ def library() -> ctypes.CDLL:
     identity = "\0".join([*compiler, *FLAGS, platform.system(), platform.machine(), _processor()]).encode()
     digest = hashlib.sha256(source + identity).hexdigest()[:16]
     try:
-        path = _cache_folder() / f"pairs-{digest}.so"
+        path = cache_folder() / f"pairs-{digest}.so"
         if not path.exists():
             _compile([*compiler, *FLAGS, str(SOURCE), "-o"], path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, KernelError):
             raise
-        raise KernelError(f"no folder to keep the kernel in ({error}); set $XDG_CACHE_HOME to one") from None
+        raise KernelError(f"no folder to keep the kernel in ({error}); set ASE_ENF_CACHE to one") from None
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -297,11 +298,6 @@ def _compile(command: list[str], path: Path) -> None:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise KernelError(f"{command[0]} failed: {lines[0]}")
         os.replace(built, path)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ase_enf"
 
 
 def _processor() -> str:
