@@ -18,6 +18,7 @@ from commands import FAST, SAMPLE, TINY, error_of, run
 from ase_enf.cli.arguments import flag
 from ase_enf.cli.settings import GROUPS, settings
 from ase_enf.cli.sources import DATA_FILE
+from ase_enf.cli.train import CURVE_FILE
 from ase_enf.flow.loading import load
 from ase_enf.training import validation
 
@@ -221,3 +222,23 @@ def test_train_help_is_in_groups_and_every_setting_is_in_one(here, capsys, monke
     assert {flag(field.name) for field in settings()} <= set(everything)
     assert len(set(everything)) == len(everything)
     assert "(default: None)" not in " ".join(groups.values())
+
+
+def test_a_run_ends_with_its_learning_curve(copied, here, capsys, monkeypatch):
+    curve = copied / CURVE_FILE
+    assert curve.read_bytes().startswith(b"\x89PNG")
+    before = curve.read_bytes()
+    assert run("train", "--resume", copied, "--steps", 3) == 0
+    assert curve.read_bytes() != before  # a step more
+    curve.unlink()
+    curve.mkdir()
+    capsys.readouterr()
+    assert run("train", "--resume", copied, "--steps", 4) == 0  # the run has not failed
+    said = capsys.readouterr().err.splitlines()
+    assert "validation NLL" in said[0] and "warning: no learning curve is drawn" in said[1] and len(said) == 2
+
+
+def test_a_run_does_not_replace_a_picture_of_its_user(here, tmp_path, capsys):
+    (tmp_path / CURVE_FILE).write_bytes(b"\x89PNG mine")
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path, "--device", "cpu", *FAST, *TINY]
+    assert f"{CURVE_FILE}: is no file of a run" in error_of(capsys, "train", *words)

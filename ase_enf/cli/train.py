@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ase_enf.cli.arguments import add_command, flag
 from ase_enf.cli.inputs import read_structures
-from ase_enf.cli.progress import say
+from ase_enf.cli.progress import say, show_warning
 from ase_enf.cli.settings import add_groups, add_settings, typed_settings
 from ase_enf.cli.sources import (
     DATA_FILE,
@@ -27,6 +27,9 @@ from ase_enf.cli.sources import (
 if TYPE_CHECKING:
     from ase_enf.flow.model import ENF
     from ase_enf.training.config import TrainConfig
+
+CURVE_FILE = "learning_curve.png"
+"""In the folder of a run: its losses, drawn when it ends."""
 
 
 def add_train(commands: Any, complete: bool) -> None:
@@ -74,6 +77,7 @@ def run_train(options: argparse.Namespace) -> None:
     if anew:
         check_new_run(folder)
         check_ours(folder / DATA_FILE, lambda text: is_sources(json.loads(text)))
+        check_ours(folder / CURVE_FILE, lambda _: False)  # that of a run is beside its weights
     train_atoms, valid_atoms = (
         read_structures(sources[name], name if sources["split"] else None, sources["n_atoms"])
         for name in ("train", "valid")
@@ -87,6 +91,7 @@ def run_train(options: argparse.Namespace) -> None:
         if not anew:  # only now is it known that data that moved are those of the run
             write_json(folder / DATA_FILE, sources)
         _report_run(model, folder)
+        _draw_curve(folder)
 
 
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -169,3 +174,18 @@ def _report_run(model: ENF, folder: Path) -> None:
         say(f"no validation yet; weights of now in {folder}/{LAST_FILE}")
     else:
         say(f"the validation NLL is not finite; lower --learning-rate; weights of now in {folder}/{LAST_FILE}")
+
+
+def _draw_curve(folder: Path) -> None:
+    """Draws the learning curve of a run; a run has not failed where that cannot be drawn."""
+    try:
+        from ase_enf.flow.weights import read_header
+        from ase_enf.plot import learning_curve
+        from ase_enf.training.folder import LAST_FILE, LOG_FILE
+        from ase_enf.training.log import read_log
+
+        last = read_header(folder / LAST_FILE)["provenance"]
+        per_step = last["training"]["batch_size"] * last["processes"]
+        learning_curve(read_log(folder / LOG_FILE), folder / CURVE_FILE, per_step)
+    except Exception as error:
+        show_warning(f"no learning curve is drawn: {' '.join(str(error).split())}")

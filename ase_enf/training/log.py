@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ase_enf.atoms.files import atomic_write
@@ -65,11 +67,31 @@ class Log:
             self.board.close()
 
 
+def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Returns the columns of a run's log, NaN where a row has no such number.
+
+    A last row that a killed process left unfinished is passed over.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     truncate_log(Path(folder, "log.csv"), 0)
+        ...     read_log(Path(folder, "log.csv"))["step"].shape
+        (0,)
+    """
+    rows = np.array([[float(value or "nan") for value in row] for row in _rows(path)]).reshape(-1, len(LOG_COLUMNS))
+    return dict(zip(LOG_COLUMNS, rows.T, strict=True))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Returns the complete rows of a log below its header, none of a missing file."""
+    rows = list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
+    return [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
+
+
 def truncate_log(path: Path, step: int) -> None:
     """Drops rows written after the last save, so that a resumed log has every step once; begins a missing one."""
-    rows = list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
-    whole = [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
-    kept = [LOG_COLUMNS, *(row for row in whole if int(row[0]) <= step)]
+    kept = [LOG_COLUMNS, *(row for row in _rows(path) if int(row[0]) <= step)]
     with atomic_write(path) as handle:
         text = io.TextIOWrapper(handle, newline="", write_through=True)
         csv.writer(text).writerows(kept)
