@@ -26,7 +26,7 @@ class MMFF94(Calculator):
 
     A force field knows one bond graph. It is that of ``atoms``, or of the first structure that is computed. A structure
     whose atoms are bonded alike in another order is computed as that molecule; one with other bonds (by distance, see
-    `ase_enf.chem.topology`) has no energy, and ``CalculationFailed`` says so: its Boltzmann weight in the ensemble of
+    ``ase_enf.chem.topology``) has no energy, and ``CalculationFailed`` says so: its Boltzmann weight in the ensemble of
     this molecule is zero.
 
     Args:
@@ -42,11 +42,12 @@ class MMFF94(Calculator):
     Reference:
         Halgren 1996, J. Comput. Chem. 17, 490; Tosco, Stiefl & Landrum 2014, J. Cheminform. 6, 37.
 
-    >>> from ase.build import molecule
-    >>> ethanol = molecule("CH3CH2OH")
-    >>> ethanol.calc = MMFF94()
-    >>> round(ethanol.get_potential_energy(), 3), ethanol.get_forces().shape
-    (-0.048, (9, 3))
+    Example:
+        >>> from ase.build import molecule
+        >>> ethanol = molecule("CH3CH2OH")
+        >>> ethanol.calc = MMFF94()
+        >>> round(ethanol.get_potential_energy(), 3), ethanol.get_forces().shape
+        (-0.048, (9, 3))
     """
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (ASE's interface)
@@ -154,9 +155,10 @@ def conformers(atoms: Atoms, n: int, seed: int = 0) -> list[Atoms]:
     Reference:
         Riniker & Landrum 2015, J. Chem. Inf. Model. 55, 2562.
 
-    >>> from ase.build import molecule
-    >>> [found.get_chemical_formula() for found in conformers(molecule("CH3CH2OH"), 2)]
-    ['C2H6O', 'C2H6O']
+    Example:
+        >>> from ase.build import molecule
+        >>> [found.get_chemical_formula() for found in conformers(molecule("CH3CH2OH"), 2)]
+        ['C2H6O', 'C2H6O']
     """
     from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 

@@ -1,7 +1,7 @@
 """Which atoms are bonded, by distance, and which order of the atoms makes two molecules the same bond graph.
 
-Looser than the table of `ase_enf.chem.bonds`, whose bounds fit relaxed structures: a thermal vibration does not break a
-bond here. Bond orders do not count.
+The rule is looser than the table of ``ase_enf.chem.bonds``, whose bounds fit relaxed structures: a thermal vibration
+does not break a bond here. Bond orders do not count.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def connectivity(
     Returns:
         Shape (M, M), symmetric, False on the diagonal.
 
-    >>> from ase.build import molecule
-    >>> water = molecule("H2O")
-    >>> connectivity(water.numbers, water.positions).sum(axis=1)
-    array([2, 1, 1])
+    Example:
+        >>> from ase.build import molecule
+        >>> water = molecule("H2O")
+        >>> connectivity(water.numbers, water.positions).sum(axis=1)
+        array([2, 1, 1])
     """
     radii = REACH * covalent_radii[numbers]
     square = np.square(positions[:, None] - positions[None]).sum(axis=-1)
@@ -48,14 +49,15 @@ class Topology:
     Args:
         atoms: The molecule, positions in Å.
 
-    >>> from ase.build import molecule
-    >>> ethanol = molecule("CH3CH2OH")
-    >>> same = Topology(ethanol)
-    >>> order = same.match(ethanol[::-1])
-    >>> same.holds(ethanol[::-1][order].positions)
-    True
-    >>> same.match(molecule("CH3OCH3")) is None
-    True
+    Example:
+        >>> from ase.build import molecule
+        >>> ethanol = molecule("CH3CH2OH")
+        >>> same = Topology(ethanol)
+        >>> order = same.match(ethanol[::-1])
+        >>> same.holds(ethanol[::-1][order].positions)
+        True
+        >>> same.match(molecule("CH3OCH3")) is None
+        True
     """
 
     def __init__(self, atoms: Atoms) -> None:

@@ -224,7 +224,7 @@ def r_hat(chains: Array) -> NDArray[np.float64]:
 
 
 class Run(NamedTuple):
-    """What `run` returns, of S sweeps of C ladders."""
+    """What ``run`` returns, of S sweeps of C ladders."""
 
     positions: Array  # (S // thin, C, M, n), of the target
     energy: Array  # (S, C), U of the target
@@ -343,7 +343,7 @@ def _stderr(means: Array) -> float:
 
 
 class FreeEnergy(NamedTuple):
-    """What `free_energy` returns: nats, on the zero-mean subspace; kT = 1."""
+    """What ``free_energy`` returns: nats, on the zero-mean subspace; kT = 1."""
 
     log_z: float  # ln ∫ exp(−U), by BAR
     log_z_stderr: float

@@ -25,20 +25,20 @@ _LEAST_SWEEPS = 100  # of a run, for its diagnostics
 class Samples:
     """Configurations of a system, in random order, so that any first part of them is a sample too.
 
-    ``info`` holds ``system``, ``seed``, ``sha256`` (`fingerprint`), ``diagnostics`` (the fields of `Diagnostics`) and
-    the settings of the run, all of them JSON.
+    ``info`` holds ``system``, ``seed``, ``sha256`` (``fingerprint``), ``diagnostics`` (the fields of ``Diagnostics``)
+    and the settings of the run, all of them JSON.
     """
 
     positions: Array  # (N, M, n), zero mean
     energies: Array  # (N,), kT
-    ladder: NDArray[np.int64]  # (N,), which of the independent ladders it is of
+    ladder: NDArray[np.int64]  # (N,), the independent ladder that each is from
     info: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def to_atoms(self) -> list[Atoms]:
-        """Returns them as ``Atoms``, see `ase_enf.data.particles.flat_atoms`."""
+        """Returns the configurations as ``Atoms``, see ``ase_enf.data.particles.flat_atoms``."""
         return flat_atoms(self.positions)
 
 
@@ -68,7 +68,7 @@ def sample(
     thin: int = 10,
     progress: bool | None = None,
 ) -> Samples:
-    """Draws samples of ``exp(−U)`` without duplicates; `ase_enf.data.mcmc` says how.
+    """Draws samples of ``exp(−U)`` without duplicates; ``ase_enf.data.mcmc`` says how.
 
     Args:
         system: A system or its name.
@@ -83,7 +83,7 @@ def sample(
         The samples. A warning says when the chains disagree, or miss equipartition.
 
     Raises:
-        DataError: The system or a number is none, or chains stand still.
+        DataError: There is no such system, a number is out of range, or chains stand still.
 
     Example:
         >>> drawn = sample("dw4", 100, seed=1, ladders=8, burn_in=100)
@@ -118,7 +118,7 @@ def sample(
 
 
 def _rows(positions: Array) -> NDArray[np.void]:
-    """Each configuration, rounded as in `fingerprint`, as one comparable item."""
+    """Each configuration, rounded as in ``fingerprint``, as one comparable item."""
     whole = np.rint(positions.reshape(len(positions), -1) * 1e6).astype("<i8")
     return np.ascontiguousarray(whole).view(np.dtype((np.void, whole.itemsize * whole.shape[1]))).ravel()
 
@@ -130,13 +130,13 @@ def dataset(system: System | str, sizes: Mapping[str, int], seed: int = 0, **set
         system: A system or its name.
         sizes: Name → number of samples. A set depends on its name and size and on the seed, not on the others.
         seed: Of all.
-        settings: Of `sample`.
+        settings: Of ``sample``.
 
     Returns:
         Name → samples.
 
     Raises:
-        DataError: See `sample`.
+        DataError: See ``sample``.
 
     Example:
         >>> sets = dataset("dw4", {"train": 50, "test": 20}, ladders=8, burn_in=50)
@@ -147,7 +147,7 @@ def dataset(system: System | str, sizes: Mapping[str, int], seed: int = 0, **set
 
 
 def save(path: str | Path, sets: Mapping[str, Samples]) -> None:
-    """Writes sets of samples to one ``.npz``, whole or not at all and without pickle.
+    """Writes sets of samples to one ``.npz`` without pickle, which appears when it is complete.
 
     Args:
         path: The file.
@@ -169,7 +169,7 @@ def save(path: str | Path, sets: Mapping[str, Samples]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Samples]:
-    """Reads what `save` wrote and compares the hash of the positions.
+    """Reads what ``save`` wrote and compares the hash of the positions.
 
     Args:
         path: The file.
@@ -179,7 +179,7 @@ def load(path: str | Path) -> dict[str, Samples]:
 
     Raises:
         DataNotFoundError: There is no such file.
-        DataError: It is damaged or not of `save`.
+        DataError: It is damaged, or ``save`` did not write it.
     """
     if not Path(path).is_file():
         raise DataNotFoundError(

@@ -11,13 +11,13 @@ name               particles                 energy in kT
 
 Factor 1 is the convention of Köhler, Klein and Noé, ICML 2020, and of the E(n) flows paper; factor 2 is that of Klein
 and Noé 2023, who sum over ordered pairs. Their entropies lie 23 nats apart: they are two systems, not two qualities.
-LJ55 is of Klein and Noé, and in use with factor 2 alone.
+LJ55 is a system of Klein and Noé and is used with factor 2 only.
 
-Units are reduced: lengths in r_m, energies in kT = 1. ASE reads the numbers as Å and eV, and so the temperature at
-which these densities ``exp(−U)`` hold is 1 eV / k_B = 11604.5 K.
+Units are reduced: lengths in r_m, energies in kT = 1. ASE reads the numbers as Å and eV, so the temperature at
+which the densities ``exp(−U)`` hold is 1 eV / k_B = 11604.5 K.
 
-On the zero-mean subspace, in nats (``dw4`` by `quadrature`, the others by `ase_enf.data.mcmc.free_energy` with 5000 and
-4000 sweeps of 64 ladders), where the entropy is what the best negative log-likelihood can be:
+On the zero-mean subspace, in nats (``dw4`` by ``quadrature``, the others by ``ase_enf.data.mcmc.free_energy`` with
+5000 and 4000 sweeps of 64 ladders); the entropy is the lowest negative log-likelihood that a model can reach:
 
 =================  ================  ================  ================
 name               <U>               ln Z              entropy

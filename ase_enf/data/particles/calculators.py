@@ -14,7 +14,7 @@ from ase_enf.data.particles.systems import SYSTEMS, lennard_jones
 
 
 class _ParticleCalculator(Calculator):
-    """Calls `System.evaluate` for one ``Atoms``."""
+    """Calls ``System.evaluate`` for one ``Atoms``."""
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012 (ASE's own declaration)
     discard_results_on_any_change = True
@@ -52,7 +52,7 @@ class _ParticleCalculator(Calculator):
 
 
 class DW4(_ParticleCalculator):
-    """The double-well system of four particles in the xy plane, for ``Atoms("X4")``; z is no part of it.
+    """The double-well system of four particles in the xy plane, for ``Atoms("X4")``; it does not depend on z.
 
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
@@ -129,10 +129,10 @@ class LJ55(_LennardJones):
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
     Args:
-        factor: Of the pair energy; 2 is the convention of Klein and Noé 2023, who brought the system in.
+        factor: Of the pair energy; 2 is the convention of Klein and Noé 2023, who introduced the system.
 
     Raises:
-        CalculatorSetupError: As `LJ13`.
+        CalculatorSetupError: As ``LJ13``.
 
     Example:
         >>> from ase.cluster import Icosahedron

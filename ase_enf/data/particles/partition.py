@@ -16,7 +16,7 @@ _WALL = 1e3  # kT; no exp(−v) is left
 
 
 class Quadrature(NamedTuple):
-    """What `quadrature` returns; nats and kT."""
+    """What ``quadrature`` returns; nats and kT."""
 
     log_z: float
     energy: float  # <U>

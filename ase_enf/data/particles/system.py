@@ -18,7 +18,7 @@ _BLOCK = 128  # configurations at a time, so that what is computed of their pair
 
 
 class Energies(NamedTuple):
-    """What `System.evaluate` returns."""
+    """Energies and forces of many configurations."""
 
     energy: Array  # (B,), kT
     forces: Array  # (B, M, n), kT / length; minus the gradient
@@ -34,8 +34,8 @@ class System:
         name: What files and messages call it.
         n_atoms: M.
         dimension: n.
-        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length²; by arithmetic alone if it is
-            to take tensors, too.
+        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length². It takes tensors, too, if it
+            uses arithmetic only.
         trap: k, kT / length².
         reference: Constant of the harmonic energy that sampling and free energies start from, kT / length².
         power: Of the path between them, λ = u^power. With 4 the integrand <∂U/∂λ> dλ/du of d⁻¹² in three dimensions
@@ -77,7 +77,7 @@ class System:
             positions: Shape (B, M, n).
 
         Returns:
-            Shapes (B,) and (B, M, n). Where two particles coincide, what has no value is inf or nan.
+            Shapes (B,) and (B, M, n). Where two particles coincide, values that do not exist are inf or nan.
 
         Raises:
             DataError: The shape is another.
@@ -91,7 +91,7 @@ class System:
         return Energies(energy, -gradient.transpose(2, 0, 1))
 
     def energy(self, positions: Any) -> Any:
-        """Energies of many configurations in the positions' own kind: an array, or a tensor with its gradient.
+        """Energies of many configurations: an array of arrays, a tensor that can be differentiated of tensors.
 
         Args:
             positions: Array or torch tensor of any float dtype and device, shape (B, M, n).

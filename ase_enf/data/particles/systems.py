@@ -121,7 +121,7 @@ def to_atoms(system: System | str, positions: ArrayLike) -> list[Atoms]:
         positions: Shape (B, M, n).
 
     Returns:
-        B structures; give them `DW4`, `LJ13` or `LJ55` for energies.
+        B structures; give them ``DW4``, ``LJ13`` or ``LJ55`` for energies.
 
     Raises:
         DataError: The shape is not that of the system.
