@@ -24,7 +24,8 @@ from ase_enf.flow import base
 from ase_enf.flow.continuous import Solver, SolverError, resolve_solver
 from ase_enf.flow.model import ENF, SAMPLING_SOLVER, STOCHASTIC_SAMPLER
 from ase_enf.flow.stochastic import StochasticSampler
-from ase_enf.sampling.generate import MAX_ATTEMPTS, GenerationError, generate, igenerate
+from ase_enf.sampling.generate import generate, igenerate
+from ase_enf.sampling.sampler import MAX_ATTEMPTS, GenerationError
 from ase_enf.sampling.samplers import resolve_sampler
 
 FAST = Solver("midpoint", steps=4, warp=1.5)
@@ -313,7 +314,8 @@ def test_the_first_molecule_of_a_stream_comes_alone_and_the_next_by_the_batch(jo
 UNENDING = """
 import sys, torch
 from ase_enf.flow.continuous import ContinuousFlow, SolverError
-from ase_enf.sampling.generate import GenerationError, generate
+from ase_enf.sampling.generate import generate
+from ase_enf.sampling.sampler import GenerationError
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.flow.model import ENF
@@ -410,7 +412,7 @@ def test_closed_shells_are_drawn_by_rejection(joint, batch_size):
     assert not any(atoms.numbers.sum() % 2 for atoms in closed)
     assert [len(atoms) for atoms in closed] == [len(atoms) for atoms in everything]  # p_M stays
     assert [atoms.info["enf_attempts"] > 1 for atoms in closed] == odd
-    assert all(atoms.info["enf_closed_shell"] for atoms in closed)
+    assert all(atoms.info["enf_require"] == "closed_shell" for atoms in closed)
     for before, after, again in zip(everything, closed, odd, strict=True):
         if not again:
             assert before.numbers.tolist() == after.numbers.tolist()

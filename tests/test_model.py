@@ -31,7 +31,8 @@ from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.flow.weights import FORMAT_VERSION, METADATA_KEY, read_header, shipped
 from ase_enf.geometry import random_rotations
-from ase_enf.sampling.generate import Sampler, generate
+from ase_enf.sampling.generate import generate
+from ase_enf.sampling.sampler import Sampler
 from ase_enf.scoring.score import score
 
 FIXED = Solver("rk4", steps=8)

@@ -145,7 +145,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from ase.calculators.calculator import CalculatorError
 
     from ase_enf.flow.continuous import SolverError
-    from ase_enf.sampling.generate import GenerationError
+    from ase_enf.sampling.sampler import GenerationError
     from ase_enf.training.loop import TrainingError
 
     return (

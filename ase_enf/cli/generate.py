@@ -34,7 +34,15 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
     command.add_argument("--smiles", default=None, help="molecular graph such as CCO, for models of graphs")
     add_property(command, "NAME=VALUE or NAME=LOW:HIGH", "what the molecules are to have, for models with conditions")
-    command.add_argument("--closed-shell", action="store_true", help="draw odd numbers of electrons again")
+    command.add_argument(
+        "--require",
+        default=None,
+        metavar="NAMES",
+        help="keep only molecules that pass, with commas: closed_shell (electron parity), connected, stable, valid",
+    )
+    command.add_argument("--max-attempts", type=int, default=100, help="how often one molecule may be rejected")
+    command.add_argument("--closed-shell", action="store_true", help="the same as --require closed_shell")
+    command.add_argument("--with-smiles", action="store_true", help="write enf_smiles of molecules that are valid")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     add_sampling(command, "molecules", batch_size=64)
     command.add_argument(
@@ -74,6 +82,9 @@ def run_generate(options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "churn": options.churn,
         "closed_shell": options.closed_shell,
+        "require": options.require or (),
+        "max_attempts": options.max_attempts,
+        "with_smiles": options.with_smiles,
         "properties": read_properties(options.property),
         "smiles": options.smiles,
     }
@@ -83,15 +94,19 @@ def run_generate(options: argparse.Namespace) -> None:
             pass
         return
     shown: list[Atoms] = []
+    attempts = 0
     file = GrowingFile(options.output, options.append)
     with kept(file, "molecule", options.n, options.start, by_number=True), file:
         for atoms in minutely(_gathered(stream, rank, world), options.n, "molecule"):
             file.add(atoms)
+            attempts += atoms.info["enf_attempts"]
             if len(shown) < 24:
                 shown.append(atoms)
     if options.gallery:
         draw_gallery(shown, options.gallery)
     say(f"wrote {counted(file.count, 'molecule')} to {options.output}")
+    if required := atoms.info.get("enf_require"):
+        say(f"{file.count} of {attempts} drawn passed {required} ({file.count / attempts:.1%})")
 
 
 def own_device(device: str) -> str:

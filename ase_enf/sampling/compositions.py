@@ -9,11 +9,7 @@ from ase.data import chemical_symbols
 
 from ase_enf.atoms.batch import formula_numbers
 from ase_enf.flow.model import ENF
-
-
-def open_shell(numbers: np.ndarray) -> bool:
-    """Whether neutral atoms of these atomic numbers have an odd number of electrons in all."""
-    return bool(numbers.sum() % 2)
+from ase_enf.sampling.requirements import open_shell
 
 
 def drawn_compositions(

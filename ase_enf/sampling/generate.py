@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from ase import Atoms
-from ase.data import atomic_numbers
-from torch import Tensor
-from tqdm import tqdm
 
-from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
-from ase_enf.flow import base
-from ase_enf.flow.context import Context
-from ase_enf.flow.continuous import Solver, SolverError
-from ase_enf.flow.devices import resolve_device
+from ase_enf.atoms.batch import check_whole
+from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF, check_flow
-from ase_enf.flow.stochastic import Noise, StochasticSampler
-from ase_enf.sampling.compositions import drawn_compositions, open_shell
-from ase_enf.sampling.graphs import graph_info, requested_graph
-from ase_enf.sampling.properties import PropertyRequest
+from ase_enf.flow.stochastic import StochasticSampler
+from ase_enf.sampling.sampler import MAX_REJECTIONS, Sampler
 from ase_enf.sampling.samplers import resolve_sampler
-
-MAX_ATTEMPTS = 10
-MAX_OPEN_SHELLS = 100
-# Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
-WINDOW_BATCHES = 8
-
-
-class GenerationError(RuntimeError):
-    """A molecule could not be integrated to finite positions."""
-
-
-class Draft(NamedTuple):
-    """A latent molecule on its way."""
-
-    index: int
-    attempt: int
-    numbers: np.ndarray | None  # (M,), the composition for "given"
-    x: np.ndarray  # (M, n)
-    h: np.ndarray  # (M, F)
-    conditions: np.ndarray | None = None  # (C,), NaN where unknown
-    failures: int = 0  # of the attempts before, those that could not be integrated; others were of open shell
 
 
 def generate(
@@ -64,6 +32,9 @@ def generate(
     closed_shell: bool = False,
     properties: Mapping[str, Any] | None = None,
     smiles: str | None = None,
+    require: str | Iterable[str] = (),
+    max_attempts: int = MAX_REJECTIONS,
+    with_smiles: bool = False,
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
 
@@ -77,10 +48,12 @@ def generate(
     fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
     ``info["enf_attempts"]``; nothing is zeroed or dropped.
 
-    ``closed_shell=True`` draws a molecule again, of the same size, until its number of electrons is even: rejection
-    sampling of ``p(x, h | M, even)``, in which the likelihood of a molecule is larger by −log P(even | M) than the one
-    that ``score`` gives. Even is what a closed shell needs, and all that is looked at. One molecule in five of ``qm9``
-    is odd, a radical, while the data has none.
+    ``require`` keeps only molecules that pass, as ``require=("closed_shell", "stable")``: one that does not is drawn
+    again, of the same size (and composition, where that is given). That is rejection sampling of
+    ``p(x, h | M, passes)``: the size stays as p_M has it, and the likelihood of a molecule is larger by
+    −log P(passes | M) than the one that ``score`` gives. ``closed_shell`` looks at **electron parity**: an even number
+    of electrons is what a closed shell needs, and all that is looked at. ``connected``, ``stable`` and ``valid`` are
+    the metrics of these names.
 
     Args:
         flow: A flow, as of ``ase_enf.load``.
@@ -95,24 +68,29 @@ def generate(
         device: Where to compute; where the flow is when None.
         progress: Show a bar; by default on a terminal only.
         churn: How much noise to renew on the way, see ``StochasticSampler``; 0 for the flow itself.
-        closed_shell: Only molecules that have, as neutral ones, an even number of electrons.
+        closed_shell: Adds "closed_shell" to ``require``.
         properties: Of a flow with conditions, by name the value that is wanted, ``{"gap": 5.2}``, or a range,
             ``{"gap": "4:6"}`` or ``{"gap": (4, 6)}``, within which values are drawn as the training set has them. The
             number of atoms then is drawn from p(M | properties).
         smiles: Molecular graph whose conformers are drawn, of a flow of graphs; hydrogens are added.
+        require: What a molecule must pass to be kept: "closed_shell", "connected", "stable", "valid"; names, or a text
+            of them with commas.
+        max_attempts: How often one molecule may be rejected before that is an error.
+        with_smiles: Write the SMILES of a molecule, if it is valid, to ``info["enf_smiles"]``.
 
     Returns:
         Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
         ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose drawn
-        charge is not that of their type); ``enf_closed_shell`` if that was asked for; ``enf_condition_gap`` and so on
-        for what conditioned a molecule, ``enf_graph`` and ``enf_bonds`` for its graph.
+        charge is not that of their type); ``enf_condition_gap`` and so on for what conditioned a molecule,
+        ``enf_graph`` and ``enf_bonds`` for its graph; with ``require``, ``enf_require`` and ``enf_acceptance``: the
+        molecules of this request up to this one, by the attempts that they took.
 
     Raises:
         ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model, churn
-            where the flow was not trained by flow matching, closed shells of a flow that knows no elements or of a
-            formula that has none, a property that is unknown or far outside training, or a SMILES that is not that of
-            one neutral closed-shell molecule the flow can draw.
-        GenerationError: If a molecule fails ten times, or has an odd number of electrons a hundred times.
+            where the flow was not trained by flow matching, an unknown requirement, any of a flow that knows no
+            elements, closed shells of a formula that has none, a property that is unknown or far outside training, or
+            a SMILES that is not that of one neutral closed-shell molecule the flow can draw.
+        GenerationError: If a molecule fails ten times, or is rejected ``max_attempts`` times.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
@@ -121,8 +99,10 @@ def generate(
         'H2O'
     """
     sampler = _sampler(
-        flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, 0, churn, closed_shell, properties, smiles
-    )
+        flow, n, seed, 0, closed_shell, require, n_atoms, formula, solver, steps, churn,
+        batch_size=batch_size, device=device, max_attempts=max_attempts, with_smiles=with_smiles,
+        properties=properties, smiles=smiles,
+    )  # fmt: skip
     return list(sampler.stream(range(n), sys.stderr.isatty() if progress is None else progress))
 
 
@@ -142,6 +122,9 @@ def igenerate(
     closed_shell: bool = False,
     properties: Mapping[str, Any] | None = None,
     smiles: str | None = None,
+    require: str | Iterable[str] = (),
+    max_attempts: int = MAX_REJECTIONS,
+    with_smiles: bool = False,
 ) -> Iterator[Atoms]:
     """Draws the molecules of :func:`generate` as an iterator that keeps none of them, in order.
 
@@ -161,15 +144,21 @@ def igenerate(
         progress: Show a bar.
         start: Index of the first molecule: several processes can share one sequence.
         churn: How much noise is added again before a step.
-        closed_shell: Only even numbers of electrons.
+        closed_shell: Adds "closed_shell" to ``require``.
         properties: What is wanted of the conditions.
         smiles: Molecular graph.
+        require: What a molecule must pass.
+        max_attempts: How often one may be rejected.
+        with_smiles: Write ``enf_smiles``.
 
     Returns:
         An iterator; arguments are checked before it is returned.
     """
-    request = (flow, n, seed, n_atoms, formula, solver, steps, batch_size, device, start, churn, closed_shell)
-    sampler = _sampler(*request, properties, smiles)
+    sampler = _sampler(
+        flow, n, seed, start, closed_shell, require, n_atoms, formula, solver, steps, churn,
+        batch_size=batch_size, device=device, max_attempts=max_attempts, with_smiles=with_smiles,
+        properties=properties, smiles=smiles,
+    )  # fmt: skip
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress, soon=True)
 
 
@@ -177,240 +166,26 @@ def _sampler(
     flow: ENF,
     n: int,
     seed: int,
+    start: int,
+    closed_shell: bool,
+    require: str | Iterable[str],
     n_atoms: int | None,
     formula: str | None,
     solver: str | Solver | StochasticSampler | None,
     steps: int | None,
+    churn: float | None,
     batch_size: int,
     device: str | torch.device | None,
-    start: int,
-    churn: float | None,
-    closed_shell: bool,
-    properties: Mapping[str, Any] | None,
-    smiles: str | None,
+    **more: Any,
 ) -> Sampler:
     """Returns a request, checked."""
     check_flow(flow)
     check_counts(n, seed, batch_size, start)
     chosen = resolve_sampler(flow, solver, steps, churn)
-    return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, closed_shell, properties, smiles)
-
-
-class Sampler:
-    """One request, checked, with everything that its molecules share."""
-
-    def __init__(
-        self,
-        flow: ENF,
-        seed: int,
-        n_atoms: int | None,
-        formula: str | None,
-        solver: Solver | StochasticSampler,
-        batch_size: int,
-        device: str | torch.device | None,
-        closed_shell: bool = False,
-        properties: Mapping[str, Any] | None = None,
-        smiles: str | None = None,
-    ) -> None:
-        if device is not None and resolve_device(device) != flow.device:
-            flow = copy.deepcopy(flow).to(resolve_device(device))
-        if n_atoms is not None:
-            check_whole("n_atoms", n_atoms, 1)
-        self.flow = flow
-        self.seed = seed
-        self.solver = solver
-        self.batch_size = batch_size
-        self.n_atoms = n_atoms
-        self.closed_shell = closed_shell
-        if closed_shell and not flow.config.knows_types:
-            raise ValueError("closed_shell=True: this model knows no elements; leave it out")
-        self.properties = PropertyRequest(flow, properties)
-        self.graph = requested_graph(flow, smiles, n_atoms, formula)
-        self.compositions = None if self.graph else drawn_compositions(flow, n_atoms, formula, closed_shell)
-        if self.compositions is not None and self.properties.ranges:
-            self.compositions = self._reweighted(*self.compositions)
-        self.sizes = self.properties.size_weights(flow.size_prior.counts) if self.properties.ranges else None
-        if n_atoms is not None and not self.graph and self.compositions is None and n_atoms not in flow.size_prior:
-            seen = list(flow.size_prior.counts)
-            near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
-            raise ValueError(
-                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw, "
-                f"such as {near}"
-            )
-
-    def _reweighted(self, formulas: list[str], weights: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Returns compositions with weights that go with the properties asked for."""
-        sizes = [len(formula_numbers(formula)) for formula in formulas]
-        shares = self.properties.size_weights(dict.fromkeys(sizes, 1))
-        weights = weights * np.array([shares[size] for size in sizes])
-        return formulas, weights / weights.sum()
-
-    def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
-        """Yields the molecules ``indices`` in order; ``soon``: the first alone, the next without waiting for many."""
-        self.integrations = self.failures = 0
-        largest = self.batch_size * WINDOW_BATCHES
-        done, window = 0, 1 if soon else largest
-        with tqdm(total=len(indices), disable=not progress, unit="molecule", dynamic_ncols=True) as bar:
-            while done < len(indices):
-                yield from self._window(indices[done : done + window], bar)
-                done += window
-                window = min(2 * max(window, self.batch_size), largest)
-        if self.failures:
-            warnings.warn(
-                f"{self.failures} of {self.integrations} integrations failed and were drawn again", stacklevel=2
-            )
-
-    def _window(self, indices: Sequence[int], bar: tqdm) -> Iterator[Atoms]:
-        """Yields the molecules of a window in order, each as soon as those before it are there."""
-        done: dict[int, Atoms] = {}
-        waiting = [self.draft(index, attempt=0) for index in indices]
-        coming = iter(indices)
-        following = next(coming, None)
-        while waiting:
-            again = []
-            for batch in self._same_size(waiting):
-                self.integrations += len(batch)
-                for draft, atoms in zip(batch, self._integrate(batch), strict=True):
-                    if atoms is None:
-                        self.failures += 1
-                        again.append(self.draft(draft.index, draft.attempt + 1, draft.failures + 1))
-                    elif self.closed_shell and open_shell(atoms.numbers):
-                        again.append(self.draft(draft.index, draft.attempt + 1, draft.failures))
-                    else:
-                        done[draft.index] = atoms
-                        bar.update(1)
-                while following in done:
-                    yield done.pop(following)
-                    following = next(coming, None)
-            waiting = again
-
-    def draft(self, index: int, attempt: int, failures: int = 0) -> Draft:
-        """Returns the latent molecule of an index, anew for every attempt but of one size and composition.
-
-        Args:
-            index: Number of the molecule, from 0.
-            attempt: How often it was drawn before.
-            failures: How many of those integrations failed; the others were rejected.
-
-        Raises:
-            GenerationError: If it failed, or was rejected, too often.
-        """
-        if failures == MAX_ATTEMPTS:
-            raise GenerationError(
-                f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
-                "use more steps, or train the model further"
-            )
-        if attempt - failures == MAX_OPEN_SHELLS:
-            raise GenerationError(
-                f"molecule {index} (seed {self.seed}) had an odd number of electrons {MAX_OPEN_SHELLS} times; "
-                "leave closed_shell out, or choose another n_atoms"
-            )
-        # Size and composition stay when the noise is drawn again: failures must not tilt them.
-        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
-        config = self.flow.config
-        numbers = self.graph.numbers if self.graph else None
-        if self.compositions is not None:
-            formulas, weights = self.compositions
-            numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
-        size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng, self.sizes)
-        conditions = self.properties.draw(rng, size)
-        noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
-        latent = base.sample_latent(noise, size, config.dimension, config.flow_features)
-        return Draft(index, attempt, numbers, *latent, conditions, failures)
-
-    def _same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
-        """Returns batches of one size, that of the first draft first."""
-        by_size: dict[int, list[Draft]] = {}
-        for draft in drafts:
-            by_size.setdefault(len(draft.x), []).append(draft)
-        batches = [
-            members[k : k + self.batch_size]
-            for members in by_size.values()
-            for k in range(0, len(members), self.batch_size)
-        ]
-        return sorted(batches, key=lambda batch: batch[0].index)
-
-    def _integrate(self, drafts: list[Draft]) -> list[Atoms | None]:
-        """Returns a molecule for each draft, None where the integration failed."""
-        try:
-            batch = self.sample(drafts)
-        except SolverError:
-            if len(drafts) == 1:
-                return [None]
-            return [atoms for draft in drafts for atoms in self._integrate([draft])]  # one failed: find it
-        both = torch.cat([batch.positions, batch.charges], dim=2)
-        finite = torch.isfinite(both).all(dim=2).all(dim=1).tolist()
-        safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # only to convert; failures are discarded
-        molecules = to_atoms(safe, self.flow.species)
-        mismatches = self._charge_mismatches(batch, molecules)
-        return [
-            self._annotated(atoms, draft, wrong) if ok and closest_pair(atoms.positions)[0] > COINCIDENT else None
-            for atoms, draft, ok, wrong in zip(molecules, drafts, finite, mismatches, strict=True)
-        ]
-
-    def sample(self, drafts: list[Draft]) -> Batch:
-        """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
-        return self.flow.sample(*self.latents(drafts), self.solver, noise)
-
-    def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
-        """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and the context of drafts of one size."""
-        flow = self.flow
-        z_x, z_h = self._tensors([(draft.x, draft.h) for draft in drafts])
-        mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
-        return z_x, z_h, mask, self._context(drafts, z_x, mask)
-
-    def noise(self, drafts: list[Draft]) -> Noise:
-        """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
-        config = self.flow.config
-        generators = [
-            np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(draft.index, draft.attempt, 1)))
-            for draft in drafts
-        ]
-        size = len(drafts[0].x)
-        return lambda: self._tensors(
-            [base.sample_latent(rng, size, config.dimension, config.flow_features) for rng in generators]
-        )
-
-    def _tensors(self, latents: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
-        x, h = (torch.from_numpy(np.stack(parts)) for parts in zip(*latents, strict=True))
-        return x.to(self.flow.device, self.flow.dtype), h.to(self.flow.device, self.flow.dtype)
-
-    def _context(self, drafts: list[Draft], like: Tensor, mask: Tensor) -> Tensor | Context | None:
-        """Returns what conditions drafts of one size; ``like`` has the shape of their positions."""
-        types, conditions, bonds = like[..., :0], None, None
-        if drafts[0].numbers is not None:
-            order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
-            one_hot = np.stack([draft.numbers[:, None] == order[None] for draft in drafts])
-            types = torch.from_numpy(one_hot).to(like)
-        if drafts[0].conditions is not None:
-            conditions = torch.from_numpy(np.stack([draft.conditions for draft in drafts])).to(like)
-        if self.graph:
-            bonds = torch.from_numpy(self.graph.bonds).to(like.device).expand(len(drafts), -1, -1)
-        return self.flow.context(Batch(like, types, like[..., :1], mask, conditions, bonds))
-
-    def _charge_mismatches(self, batch: Batch, molecules: list[Atoms]) -> list[int | None]:
-        if not self.flow.config.types_flow:
-            return [None] * len(molecules)
-        charges = batch.charges[..., 0].cpu().numpy()
-        return [
-            int((charge[: len(atoms)] != atoms.numbers).sum()) for charge, atoms in zip(charges, molecules, strict=True)
-        ]
-
-    def _annotated(self, atoms: Atoms, draft: Draft, mismatches: int | None) -> Atoms:
-        atoms.info.update(
-            enf_model=self.flow.name,
-            enf_seed=self.seed,
-            enf_index=draft.index,
-            enf_solver=str(self.solver),
-            enf_attempts=draft.attempt + 1,
-        )
-        if mismatches is not None:
-            atoms.info["enf_charge_mismatches"] = mismatches
-        if self.closed_shell:
-            atoms.info["enf_closed_shell"] = True
-        atoms.info.update(self.properties.info(draft.conditions) | graph_info(self.graph))
-        return atoms
+    asked = [require] if isinstance(require, str) else list(require)
+    if closed_shell:
+        asked.append("closed_shell")
+    return Sampler(flow, seed, n_atoms, formula, chosen, batch_size, device, ",".join(asked), **more)
 
 
 def check_counts(n: int, seed: int, batch_size: int, start: int = 0) -> None:

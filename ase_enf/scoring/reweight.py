@@ -23,7 +23,8 @@ from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
 from ase_enf.flow.likelihood import log_likelihood, path_error
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
-from ase_enf.sampling.generate import Draft, Sampler, check_counts
+from ase_enf.sampling.generate import check_counts
+from ase_enf.sampling.sampler import Draft, Sampler
 
 # Configurations given at once to a calculator that takes many.
 ENERGY_BATCH = 1024

@@ -41,7 +41,7 @@ from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import mcmc, particles, samples
 from ase_enf.data.samples import Samples
 from ase_enf.flow.model import ENF
-from ase_enf.sampling.generate import GenerationError
+from ase_enf.sampling.sampler import GenerationError
 from ase_enf.scoring.reweight import ReweightingError, reweight
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
