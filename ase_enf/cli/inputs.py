@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +15,53 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 SMILES = (".smi", ".smiles", ".txt")
+_PIPED = (".extxyz", ".xyz", "")  # endings of pipes that are read; a shell gives those of <(...) none
 
 
 def read_structures(path: str, split: str | None = None, n_atoms: int | None = None) -> list[Atoms]:
-    """Reads structures from anything that ASE or the QM9 reader knows."""
+    """Reads structures from anything that ASE or the QM9 reader knows, or from a pipe of (extended) xyz."""
     from ase_enf.data import qm9
 
     if not (path and Path(path).expanduser().exists()):
         raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
-    atoms = qm9.load(path, split=split, n_atoms=n_atoms)
+    with _seekable(Path(path).expanduser()) as source:
+        atoms = qm9.load(source, split=split, n_atoms=n_atoms)
     if not atoms:
         raise ValueError(f"{path}: holds no structure" + (f" of {n_atoms} atoms" if n_atoms else ""))
     return atoms
+
+
+def _readable_pipe(path: Path) -> bool:
+    """Whether a path is a pipe from which structures are read."""
+    return path.suffix in _PIPED and stat.S_ISFIFO(path.stat().st_mode)
+
+
+@contextlib.contextmanager
+def _seekable(path: Path) -> Iterator[Path]:
+    """Yields a path that can be read more than once: of a pipe, that of a copy, which goes again.
+
+    Errors name the path that was typed.
+    """
+    if not _readable_pipe(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "piped" + path.suffix)
+        with path.open("rb") as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        if not path.suffix and _opens_like_xyz(copy):
+            copy = copy.rename(copy.with_suffix(".extxyz"))
+        try:
+            yield copy
+        except (ValueError, OSError) as error:
+            named = re.sub(rf"{re.escape(folder)}/piped(\.\w+)?", lambda _: str(path), str(error))
+            raise ValueError(named) from error
+
+
+def _opens_like_xyz(path: Path) -> bool:
+    """Whether the first line of a file is a number of atoms."""
+    with path.open("rb") as file:
+        return file.readline(100).strip().isdigit()
 
 
 def read_reference(name: str) -> Any:
@@ -37,7 +78,8 @@ def read_reference(name: str) -> Any:
         raise FileNotFoundError(
             f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
         )
-    check_source(path)
+    if not _readable_pipe(path):
+        check_source(path)
     return _read_smiles(path) if path.suffix in SMILES else read_structures(name)
 
 

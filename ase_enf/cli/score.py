@@ -28,7 +28,7 @@ def add_score(commands: Any) -> None:
     """Adds the command ``score``."""
     command = add_command(commands, "score", "Log-likelihood of structures, nats.", run_score)
     add_model(command)
-    command.add_argument("structures", help="any file ASE reads; all its images are scored")
+    command.add_argument("structures", help="any file ASE reads, or a pipe of xyz; all its images are scored")
     command.add_argument(
         "-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures"
     )

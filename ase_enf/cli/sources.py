@@ -15,11 +15,15 @@ _SOURCES = {"train": str, "valid": str, "split": bool, "n_atoms": int | None}  #
 
 def new_sources(options: argparse.Namespace) -> dict[str, Any]:
     """Returns what DATA_FILE is to hold, as it was typed."""
+    from ase_enf.atoms.files import check_source
+
     if not options.data or not (options.valid or options.qm9_split):
         raise ValueError("training needs --data and --valid (or --qm9-split), and --out; or --resume FOLDER")
     if options.qm9_split and options.valid:
         raise ValueError("--qm9-split takes both sets from --data; leave --valid out")
     paths = {"train": options.data, "valid": options.valid or options.data}
+    for path in paths.values():
+        check_source(Path(path).expanduser())  # a run that goes on reads them again
     return _resolved(paths) | {"split": options.qm9_split, "n_atoms": options.n_atoms}
 
 
