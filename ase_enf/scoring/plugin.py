@@ -1,0 +1,29 @@
+"""What the entry point ``ase.plugins`` offers to ASE: the calculator, for ``ase info --plugins``.
+
+ASE without plugins does not look for the entry point, and finds nothing in this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CALCULATOR = "ase_enf.scoring.calculator.ENFCalculator"
+"""Imported when the plugin is used, not when it is listed."""
+
+
+def plugins() -> set[Any]:
+    """Returns the plugins of this package, none where ASE has no plugins for calculators.
+
+    Example:
+        >>> sorted(plugin.name for plugin in plugins()) in ([], ["enf"])
+        True
+    """
+    try:
+        from ase._4.plugins.plugin import CalculatorPlugin  # experimental: the only place where it is so far
+    except ImportError:
+        return set()
+    citation = "Satorras, Hoogeboom, Fuchs, Posner, Welling, E(n) Equivariant Normalizing Flows, NeurIPS 2021"
+    return {CalculatorPlugin("enf", citation=citation, implementation=CALCULATOR)}
+
+
+__ase_plugins__ = plugins()
