@@ -180,6 +180,7 @@ def main() -> None:
         "--test", type=int, help=f"test samples (default: {TEST['dw4']} of DW4, {TEST['lj13']} of LJ13)"
     )
     parser.add_argument("--cells", type=Path, help="CSV of finished cells to take over: table1_cells.csv of a run")
+    parser.add_argument("--no-run", action="store_true", help="run nothing; write the tables of what is finished")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the steps (default: 1)")
     options = parser.parse_args()
     test = TEST if options.test is None else dict.fromkeys(TEST, options.test)
@@ -188,6 +189,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the pool takes its processes with it
     cells = [cell for cell in every_cell(options.seeds) if chosen(cell, options.only)]
     cells = [cell for cell in cells if cell.method != AS_PUBLISHED or AS_PUBLISHED in options.only]
+    cells = [] if options.no_run else cells
     open_folder(options.work, options.scale, test)
     if options.cells and (others := take_cells(options.cells, options.work)):
         print(f"{options.cells}: {others} cells are of another budget, --scale or --test, and stay there")
