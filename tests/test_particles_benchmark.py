@@ -206,6 +206,12 @@ def test_an_unfinished_cell_says_how_far_it_is_and_how_long_it_takes(tmp_path):
     assert table1.so_far(cell, tmp_path, 1.0) == ""
 
 
+def test_the_budget_of_the_paper_is_projected_from_ours():
+    """6000 steps of 100 are twelve times our 500 of 100: of 600 s, two hours; of other cells nothing is known."""
+    frame = pd.DataFrame([result(Cell("dw4", "E-NF-16-radial", NLL, 100_000, 0), 7.5, 600.0)])
+    assert "about – / – / – / 2.0 hours" in table1.projected("dw4", frame)
+
+
 def test_combination_over_seeds():
     cells = [Cell("lj13", "GNF", FLOW_MATCHING, 10, seed) for seed in range(3)]
     frame = pd.DataFrame([result(cell, nll) for cell, nll in zip(cells, (40.0, 41.0, 43.0), strict=True)])
