@@ -13,7 +13,7 @@ _WINDOW = 5.0
 def autocorrelation_time(series: Array) -> Array:
     """Integrated autocorrelation time of observables along several chains of one process, in steps.
 
-    τ = 1 + 2 Σ_{k=1}^{K} ρ_k,  K the least with K ≥ 5 τ(K)
+    τ = 1 + 2 Σ_{k=1}^{K} ρ_k,  K the least with K ≥ 5 max(1, τ(K))
 
     ρ_k is the autocorrelation about the mean of all chains, so that chains that stay apart lengthen τ. Independent
     values have τ = 1; S C values of C chains count as S C / τ.
@@ -43,7 +43,7 @@ def autocorrelation_time(series: Array) -> Array:
         correlation = covariance / covariance[0]
     times = 2.0 * np.cumsum(correlation, axis=0) - 1.0
     lags = np.arange(length).reshape(-1, *[1] * (times.ndim - 1))
-    enough = lags >= _WINDOW * times
+    enough = lags >= _WINDOW * np.maximum(times, 1.0)
     enough[-1] = True
     window = np.argmax(enough, axis=0)
     return np.take_along_axis(times, window[None], axis=0)[0]
