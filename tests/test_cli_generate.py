@@ -196,3 +196,38 @@ def test_a_process_that_succeeds(here, tmp_path):
     done = process("generate", "joint.safetensors", "-n", "2", "-o", str(tmp_path / "m.extxyz"), *FAST)
     assert (done.returncode, done.stdout) == (0, "") and "wrote 2 molecules" in done.stderr
     assert len(read(tmp_path / "m.extxyz", index=":")) == 2
+
+
+def test_the_path_of_each_molecule(here, tmp_path, capsys):
+    words = ["generate", "joint.safetensors", "-n", 3, "--seed", 5, "--solver", "rk4", "--steps", 8]
+    assert run(*words, "-o", tmp_path / "plain.extxyz") == 0
+    more = ["--trajectory", tmp_path / "t.traj", "--gif", tmp_path / "t.gif", "--frames", 4]
+    capsys.readouterr()
+    assert run(*words, "-o", tmp_path / "m.extxyz", *more) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert f"ase-enf: wrote 12 frames to {tmp_path}/t.traj" in said and "drew the path of 3 molecules in" in said[-2]
+    frames = read(tmp_path / "t.traj", index=":")
+    assert [atoms.info["enf_index"] for atoms in frames] == [0] * 4 + [1] * 4 + [2] * 4
+    plain, molecules = (read(tmp_path / f"{name}.extxyz", index=":") for name in ("plain", "m"))
+    for last, ours, theirs in zip(frames[3::4], molecules, plain, strict=True):
+        assert last.info["enf_time"] == 0 and ours.info == theirs.info
+        assert last.numbers.tolist() == ours.numbers.tolist() == theirs.numbers.tolist()
+        assert np.allclose(ours.positions, theirs.positions, atol=1e-5)
+        assert np.allclose(ours.positions, last.positions, atol=1e-5)
+    assert (tmp_path / "t.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_paths_that_cannot_be_written_are_refused_before_the_work(here, tmp_path, capsys, monkeypatch):
+    words = ["generate", "joint.safetensors", "-o", tmp_path / "m.extxyz", *FAST]
+    (tmp_path / "there.traj").write_text("mine")
+    for more, expected in (
+        (["--gif", tmp_path / "a.png"], "an animation is written as .gif"),
+        (["--trajectory", tmp_path / "a.nonsense"], "ASE knows no format"),
+        (["--trajectory", tmp_path / "m.extxyz"], "need a file each"),
+        (["--trajectory", tmp_path / "there.traj"], "--overwrite replaces it"),
+        (["--trajectory", tmp_path / "a.traj", "--frames", 1], "--frames 1: a path has at least 2"),
+    ):
+        assert expected in error_of(capsys, *words, *more)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "for one process" in error_of(capsys, *words, "--gif", tmp_path / "a.gif")
+    assert os.listdir(tmp_path) == ["there.traj"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ase_enf.cli.arguments import add_command, add_model, add_property, add_replacing, add_sampling
 from ase_enf.cli.outputs import check_free, check_picture, draw_gallery
 from ase_enf.cli.progress import counted, kept, minutely, say
+from ase_enf.cli.trajectory import Trajectories, add_trajectory, check_trajectory
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -44,6 +45,7 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--closed-shell", action="store_true", help="the same as --require closed_shell")
     command.add_argument("--with-smiles", action="store_true", help="write enf_smiles of molecules that are valid")
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
+    add_trajectory(command)
     add_sampling(command, "molecules", batch_size=64)
     command.add_argument(
         "--churn",
@@ -60,14 +62,16 @@ def run_generate(options: argparse.Namespace) -> None:
     from ase_enf.atoms.io import GrowingFile, check_append, check_output
     from ase_enf.flow.loading import load
     from ase_enf.sampling.generate import check_counts, igenerate
+    from ase_enf.sampling.path import paths
     from ase_enf.sampling.properties import read_properties
 
     check_output(options.output, options.n)
     if options.append:
         check_append(options.output)
     check_picture(options.gallery)
+    check_trajectory(options)
     check_counts(options.n, options.seed, options.batch_size, options.start)
-    check_free(options, options.output, options.gallery)
+    check_free(options, options.output, options.gallery, options.trajectory, options.gif)
     flow = load(options.model, device=own_device(options.device), dtype=options.dtype)
     flow.use_kernel(options.kernel)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +92,12 @@ def run_generate(options: argparse.Namespace) -> None:
         "properties": read_properties(options.property),
         "smiles": options.smiles,
     }
-    stream = igenerate(flow, count, start=options.start + start, **request) if count else iter(())
+    request |= {"start": options.start + start}
+    trajectories = Trajectories(options)
+    if trajectories.wanted:
+        stream = trajectories.passed(paths(flow, count, frames=options.frames, **request))
+    else:
+        stream = igenerate(flow, count, **request) if count else iter(())
     if rank:
         for _ in _gathered(stream, rank, world):
             pass
@@ -96,7 +105,7 @@ def run_generate(options: argparse.Namespace) -> None:
     shown: list[Atoms] = []
     attempts = 0
     file = GrowingFile(options.output, options.append)
-    with kept(file, "molecule", options.n, options.start, by_number=True), file:
+    with kept(file, "molecule", options.n, options.start, by_number=True), file, trajectories:
         for atoms in minutely(_gathered(stream, rank, world), options.n, "molecule"):
             file.add(atoms)
             attempts += atoms.info["enf_attempts"]
@@ -104,6 +113,7 @@ def run_generate(options: argparse.Namespace) -> None:
                 shown.append(atoms)
     if options.gallery:
         draw_gallery(shown, options.gallery)
+    trajectories.draw()
     say(f"wrote {counted(file.count, 'molecule')} to {options.output}")
     if required := atoms.info.get("enf_require"):
         say(f"{file.count} of {attempts} drawn passed {required} ({file.count / attempts:.1%})")

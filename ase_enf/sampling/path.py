@@ -1,0 +1,163 @@
+"""The way of molecules from noise to data, frame by frame (figure 2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ase_enf.atoms.batch import Batch, check_whole, to_atoms
+from ase_enf.flow.context import Context
+from ase_enf.flow.continuous import Solver
+from ase_enf.flow.model import ENF, check_flow
+from ase_enf.flow.stochastic import StochasticSampler, sample_stochastic
+from ase_enf.sampling.generate import check_counts
+from ase_enf.sampling.sampler import Draft, Sampler
+from ase_enf.sampling.samplers import resolve_sampler
+
+State = tuple[float, Tensor, Tensor]
+"""Time t, positions (B, M, n) and features (B, M, F) on the way."""
+
+
+class MoleculePath(NamedTuple):
+    """A molecule and how it came about.
+
+    Attributes:
+        molecule: As ``generate`` returns it.
+        frames: From noise to data, ``info["enf_time"]`` from 1 to 0; the last one is the molecule.
+    """
+
+    molecule: Atoms
+    frames: list[Atoms]
+
+
+def paths(
+    flow: ENF,
+    n: int,
+    frames: int = 60,
+    seed: int = 0,
+    start: int = 0,
+    n_atoms: int | None = None,
+    formula: str | None = None,
+    solver: str | Solver | StochasticSampler | None = None,
+    steps: int | None = None,
+    churn: float | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    require: str | Iterable[str] = (),
+    closed_shell: bool = False,
+    **request: Any,
+) -> Iterator[MoleculePath]:
+    """Draws the molecules of ``generate`` together with their way from noise to data.
+
+    The states of a path are those x_t of the sampler that draws. ``churn=0`` follows the flow itself, the ODE of eq. 2:
+    a smooth path, x(t) = z − ∫_t^1 φ dt. By default, molecules of a flow trained by flow matching are drawn by the
+    stochastic sampler, whose states are x_t = (1 − t) x + t ε with ever new ε: a path that trembles until it arrives.
+
+    Elements and charges of every frame are quantised as those of a molecule are: argmax of its types, floor of its
+    charges. Nothing is done for appearance; a frame in the middle need not be a molecule.
+
+    Args:
+        flow: A flow, as of ``ase_enf.load``.
+        n: How many molecules.
+        frames: Frames of a path, at least 2, noise and molecule among them; fewer where the sampler has fewer steps.
+        seed: Non-negative.
+        start: Index of the first molecule.
+        n_atoms: As the others, see ``generate``.
+        formula: Composition, for "given".
+        solver: How to draw.
+        steps: Number of steps.
+        churn: How much noise is renewed on the way; 0 for the flow itself.
+        batch_size: Molecules integrated together.
+        device: Where to compute.
+        require: What a molecule must pass to be kept.
+        closed_shell: Adds "closed_shell" to ``require``.
+        **request: ``properties``, ``smiles``, ``max_attempts`` and ``with_smiles`` of ``generate``.
+
+    Returns:
+        An iterator over the molecules, in order; arguments are checked before it is returned.
+
+    Raises:
+        ValueError: For frames < 2, or as ``generate`` does.
+        GenerationError: As ``generate`` does.
+
+    Example:
+        >>> from ase_enf.flow.config import ENFConfig
+        >>> flow = ENF(ENFConfig(features="given", species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
+        >>> (path,) = paths(flow, 1, frames=3, formula="H2O", steps=8)
+        >>> [frame.info["enf_time"] for frame in path.frames][::2], len(path.frames)
+        ([1.0, 0.0], 3)
+    """
+    check_flow(flow)
+    check_counts(n, seed, batch_size, start)
+    check_whole("frames", frames, 2)
+    chosen = resolve_sampler(flow, solver, steps, churn)
+    asked = [require] if isinstance(require, str) else list(require)
+    if closed_shell:
+        asked.append("closed_shell")
+    recorder = _Recorder(frames, flow, seed, n_atoms, formula, chosen, batch_size, device, ",".join(asked), **request)
+    return recorder.paths(range(start, start + n))
+
+
+class _Recorder(Sampler):
+    """A request that remembers on which way its molecules come."""
+
+    def __init__(self, frames: int, *request: Any, **more: Any) -> None:
+        super().__init__(*request, **more)
+        self._frames = frames
+        self._recorded: dict[int, dict[int, list[Atoms]]] = {}  # by index and attempt
+
+    def paths(self, indices: Sequence[int]) -> Iterator[MoleculePath]:
+        """Yields the paths of the molecules ``indices``, in order."""
+        for atoms in self.stream(indices, progress=False, soon=True):
+            attempts = self._recorded.pop(atoms.info["enf_index"])
+            *frames, last = attempts[atoms.info["enf_attempts"] - 1]
+            arrived = atoms.copy()
+            arrived.info["enf_time"] = last.info["enf_time"]
+            yield MoleculePath(atoms, [*frames, arrived])
+
+    def sample(self, drafts: list[Draft]) -> Batch:
+        """Takes drafts of one size to data, and remembers some states on the way."""
+        z_x, z_h, mask, context = self.latents(drafts)
+        with torch.no_grad():
+            states = self._states(drafts, z_x, z_h, mask, context)
+            picked = np.unique(np.linspace(0, len(states) - 1, self._frames).round().astype(int))
+            decoded = [self.flow.decode(*states[k][1:], mask, context) for k in picked]
+        for draft in drafts:
+            self._recorded.setdefault(draft.index, {})[draft.attempt] = []
+        for k, batch in zip(picked, decoded, strict=True):
+            for draft, atoms in zip(drafts, to_atoms(batch, self.flow.species), strict=True):
+                atoms.info |= self._said(draft, states[k][0])
+                self._recorded[draft.index][draft.attempt].append(atoms)
+        return decoded[-1]
+
+    def _said(self, draft: Draft, time: float) -> Mapping[str, Any]:
+        return {"enf_model": self.flow.name, "enf_seed": self.seed, "enf_index": draft.index, "enf_time": time}
+
+    def _states(
+        self, drafts: list[Draft], z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | Context | None
+    ) -> list[State]:
+        """Returns the states from t = 1 to t = 0."""
+        if isinstance(self.solver, Solver):
+            times = _ode_times(self.solver, self._frames)
+            states = self.flow.flow(mask, context, self.solver).trajectory(z_x, z_h, times)
+            return [(time, *state) for time, state in zip(times.tolist(), states, strict=True)]
+        velocity = self.flow.velocity(mask, context)
+        states: list[State] = []
+
+        def noted(t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            states.append((t.item(), x, h))  # each step asks for the velocity once, where it is
+            return velocity(t, x, h)
+
+        arrived = sample_stochastic(noted, z_x, z_h, self.noise(drafts), self.solver)
+        return [*states, (0.0, *arrived)]
+
+
+def _ode_times(solver: Solver, frames: int) -> Tensor:
+    """Returns times from 1 to 0: the grid of fixed steps, which stays as it is, or as dense near the data."""
+    grid = torch.linspace(0, 1, frames, dtype=torch.float64) ** 2 if solver.adaptive else solver.grid()
+    return grid.double().sort(descending=True).values
