@@ -44,6 +44,12 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--max-attempts", type=int, default=100, help="how often one molecule may be rejected")
     command.add_argument("--closed-shell", action="store_true", help="the same as --require closed_shell")
     command.add_argument("--with-smiles", action="store_true", help="write enf_smiles of molecules that are valid")
+    command.add_argument(
+        "--fragment", default=None, metavar="FILE", help="structure to complete: its atoms under FixAtoms, or all, stay"
+    )
+    command.add_argument(
+        "--strength", type=float, default=None, help="vary the fragment's free atoms, from so far to noise: 0 to 1"
+    )
     command.add_argument("--gallery", default=None, metavar="PNG", help="picture of the first 24 molecules")
     add_trajectory(command)
     add_sampling(command, "molecules", batch_size=64)
@@ -91,6 +97,8 @@ def run_generate(options: argparse.Namespace) -> None:
         "with_smiles": options.with_smiles,
         "properties": read_properties(options.property),
         "smiles": options.smiles,
+        "fragment": _fragment(options.fragment),
+        "strength": options.strength,
     }
     request |= {"start": options.start + start}
     trajectories = Trajectories(options)
@@ -117,6 +125,18 @@ def run_generate(options: argparse.Namespace) -> None:
     say(f"wrote {counted(file.count, 'molecule')} to {options.output}")
     if required := atoms.info.get("enf_require"):
         say(f"{file.count} of {attempts} drawn passed {required} ({file.count / attempts:.1%})")
+
+
+def _fragment(path: str | None) -> Atoms | None:
+    """Returns the one structure of a file."""
+    from ase_enf.cli.inputs import read_structures
+
+    if path is None:
+        return None
+    structures = read_structures(path)
+    if len(structures) != 1:
+        raise ValueError(f"{path}: holds {len(structures)} structures; a fragment is one")
+    return structures[0]
 
 
 def own_device(device: str) -> str:

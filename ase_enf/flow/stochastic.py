@@ -19,6 +19,8 @@ from ase_enf.flow.divergence import Velocity
 
 # Draws fresh latent positions (B, M, n), centred, and features (B, M, F).
 Noise = Callable[[], tuple[Tensor, Tensor]]
+# Puts what is known of the data into predicted positions (B, M, n) and features (B, M, F).
+Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,13 @@ class StochasticSampler:
 
 
 def sample_stochastic(
-    velocity: Velocity, x: Tensor, h: Tensor, noise: Noise, sampler: StochasticSampler
+    velocity: Velocity,
+    x: Tensor,
+    h: Tensor,
+    noise: Noise,
+    sampler: StochasticSampler,
+    correct: Correction | None = None,
+    begin: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Takes latent to data space along x_t = (1 − t) x + t z, with renewed noise ε, to second order in the steps.
 
@@ -82,8 +90,10 @@ def sample_stochastic(
         velocity: ``(t, x, h) → (dx, dh)``.
         x: Latent positions, centred, shape (B, M, n).
         h: Latent features, shape (B, M, F).
-        noise: Draws ε; steps − 2 times.
+        noise: Draws ε; steps − 2 times, when it begins at 1.
         sampler: Steps and churn.
+        correct: What becomes of D before it is used.
+        begin: Time t of x and h, in (0, 1]; those of the steps that are later are left out.
 
     Returns:
         Positions and features at t = 0.
@@ -100,9 +110,11 @@ def sample_stochastic(
     """
     before: tuple[Tensor, ...] = ()
     step_before = math.inf
-    for start, end in pairwise(sampler.times()):
+    for start, end in pairwise([begin, *(t for t in sampler.times() if t < begin)]):
         rates = velocity(torch.full((), start, dtype=x.dtype, device=x.device), x, h)
         data = tuple(state - start * rate for state, rate in zip((x, h), rates, strict=True))
+        if correct is not None:
+            data = correct(*data)
         if end == 0.0:
             break
         if start == 1.0:  # of what x_1 holds of the data nothing is left
@@ -111,7 +123,7 @@ def sample_stochastic(
             step = _log_snr(end) - _log_snr(start)
             kept, renewed = math.exp(-sampler.churn * step), -math.expm1(-2.0 * sampler.churn * step)
             ahead = step / (2.0 * step_before)
-            slopes = [mean - old for mean, old in zip(data, before, strict=True)]
+            slopes = [mean - old for mean, old in zip(data, before or data, strict=True)]
             gain = -(1.0 - end) * math.expm1(-(1.0 + sampler.churn) * step)
             x, h = (
                 end / start * kept * state + gain * (mean + ahead * slope) + end * math.sqrt(renewed) * fresh

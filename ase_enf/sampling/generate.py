@@ -35,6 +35,8 @@ def generate(
     require: str | Iterable[str] = (),
     max_attempts: int = MAX_REJECTIONS,
     with_smiles: bool = False,
+    fragment: Atoms | None = None,
+    strength: float | None = None,
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
 
@@ -77,19 +79,25 @@ def generate(
             of them with commas.
         max_attempts: How often one molecule may be rejected before that is an error.
         with_smiles: Write the SMILES of a molecule, if it is valid, to ``info["enf_smiles"]``.
+        fragment: Structure whose atoms under ``FixAtoms``, or all, are kept where they are with their elements, while
+            the rest is drawn around them; its order and its constraints are kept, and new atoms are appended. n_atoms
+            and formula are those of the whole.
+        strength: Vary the atoms of ``fragment`` that no constraint keeps, from so far back towards noise, in (0, 1].
 
     Returns:
         Molecules without cell, positions in Å, centred; provenance in ``info``: ``enf_model``, ``enf_seed``,
         ``enf_index``, ``enf_solver``, ``enf_attempts`` and, for "joint", ``enf_charge_mismatches`` (atoms whose drawn
         charge is not that of their type); ``enf_condition_gap`` and so on for what conditioned a molecule,
         ``enf_graph`` and ``enf_bonds`` for its graph; with ``require``, ``enf_require`` and ``enf_acceptance``: the
-        molecules of this request up to this one, by the attempts that they took.
+        molecules of this request up to this one, by the attempts that they took; ``enf_fragment`` and
+        ``enf_strength``. Molecules around a fragment are in its frame, not centred.
 
     Raises:
         ValueError: For n < 1, a negative seed, a size p_M never saw, a formula that does not fit the model, churn
             where the flow was not trained by flow matching, an unknown requirement, any of a flow that knows no
             elements, closed shells of a formula that has none, a property that is unknown or far outside training, or
-            a SMILES that is not that of one neutral closed-shell molecule the flow can draw.
+            a SMILES that is not that of one neutral closed-shell molecule the flow can draw; for fragments, see
+            ``Fragment``.
         GenerationError: If a molecule fails ten times, or is rejected ``max_attempts`` times.
 
     Example:
@@ -101,7 +109,7 @@ def generate(
     sampler = _sampler(
         flow, n, seed, 0, closed_shell, require, n_atoms, formula, solver, steps, churn,
         batch_size=batch_size, device=device, max_attempts=max_attempts, with_smiles=with_smiles,
-        properties=properties, smiles=smiles,
+        properties=properties, smiles=smiles, fragment=fragment, strength=strength,
     )  # fmt: skip
     return list(sampler.stream(range(n), sys.stderr.isatty() if progress is None else progress))
 
@@ -125,6 +133,8 @@ def igenerate(
     require: str | Iterable[str] = (),
     max_attempts: int = MAX_REJECTIONS,
     with_smiles: bool = False,
+    fragment: Atoms | None = None,
+    strength: float | None = None,
 ) -> Iterator[Atoms]:
     """Draws the molecules of :func:`generate` as an iterator that keeps none of them, in order.
 
@@ -150,6 +160,8 @@ def igenerate(
         require: What a molecule must pass.
         max_attempts: How often one may be rejected.
         with_smiles: Write ``enf_smiles``.
+        fragment: Structure that is completed.
+        strength: How far its free atoms are varied.
 
     Returns:
         An iterator; arguments are checked before it is returned.
@@ -157,7 +169,7 @@ def igenerate(
     sampler = _sampler(
         flow, n, seed, start, closed_shell, require, n_atoms, formula, solver, steps, churn,
         batch_size=batch_size, device=device, max_attempts=max_attempts, with_smiles=with_smiles,
-        properties=properties, smiles=smiles,
+        properties=properties, smiles=smiles, fragment=fragment, strength=strength,
     )  # fmt: skip
     return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress, soon=True)
 

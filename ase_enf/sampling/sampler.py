@@ -20,8 +20,9 @@ from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import Solver, SolverError
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.model import ENF
-from ase_enf.flow.stochastic import Noise, StochasticSampler
+from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.sampling.compositions import drawn_compositions
+from ase_enf.sampling.fragments import requested_fragment
 from ase_enf.sampling.graphs import graph_info, requested_graph
 from ase_enf.sampling.properties import PropertyRequest
 from ase_enf.sampling.requirements import REASONS, Requirements, strict_smiles
@@ -67,6 +68,8 @@ class Sampler:
         with_smiles: bool = False,
         properties: Mapping[str, Any] | None = None,
         smiles: str | None = None,
+        fragment: Atoms | None = None,
+        strength: float | None = None,
     ) -> None:
         if device is not None and resolve_device(device) != flow.device:
             flow = copy.deepcopy(flow).to(resolve_device(device))
@@ -76,6 +79,8 @@ class Sampler:
         self.seed = seed
         self.solver = solver
         self.batch_size = batch_size
+        self.fragment = requested_fragment(flow, fragment, strength, solver, n_atoms)
+        n_atoms = (self.fragment and self.fragment.size) or n_atoms
         self.n_atoms = n_atoms
         check_whole("max_attempts", max_attempts, 1)
         self.max_attempts = max_attempts
@@ -90,6 +95,10 @@ class Sampler:
         if self.compositions is not None and self.properties.ranges:
             self.compositions = self._reweighted(*self.compositions)
         self.sizes = self.properties.size_weights(flow.size_prior.counts) if self.properties.ranges else None
+        if self.fragment and self.compositions is not None:
+            self.compositions = self.fragment.compositions(*self.compositions)
+        elif self.fragment and n_atoms is None:
+            self.sizes = self.fragment.sizes(self.sizes or flow.size_prior.counts)
         if n_atoms is not None and not self.graph and self.compositions is None and n_atoms not in flow.size_prior:
             seen = list(flow.size_prior.counts)
             near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
@@ -129,7 +138,7 @@ class Sampler:
         following = next(coming, None)
         while waiting:
             again = []
-            for batch in self._same_size(waiting):
+            for batch in self.same_size(waiting):
                 self.integrations += len(batch)
                 for draft, atoms in zip(batch, self._integrate(batch), strict=True):
                     if atoms is None:
@@ -188,13 +197,14 @@ class Sampler:
         if self.compositions is not None:
             formulas, weights = self.compositions
             numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
+            numbers = self.fragment.ordered(numbers) if self.fragment else numbers
         size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng, self.sizes)
         conditions = self.properties.draw(rng, size)
         noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
         latent = base.sample_latent(noise, size, config.dimension, config.flow_features)
         return Draft(index, attempt, numbers, *latent, conditions, failures)
 
-    def _same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
+    def same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
         """Returns batches of one size, that of the first draft first."""
         by_size: dict[int, list[Draft]] = {}
         for draft in drafts:
@@ -227,7 +237,19 @@ class Sampler:
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
         noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
+        if self.fragment:
+            return self._completed(*self.latents(drafts), noise)
         return self.flow.sample(*self.latents(drafts), self.solver, noise)
+
+    def _completed(
+        self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | Context | None, noise: Noise
+    ) -> Batch:
+        """Takes latent molecules to data around the fragment."""
+        own = self.fragment.bound(self.flow, z_x)
+        with torch.no_grad():
+            velocity, start = self.flow.velocity(mask, context), own.started(z_x, z_h)
+            ended = sample_stochastic(velocity, *start, noise, self.solver, own.corrected, own.start)
+            return self.flow.decode(*ended, mask, context)
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
         """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and the context of drafts of one size."""
@@ -283,6 +305,9 @@ class Sampler:
         )
         if mismatches is not None:
             atoms.info["enf_charge_mismatches"] = mismatches
+        if self.fragment:
+            atoms = self.fragment.finished(atoms)
+            atoms.info.update(self.fragment.info())
         if self.require.names:
             atoms.info["enf_require"] = str(self.require)
         if self.with_smiles and (written := strict_smiles(atoms)):

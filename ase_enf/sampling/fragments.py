@@ -1,0 +1,234 @@
+"""Fragments: atoms that stay where they are while a flow draws the rest around them, and variants of a structure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+from torch import Tensor
+
+from ase_enf.atoms.batch import check_atoms, closest_pair, formula_numbers, to_batch
+from ase_enf.flow.model import ENF
+from ase_enf.flow.stochastic import StochasticSampler
+
+# Å; no two atoms of a molecule are as near as this.
+OVERLAP = 0.5
+
+
+class Fragment:
+    """A structure of which some atoms are kept, checked.
+
+    On the path x_t = (1 − t) x + t z, the predicted end D of every step gets the kept atoms K put in,
+
+        D_i ← f_i − f̄ + D̄,  i ∈ K,  where f̄ and D̄ are means over K,
+
+    so that their geometry is that of the fragment, while the centre of the whole, which nobody knows before the rest is
+    there, is the one that the flow predicts; the mean of all atoms stays zero. Their features are replaced as well.
+    Renewed noise (``churn``) is what makes the rest agree with them: with the default, most of it is drawn again in
+    every step, which is the resampling of Lugmayr et al. (2022) in small steps.
+
+    Args:
+        flow: A flow of molecules that flow matching has trained.
+        atoms: The structure. Atoms under ``FixAtoms`` are kept; without a constraint all are, or none if there is a
+            strength.
+        strength: How far back towards noise, in (0, 1], the atoms that are not kept start from; 1 when None, where
+            nothing is left of where they were.
+
+    Raises:
+        TypeError: For something else than ``Atoms``.
+        ValueError: For elements that the flow does not know, atoms nearer than 0.5 Å, more atoms than the flow saw,
+            constraints other than ``FixAtoms``, a cell, or a flow that cannot do this.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> from ase_enf.flow.config import ENFConfig
+        >>> flow = ENF(ENFConfig(hidden=8, layers=1, sizes={9: 1}, path="linear"))
+        >>> fragment = Fragment(flow, molecule("CH3"))
+        >>> fragment.kept.tolist(), fragment.least
+        ([0, 1, 2, 3], 5)
+    """
+
+    def __init__(self, flow: ENF, atoms: Atoms, strength: float | None = None) -> None:
+        _check_flow(flow)
+        _check_structure(flow, atoms)
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength={strength}: must be in (0, 1], where 1 leaves nothing of where atoms were")
+        fixed = _fixed(atoms)
+        if fixed is None:
+            fixed = np.arange(len(atoms) if strength is None else 0)
+        elif len(fixed) == len(atoms) and strength is not None:
+            raise ValueError(f"strength={strength:g}: the constraint keeps every atom; nothing is left to vary")
+        self.atoms = atoms
+        self.kept = fixed
+        self.strength = strength
+        self.least = max(len(atoms), len(fixed) + 1)
+        self.size = None if strength is None else len(atoms)  # of the whole, where nothing is added
+
+    def sizes(self, weights: Mapping[int, float]) -> dict[int, float]:
+        """Returns weights of sizes with those that the whole cannot have at zero.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        allowed = {size: float(weight) * (size >= self.least) for size, weight in weights.items()}
+        if not any(allowed.values()):
+            raise ValueError(
+                f"fragment: has {len(self.atoms)} atoms and leaves none to draw: this model saw at most {max(weights)}"
+            )
+        return allowed
+
+    def check_size(self, n_atoms: int | None) -> None:
+        """Raises ``ValueError`` for a size of the whole that leaves nothing to draw or to vary."""
+        if n_atoms is None:
+            return
+        if self.size not in (None, n_atoms):
+            raise ValueError(
+                f"n_atoms={n_atoms}: variants of a structure have its {len(self.atoms)} atoms; leave n_atoms out"
+            )
+        if n_atoms < self.least:
+            raise ValueError(
+                f"n_atoms={n_atoms}: the fragment has {len(self.atoms)} atoms, {len(self.kept)} of them kept; ask for "
+                f"at least {self.least} in all"
+            )
+
+    def compositions(self, formulas: list[str], weights: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Returns those compositions that hold the structure, with their weights.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        needed = Counter(self.atoms.numbers.tolist())
+        fits = []
+        for formula in formulas:
+            numbers = formula_numbers(formula)
+            exact = self.size in (None, len(numbers))
+            fits.append(exact and len(numbers) >= self.least and needed <= Counter(numbers.tolist()))
+        if not any(fits):
+            asked = f"formula={formulas[0]!r}" if len(formulas) == 1 else "the compositions that this model saw"
+            raise ValueError(
+                f"fragment: {asked} cannot hold {self.atoms.get_chemical_formula()} and at least {self.least} atoms; "
+                "give a formula of the whole"
+            )
+        kept = [formula for formula, fit in zip(formulas, fits, strict=True) if fit]
+        return kept, weights[fits] / weights[fits].sum()
+
+    def ordered(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the atomic numbers of a whole with those of the structure first, in its order."""
+        rest = Counter(numbers.tolist()) - Counter(self.atoms.numbers.tolist())
+        return np.concatenate([self.atoms.numbers, np.sort(list(rest.elements())).astype(int)])
+
+    def bound(self, flow: ENF, like: Tensor) -> BoundFragment:
+        """Returns the fragment in the coordinates of a flow; ``like`` has the dtype and the device."""
+        batch = to_batch([self.atoms], flow.species, dtype=like.dtype).to(device=like.device)
+        with torch.no_grad():
+            features = batch.positions.new_zeros(1, len(self.atoms), flow.config.flow_features)
+            encoded = flow.encode(batch, features)  # which is the mean of q
+        return BoundFragment(encoded.x[0], encoded.h[0], torch.from_numpy(self.kept).to(like.device), self.strength)
+
+    def finished(self, atoms: Atoms) -> Atoms:
+        """Returns a drawn molecule in the frame of the fragment, with its atoms as they were and its constraints."""
+        kept = self.kept
+        reference = kept if len(kept) else np.arange(len(self.atoms))
+        shift = self.atoms.positions[reference].mean(axis=0) - atoms.positions[reference].mean(axis=0)
+        atoms.positions += shift
+        atoms.positions[kept] = self.atoms.positions[kept]
+        atoms.numbers[kept] = self.atoms.numbers[kept]
+        atoms.set_constraint([constraint.copy() for constraint in self.atoms.constraints])
+        return atoms
+
+    def info(self) -> dict[str, Any]:
+        """Returns what ``info`` says of the fragment."""
+        kept = self.atoms[self.kept].get_chemical_formula() if len(self.kept) else "none"
+        return {"enf_fragment": kept} | ({} if self.strength is None else {"enf_strength": self.strength})
+
+
+class BoundFragment:
+    """A fragment in the coordinates of a flow.
+
+    Args:
+        x: Positions of the structure, centred, shape (A, n).
+        h: Its features, shape (A, F).
+        kept: Which of its atoms are kept, shape (K,).
+        strength: Time on the path where the others start; 1 when None.
+    """
+
+    def __init__(self, x: Tensor, h: Tensor, kept: Tensor, strength: float | None) -> None:
+        self.x, self.h, self.kept = x, h, kept
+        self.start = 1.0 if strength is None else float(strength)
+
+    def started(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns latent molecules at the time of the start, (1 − t) x + t z of the structure."""
+        if self.start == 1.0:
+            return x, h
+        return tuple((1.0 - self.start) * own + self.start * z for own, z in ((self.x, x), (self.h, h)))
+
+    def corrected(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the kept atoms into predicted ends x (B, M, n) and h (B, M, F); see :class:`Fragment`."""
+        if not len(self.kept):
+            return x, h
+        own = self.x[self.kept]
+        centre = x[:, self.kept].mean(dim=1, keepdim=True)
+        x, h = x.clone(), h.clone()
+        x[:, self.kept] = own - own.mean(dim=0) + centre
+        h[:, self.kept] = self.h[self.kept]
+        return x, h
+
+
+def requested_fragment(
+    flow: ENF, atoms: Atoms | None, strength: float | None, solver: object, n_atoms: int | None
+) -> Fragment | None:
+    """Returns the fragment that is asked for, checked, None where there is none.
+
+    Raises:
+        TypeError: For something else than ``Atoms``.
+        ValueError: For strength without a structure, a solver that renews no noise, or see :class:`Fragment`.
+    """
+    if atoms is None:
+        if strength is not None:
+            raise ValueError(f"strength={strength}: says how far a structure is varied; give one as fragment")
+        return None
+    fragment = Fragment(flow, atoms, strength)
+    if not isinstance(solver, StochasticSampler) or not solver.churn:
+        raise ValueError(f"fragment: needs noise that is renewed on the way, not {solver}; leave solver and churn out")
+    fragment.check_size(n_atoms)
+    return fragment
+
+
+def _check_flow(flow: ENF) -> None:
+    if not flow.config.knows_types:
+        raise ValueError("fragment: this model knows no elements; use a model of molecules, such as qm9")
+    if flow.config.graph:
+        raise ValueError("fragment: this model draws conformers of whole graphs; use another one, such as qm9")
+    if not flow.matched:
+        raise ValueError("fragment: flow matching did not train this model; use one that it did, such as qm9")
+
+
+def _check_structure(flow: ENF, atoms: Atoms) -> None:
+    if not isinstance(atoms, Atoms):
+        raise TypeError(f"fragment: expected ase.Atoms, got {type(atoms).__name__}; read a file with ase.io.read")
+    try:
+        check_atoms(atoms, flow.species, dimension=flow.config.dimension)
+    except ValueError as error:
+        raise ValueError(f"fragment, {error}") from None
+    distance, i, j = closest_pair(atoms.positions)
+    if distance < OVERLAP:
+        raise ValueError(f"fragment: atoms {i} and {j} overlap, {distance:.2f} Å apart; move or remove one of them")
+    if len(atoms) > (largest := max(flow.size_prior.counts)):
+        raise ValueError(f"fragment: has {len(atoms)} atoms, and this model saw at most {largest}; cut it down")
+
+
+def _fixed(atoms: Atoms) -> np.ndarray | None:
+    """Returns the indices under ``FixAtoms``, None without a constraint."""
+    if not atoms.constraints:
+        return None
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise ValueError(
+                f"fragment: has the constraint {type(constraint).__name__}, and only FixAtoms is understood; remove it"
+            )
+    return np.unique(np.concatenate([constraint.get_indices() for constraint in atoms.constraints]))
