@@ -3,7 +3,8 @@
 MODEL draws conformers of molecules of QM9's test split from their graphs alone. They are compared with the DFT
 geometry, and so are those of RDKit's ETKDG (version 3), as embedded and relaxed by MMFF94. Measured are
 
-* bonds: whether RDKit perceives the graph that was asked for, in the positions drawn;
+* bonds: whether RDKit perceives the graph that was asked for, in the positions drawn; and stability by the published
+  table of distances;
 * RMSD of heavy atoms to the DFT geometry, of the best of 1, 10 and 50 draws. No stereochemistry is given to either, and
   of a conformer and its mirror image the nearer one counts: the energy is the same.
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import ase_enf
 from ase_enf.atoms.files import atomic_write
+from ase_enf.chem.bonds import stability
 from ase_enf.chem.convert import PerceptionError, canonical_smiles, sanitise, to_mol
 from ase_enf.chem.graph import graph_of_smiles, perceived_bonds, write_bonds
 from ase_enf.data import qm9
@@ -162,9 +164,12 @@ def kept_or_drawn(file: Path, target: Target, draw: Callable[[Target], list[Atom
 
 
 def measure(target: Target, drawn: list[Atoms]) -> NDArray[np.float64]:
-    """Returns whether bonds are those of the graph, and the RMSD, of every conformer, shape (draws, 2)."""
-    graph = graph_of_smiles(target.smiles)
-    return np.array([(has_bonds(atoms, graph.bonds), rmsd(target, atoms)) for atoms in drawn]).reshape(-1, 2)
+    """Returns of every conformer whether its bonds are as asked for, its RMSD, whether it is stable: (draws, 3)."""
+    graph, stable = graph_of_smiles(target.smiles), stability(drawn).stable
+    rows = [
+        (has_bonds(atoms, graph.bonds), rmsd(target, atoms), good) for atoms, good in zip(drawn, stable, strict=True)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3)
 
 
 def has_bonds(atoms: Atoms, bonds: NDArray[np.int8]) -> bool:
@@ -194,6 +199,7 @@ def rmsd(target: Target, atoms: Atoms) -> float:
 def summary(name: str, found: list[NDArray[np.float64]], draws: int, seed: int) -> list[tuple[str, ...]]:
     """Returns the rows of one way to make conformers."""
     rows = [_row(name, "bonds as asked for, %", [100 * f[:, 0].mean() for f in found if len(f)], seed, "{:.1f}")]
+    rows.append(_row(name, "stable, %", [100 * f[:, 2].mean() for f in found if len(f)], seed, "{:.1f}"))
     for best_of in (k for k in BEST_OF if k <= draws):
         best = [f[:best_of, 1].min() if len(f) else np.inf for f in found]
         finite = [value for value in best if np.isfinite(value)]

@@ -60,7 +60,7 @@ GRID = 15  # values of a property in the sum of Bayes' rule
 def main() -> None:
     """Measures and writes ``results/properties``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="qm9-properties", help="shipped name or .safetensors")
+    parser.add_argument("model", help=".safetensors of a flow trained with these conditions, on D_b")
     parser.add_argument("--data", help="QM9 in any form with its properties (default: what ASE_ENF_QM9 names)")
     parser.add_argument("-n", type=int, default=200, help="molecules drawn for each property (default: 200)")
     parser.add_argument("--steps", type=int, default=None, help="of the sampler (default: its own)")

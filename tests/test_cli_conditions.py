@@ -58,7 +58,7 @@ def test_conformers_from_training_to_scores(structures, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--property", "gap=5"], "has no conditions; use one that was trained with them, such as qm9-properties"),
+        (["--property", "gap=5"], "has no conditions; train one with --condition"),
         (["--property", "gap"], "property 'gap': write each once, as NAME=VALUE or NAME=LOW:HIGH"),
         (["--smiles", "CCO"], "knows no molecular graphs; use one that does, such as qm9-conformers"),
     ],

@@ -15,7 +15,7 @@ from ase_enf.flow.context import GRAPH_FEATURES, SPREAD, Condition, graph_featur
 from ase_enf.flow.divergence import Moment
 from ase_enf.flow.model import ENF
 from ase_enf.training.build import widened
-from ase_enf.training.objectives import drop_conditions
+from ase_enf.training.objectives import FlowMatching, drop_conditions
 
 NAMES = ("CH3CH2OH", "H2O", "C2H6")
 GAP = Condition.of("gap", "eV", np.array([3.0, 5.0, 7.0, 9.0]), np.array([3, 9, 9, 8]))
@@ -152,3 +152,14 @@ def test_configurations_that_cannot_be():
     with pytest.raises(ValueError, match="give the batch its bonds"):
         flow = ENF(ENFConfig(features="given", species=("H", "O"), graph=True, hidden=8, layers=1))
         flow.encode(to_batch([molecule("H2O")], flow.species))
+
+
+@pytest.mark.parametrize(("features", "fields"), [("joint", {"conditions": (GAP, ALPHA)}), ("given", {"graph": True})])
+def test_a_conditioned_step_never_waits_for_the_host(molecules, features, fields):
+    """On the meta device every mix of devices, and every number that the host would read, is refused."""
+    with torch.device("meta"):
+        flow = ENF(ENFConfig(features=features, species=("H", "C", "O"), hidden=8, layers=2, **fields))
+    batch = molecules.to("meta", torch.float32)
+    loss = FlowMatching()(flow, batch).loss
+    loss.backward()
+    assert loss.device.type == "meta" and flow.dynamics.network.embed.weight.grad.shape[0] == 8

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.lj import LennardJones
 from ase.io import read, write
 
 from ase_enf.chem.convert import PerceptionError
@@ -14,6 +15,7 @@ from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
 from ase_enf.sampling.generate import generate
 from ase_enf.scoring.calculator import ENFCalculator
+from ase_enf.scoring.reweight import reweight
 from ase_enf.scoring.score import score
 
 
@@ -77,6 +79,8 @@ def test_requests_that_do_not_fit(flow):
         generate(flow, 1, smiles="CCO", n_atoms=3)
     with pytest.raises(ValueError, match="knows no molecular graphs; use one that does, such as qm9-conformers"):
         generate(ENF(ENFConfig(hidden=8, layers=1)), 1, smiles="CCO")
+    with pytest.raises(ValueError, match="is one of molecular graphs, which reweight does not draw"):
+        reweight(flow, LennardJones(), n=1, temperature=300.0, formula="H2O")
     with pytest.warns(UserWarning, match="knows no stereochemistry"):
         generate(flow, 1, smiles="O/C=C/O", steps=1, solver="euler")
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_asked_for(joint, properties, message):
 
 def test_flows_without_conditions_say_so():
     flow = ENF(ENFConfig(species=("H", "O"), sizes={3: 1}, hidden=8, layers=1))
-    with pytest.raises(ValueError, match="has no conditions; use one that was trained with them"):
+    with pytest.raises(ValueError, match="has no conditions; train one with --condition"):
         PropertyRequest(flow, {"gap": 3.0})
     with pytest.raises(ValueError, match="has no conditions"):
         score(flow, molecule("H2O"), properties={"gap": 3.0})

@@ -120,6 +120,6 @@ def read_properties(items: list[str] | None) -> dict[str, str]:
 
 def _knows(flow: ENF) -> str:
     if not flow.config.conditions:
-        return "this model has no conditions; use one that was trained with them, such as qm9-properties"
+        return "this model has no conditions; train one with --condition and the name of the property"
     known = (f"{c.name} ({c.unit})" if c.unit else c.name for c in flow.config.conditions)
     return f"is unknown to this model, which knows {', '.join(known)}"

@@ -434,6 +434,11 @@ def _numbers(
 
 def _check_one_composition(flow: ENF, n_atoms: int | None, formula: str | None) -> None:
     """Raises unless all samples will have one composition: energies of different ones have no common weights."""
+    if flow.config.graph:
+        raise ValueError(
+            f"the flow {flow.name!r} is one of molecular graphs, which reweight does not draw; use one of given "
+            "elements"
+        )
     if flow.config.types_given and formula is None:
         raise ValueError("weights compare within one composition; give a formula")
     sizes = list(flow.size_prior.counts)
