@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ase_enf import data as data
     from ase_enf import metrics as metrics
     from ase_enf.atoms import batch as molecules  # noqa: F401 (the public name of that module)
+    from ase_enf.ensemble.study import boltzmann as boltzmann
     from ase_enf.flow.config import ENFConfig as ENFConfig
     from ase_enf.flow.continuous import Solver as Solver
     from ase_enf.flow.loading import load as load
@@ -35,6 +36,7 @@ _PUBLIC = {
     "StochasticSampler": "flow.stochastic",
     "TrainConfig": "training.config",
     "annotate": "scoring.score",
+    "boltzmann": "ensemble.study",
     "generate": "sampling.generate",
     "igenerate": "sampling.generate",
     "load": "flow.loading",

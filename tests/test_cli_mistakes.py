@@ -57,6 +57,12 @@ BAD = {
     "trace": (["score", "joint.safetensors", "good.extxyz", "--trace", "exakt"], "trace 'exakt' is unknown"),
     "draws": (["score", "joint.safetensors", "good.extxyz", "--draws", "0"], "draws=0"),
     "tolerance": (["score", "joint.safetensors", "good.extxyz", "--tolerance", "-1"], "tolerance=-1.0"),
+    "calculator": (["boltzmann", "good.extxyz", "--calculator", "dft", "-o", "new"], "calculator 'dft' is unknown"),
+    "torsion": (
+        ["boltzmann", "good.extxyz", "--torsion", "0", "1", "2", "99", "-o", "new"],
+        "need four different places of atoms",
+    ),
+    "temperature": (["boltzmann", "good.extxyz", "--temperature", "0", "-o", "new"], "temperature=0.0: must be"),
     "no command": ([], "arguments are required: COMMAND"),
     "unknown command": (["create"], "invalid choice: 'create'"),
     "unknown option": ([*GENERATE, "--fast"], "unrecognized arguments: --fast"),

@@ -29,6 +29,7 @@ FLOORS = (
     {"flow", "data", "metrics"},
     {"sampling", "training", "plot"},
     {"scoring"},
+    {"ensemble"},
     {"cli"},
     {"__main__"},
 )
@@ -44,7 +45,7 @@ THIRD_PARTY = {
     "rdkit": (("chem",), False),
     "openbabel": (("chem",), False),
     "matplotlib": (("plot",), False),
-    "pandas": (("scoring", "metrics"), True),
+    "pandas": (("scoring", "metrics", "ensemble"), True),
 }
 
 

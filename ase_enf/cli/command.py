@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ase_enf.cli.arguments import USAGE, Parser
+from ase_enf.cli.boltzmann import add_boltzmann
 from ase_enf.cli.convert import add_convert
 from ase_enf.cli.evaluate import add_evaluate
 from ase_enf.cli.generate import add_generate
@@ -80,6 +81,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
     add_train(commands, training)
     add_info(commands)
     add_convert(commands)
+    add_boltzmann(commands)
     return parser
 
 
@@ -146,6 +148,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
     from ase_enf.flow.continuous import SolverError
     from ase_enf.sampling.sampler import GenerationError
+    from ase_enf.scoring.reweight import ReweightingError
     from ase_enf.training.loop import TrainingError
 
     return (
@@ -155,5 +158,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         CalculatorError,
         SolverError,
         GenerationError,
+        ReweightingError,
         TrainingError,
     )

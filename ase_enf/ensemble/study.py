@@ -1,0 +1,313 @@
+"""A study in stages, each kept in a folder and resumed from it: sample, train, draw, reweight, report."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from ase_enf.atoms.files import atomic_write, make_folder
+from ase_enf.atoms.io import write_structures
+from ase_enf.chem.mmff import conformers
+from ase_enf.chem.topology import Topology
+from ase_enf.data import thermal
+from ase_enf.ensemble.basins import Torsions, assign, free_energies
+from ase_enf.ensemble.calculators import OUTSIDE, OneMolecule
+from ase_enf.flow.model import ENF
+from ase_enf.plot.ensembles import torsion_histogram, weight_histogram
+from ase_enf.scoring.reweight import Reweighted, ReweightingError, reweight
+from ase_enf.training.config import TrainConfig
+from ase_enf.training.folder import STATE_FILE
+from ase_enf.training.loop import train
+
+# Draws of a part, which is what an interruption may cost.
+PART = 500
+# A molecule's part of the frames that is validated on: the last of every walker.
+_VALID = 0.1
+_SEEDS = 1_000_003  # parts of different seeds never share one
+_ARRAYS = ("log_weights", "energies", "log_prob", "log_prob_error")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What :func:`boltzmann` returns.
+
+    Args:
+        ensemble: Frames of the walkers, and how well they mixed.
+        flow: The trained flow.
+        reweighted: Draws of the flow, atoms in the order of the molecule, with their weights.
+        table: Free energies of the basins, see :func:`ase_enf.ensemble.basins.free_energies`; None without basins.
+    """
+
+    ensemble: thermal.Ensemble
+    flow: ENF
+    reweighted: Reweighted
+    table: pd.DataFrame | None
+
+
+def default_training(steps: int = 6000) -> TrainConfig:
+    """Returns what a flow of one small molecule is trained by: given types, 4 layers of width 64.
+
+    Args:
+        steps: Optimizer steps.
+
+    Example:
+        >>> default_training().features
+        'given'
+    """
+    return TrainConfig(features="given", hidden=64, layers=4, batch_size=128, steps=steps, validation_size=64)
+
+
+def boltzmann(
+    atoms: Atoms,
+    calculator: Any,
+    temperature: float,
+    out: str | Path,
+    *,
+    n: int = 10_000,
+    draws: int = 10_000,
+    torsions: Sequence[Sequence[int]] = (),
+    basin: Callable[[Atoms], Any] | None = None,
+    training: TrainConfig | None = None,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Study:
+    """Samples a molecule's thermal ensemble, trains a flow on it, draws from the flow and reweights the draws.
+
+    The ensemble is that of one molecule: no stage counts another isomer or a broken molecule. Every stage is kept in
+    ``out``; called again with the same settings, what is finished is read and what was cut off goes on.
+
+    Args:
+        atoms: The molecule; conformers to start from are made by RDKit.
+        calculator: An ASE calculator of energies and forces, eV and Å.
+        temperature: K.
+        out: A folder, which is made.
+        n: Frames of the walkers.
+        draws: Of the flow.
+        torsions: Torsions whose basins and histograms are reported, four places of atoms each.
+        basin: A function of a structure, with the atoms in the order of the molecule, that names its basin; by default
+            that of the torsions. Equal atoms come in any order, and mirror images too.
+        training: How to train; :func:`default_training` by default. Its ``out`` is that of the study.
+        sampling: Options of :func:`ase_enf.data.thermal.run`.
+        seed: Of every stage.
+        progress: Show bars; by default on a terminal only.
+
+    Returns:
+        Ensemble, flow, weights and free energies. The folder holds ``report.md``, ``free_energies.csv``,
+        ``thermal.extxyz``, ``samples.extxyz``, pictures of torsions and weights, and the run of the flow.
+
+    Raises:
+        ValueError: For a bad option, or a folder with stages of other settings.
+        ReweightingError: If none of the draws is the molecule, or the calculator fails on all of them.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> from ase_enf.ensemble.calculators import calculator
+        >>> ethanol = molecule("CH3CH2OH")
+        >>> study = boltzmann(ethanol, calculator("gfn2", ethanol), 300.0, "result")  # doctest: +SKIP
+        >>> print(study.reweighted)  # doctest: +SKIP
+    """
+    torsions = _checked_torsions(atoms, torsions)
+    if draws < 1:
+        raise ValueError(f"draws={draws}: must be at least 1")
+    folder = make_folder(out)
+    show = sys.stderr.isatty() if progress is None else progress
+    options = {"seed": seed, "out": folder / "thermal.npz", "progress": show} | (sampling or {})
+    ensemble = thermal.run(conformers(atoms, 8, seed), calculator, temperature, n, **options)
+    write_structures(folder / "thermal.extxyz", ensemble.frames)
+    flow = _trained(ensemble, training or default_training(), folder / "flow", seed, show)
+    found = _drawn(flow, atoms, calculator, temperature, draws, folder / "draws", seed, show)
+    write_structures(folder / "samples.extxyz", found.samples)
+    basin = basin or (Torsions(torsions) if torsions else None)
+    table = None
+    if basin is not None:
+        basins = assign(basin, ensemble.frames, ensemble.walkers, found.samples, found.weights)
+        table = free_energies(basins, found.weights)
+        with atomic_write(folder / "free_energies.csv") as handle:
+            handle.write(table.to_csv(index=False).encode())
+    study = Study(ensemble, flow, found, table)
+    _draw_pictures(study, atoms, torsions, folder)
+    with atomic_write(folder / "report.md") as handle:
+        handle.write(report(study, atoms, temperature).encode())
+    return study
+
+
+def _checked_torsions(atoms: Atoms, torsions: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    listed = [tuple(int(place) for place in four) for four in torsions]
+    for four in listed:
+        if len(set(four)) != 4 or len(four) != 4 or min(four) < 0 or max(four) >= len(atoms):
+            raise ValueError(f"torsion {list(four)}: need four different places of atoms from 0 to {len(atoms) - 1}")
+    return listed
+
+
+def _trained(ensemble: thermal.Ensemble, training: TrainConfig, folder: Path, seed: int, progress: bool) -> ENF:
+    """The flow of an ensemble; a run that is there goes on."""
+    frames, walkers = ensemble.frames, ensemble.walkers
+    first = len(frames) - max(walkers, round(_VALID * len(frames)) // walkers * walkers)
+    if first < 1:
+        raise ValueError(f"n={len(frames)}: too few frames to train and to validate on; raise n")
+    config = replace(training, out=str(folder), seed=seed)
+    resume = (folder / STATE_FILE).exists()
+    source = f"{first} frames of {frames[0].symbols} at {frames[0].info['thermal_temperature']:g} K"
+    return train(config, frames[:first], frames[first:], resume=resume, progress=progress, source=source)
+
+
+def _drawn(
+    flow: ENF,
+    atoms: Atoms,
+    calculator: Any,
+    temperature: float,
+    draws: int,
+    folder: Path,
+    seed: int,
+    progress: bool,
+) -> Reweighted:
+    """Draws of a flow in parts, of which those that are there are read."""
+    folder.mkdir(exist_ok=True)
+    topology, bound = Topology(atoms), OneMolecule(atoms, calculator)
+    weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
+    mark = f"{hashlib.sha256(weights).hexdigest()[:16]} {type(calculator).__name__} {temperature:g} {seed}"
+    parts: list[dict[str, np.ndarray]] = []
+    for k, start in enumerate(range(0, draws, PART)):
+        count = min(PART, draws - start)
+        path = folder / f"part_{k:04d}_{count}.npz"
+        part = read_part(path, mark)
+        if part is None:
+            formula = atoms.get_chemical_formula()
+            found = reweight(
+                flow, bound, count, temperature, seed=seed * _SEEDS + k, formula=formula, progress=progress
+            )
+            part = _part(found, topology, mark)
+            buffer = io.BytesIO()
+            np.savez(buffer, **part)
+            with atomic_write(path) as handle:
+                handle.write(buffer.getvalue())
+        parts.append(part)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in (*_ARRAYS, "positions")}
+    outside = arrays["energies"] >= OUTSIDE
+    if outside.all():
+        raise ReweightingError(f"none of {draws} draws is the molecule; train longer, or raise n")
+    arrays["energies"][outside], arrays["log_weights"][outside] = math.nan, -math.inf
+    samples = []
+    for k, positions in enumerate(arrays.pop("positions")):
+        sample = Atoms(atoms.numbers, positions)
+        sample.info["enf_log_likelihood"] = float(arrays["log_prob"][k])
+        sample.info["enf_log_weight"] = float(arrays["log_weights"][k])
+        if math.isfinite(arrays["energies"][k]):
+            sample.calc = SinglePointCalculator(sample, energy=float(arrays["energies"][k]))
+        samples.append(sample)
+    failed, redrawn = (sum(int(part[name]) for part in parts) for name in ("failed", "redrawn"))
+    failed += int(outside.sum())
+    return Reweighted(samples, *(arrays[name] for name in _ARRAYS), float(temperature), None, failed, redrawn)
+
+
+def _part(found: Reweighted, topology: Topology, mark: str) -> dict[str, np.ndarray]:
+    """A part as arrays, atoms in the order of the molecule; those that are another one stay as they are, by element."""
+    positions = []
+    for atoms in found.samples:
+        order = topology.match(atoms)
+        if order is None:  # without weight
+            order = np.empty(len(atoms), dtype=np.int64)
+            order[np.argsort(topology.numbers, kind="stable")] = np.argsort(atoms.numbers, kind="stable")
+        positions.append(atoms.positions[order])
+    arrays = {name: getattr(found, name) for name in _ARRAYS}
+    counts = {"failed": np.array(found.failed), "redrawn": np.array(found.redrawn), "mark": np.array(mark)}
+    return arrays | counts | {"positions": np.array(positions)}
+
+
+def read_part(path: Path, mark: str) -> dict[str, np.ndarray] | None:
+    """Returns a part of the draws that is on disk; None if there is none.
+
+    Args:
+        path: Its file.
+        mark: What tells its flow and its settings apart.
+
+    Raises:
+        ValueError: If it is of another flow or of other settings.
+
+    Example:
+        >>> read_part(Path("no-such-part.npz"), "") is None
+        True
+    """
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        part = {name: file[name] for name in file.files}
+    if str(part.pop("mark")) != mark:
+        raise ValueError(f"{path}: drawn from another flow, or at other settings; name another folder, or remove it")
+    return part
+
+
+def _draw_pictures(study: Study, atoms: Atoms, torsions: Sequence[tuple[int, ...]], folder: Path) -> None:
+    """Histograms of torsions and of weights."""
+    weight_histogram(study.reweighted.log_weights, folder / "log_weights.png")
+    ours = study.reweighted.weights > 0
+    samples = [sample for sample, counts in zip(study.reweighted.samples, ours, strict=True) if counts]
+    for four in torsions:
+        seen, drawn = (
+            np.array([item.get_dihedral(*four) for item in many]) for many in (study.ensemble.frames, samples)
+        )
+        angles = {
+            "walkers": (seen, np.ones(len(seen))),
+            "flow": (drawn, np.ones(len(drawn))),
+            "reweighted": (drawn, study.reweighted.weights[ours]),
+        }
+        title = "–".join(f"{atoms.symbols[place]}{place}" for place in four)
+        torsion_histogram(angles, title, folder / f"torsion_{'_'.join(map(str, four))}.png")
+
+
+def report(study: Study, atoms: Atoms, temperature: float) -> str:
+    """Returns what a study found, in Markdown.
+
+    Args:
+        study: The study.
+        atoms: Its molecule.
+        temperature: K.
+    """
+    d, trouble = study.ensemble.diagnostics, study.ensemble.diagnostics.trouble(temperature)
+    lines = [
+        f"# {atoms.get_chemical_formula()} at {temperature:g} K",
+        "",
+        f"Walkers: {len(study.ensemble.frames)} frames of {study.ensemble.walkers} walkers, {d.calls} calls of the "
+        f"calculator; <U> = {d.energy:.4f} ± {d.energy_stderr:.4f} eV; temperature by the virial "
+        f"{d.temperature:.0f} ± {d.temperature_stderr:.0f} K; longest autocorrelation time {d.autocorrelation:.1f} "
+        f"frames, {d.effective_size:.0f} effective frames; r_hat {d.r_hat:.3f}; "
+        f"{100 * d.acceptance[0]:.0f} % accepted, {d.refused} refused for a changed bond."
+        + (f" **Not in equilibrium: {trouble}.**" if trouble else ""),
+        "",
+        f"Flow: {study.reweighted}.",
+        "",
+    ]
+    if study.table is not None:
+        lines += [
+            "| basin | share, walkers | effective frames | share, flow | share, reweighted | effective draws | "
+            "F, walkers / kT | F, reweighted / kT |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_row(row) for row in study.table.to_dict("records")]
+        lines += ["", "An error of inf: fewer than ten effective samples, from which none can be told."]
+    return "\n".join([*lines, ""])
+
+
+def _row(row: dict[str, Any]) -> str:
+    """A basin as a row of the report."""
+    pairs = [
+        f"{row[name]:.3f} ± {row[f'{name}_stderr']:.3f}"
+        for name in ("share_md", "share_reweighted", "free_energy_md", "free_energy_reweighted")
+    ]
+    cells = (
+        row["basin"], pairs[0], f"{row['effective_md']:.1f}", f"{row['share_flow']:.3f}", pairs[1],
+        f"{row['effective_reweighted']:.1f}", pairs[2], pairs[3],
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"

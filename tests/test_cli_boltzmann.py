@@ -1,0 +1,32 @@
+"""``ase-enf boltzmann`` from a file to a report, and again."""
+
+from __future__ import annotations
+
+import warnings
+
+from ase.build import molecule
+from ase.io import write
+
+from ase_enf.cli import main
+from ase_enf.training.config import TrainConfig
+
+
+def test_from_a_file_to_a_report(tmp_path, monkeypatch, capsys):
+    from ase_enf.ensemble import study
+
+    tiny = TrainConfig(features="given", hidden=8, layers=1, steps=2, batch_size=8, validation_size=2, warmup=1)
+    monkeypatch.setattr(study, "default_training", lambda steps: tiny)
+    write(tmp_path / "water.xyz", molecule("H2O"))
+    words = ["boltzmann", str(tmp_path / "water.xyz"), "--calculator", "mmff", "-n", "32", "--draws", "40"]
+    words += ["-o", str(tmp_path / "out"), "--temperature", "400"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code = main(words)
+        said = capsys.readouterr()
+        # Two steps of training may or may not give a molecule among forty draws; either way it is said.
+        assert code in (0, 2)
+        assert ("# H2O at 400 K" in said.out) if code == 0 else ("none of 40 draws is the molecule" in said.err)
+        assert (tmp_path / "out" / "thermal.extxyz").exists()
+        assert main(words) == code
+        assert main([*words, "--seed", "1"]) == 2
+    assert "holds a run with seed=0, not 1; name another file" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""A study from molecule to free energies: basins and their errors, other isomers, and that every stage resumes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from ase.io import read
+
+from ase_enf.chem.mmff import MMFF94
+from ase_enf.ensemble import study as module
+from ase_enf.ensemble.basins import Basins, Torsions, assign, free_energies
+from ase_enf.ensemble.calculators import OUTSIDE, OneMolecule, calculator
+from ase_enf.ensemble.study import boltzmann
+from ase_enf.scoring.reweight import ReweightingError
+from ase_enf.training.config import TrainConfig
+
+TINY = TrainConfig(features="given", hidden=8, layers=1, steps=3, batch_size=8, validation_size=2, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def _once(dtype):
+    if dtype != torch.float64:
+        pytest.skip("nothing here depends on it")
+
+
+def test_free_energies_and_errors_of_known_shares():
+    """Independent frames of 70, 25 and 5 %; draws of equal shares that carry those as weights."""
+    truth, rng, found = np.array([0.7, 0.25, 0.05]), np.random.default_rng(0), []
+    for _ in range(200):
+        seen = rng.choice(3, (250, 4), p=truth)
+        drawn = rng.integers(0, 3, 1500)
+        weights = truth[drawn] * rng.gamma(2.0, size=1500)
+        found.append(free_energies(Basins(["a", "b", "c"], seen, drawn), weights / weights.sum()))
+    for way in ("md", "reweighted"):
+        for name, exact in (("share", truth), ("free_energy", -np.log(truth / truth[0]))):
+            values = np.array([table[f"{name}_{way}"] for table in found])
+            errors = np.array([table[f"{name}_{way}_stderr"] for table in found]).mean(axis=0)
+            spread = values.std(axis=0, ddof=1)
+            assert np.allclose(values.mean(axis=0), exact, atol=0.03)
+            assert np.allclose(errors, spread, rtol=0.25, atol=1e-12), (way, name)
+
+
+def test_too_few_effective_samples_have_no_error():
+    """Ten draws of which one carries a basin: the delta method would be sure of it."""
+    drawn = np.array([0] * 200 + [1] * 20)
+    weights = np.ones(220)
+    weights[200] = 50.0
+    table = free_energies(Basins(["a", "b"], np.zeros((50, 4), dtype=int), drawn), weights / weights.sum())
+    assert table.effective_reweighted[1] < 10 < table.effective_reweighted[0]
+    assert np.isinf(table.share_reweighted_stderr[1]) and np.isinf(table.free_energy_reweighted_stderr[1])
+    assert np.isfinite(table.share_reweighted_stderr[0])
+    assert table.share_md[1] == 0 and np.isinf(table.free_energy_md[1]) and np.isinf(table.share_md_stderr[1])
+
+
+def test_correlated_walkers_have_fewer_effective_frames():
+    rng = np.random.default_rng(1)
+    slow = np.repeat(rng.integers(0, 2, (100, 4)), 10, axis=0)
+    table = free_energies(Basins(["a", "b"], slow, np.array([0, 1])), np.full(2, 0.5))
+    assert table.effective_md.sum() == pytest.approx(400, rel=0.3)  # of 4,000
+    assert table.share_md_stderr[0] == pytest.approx(0.5 / np.sqrt(400), rel=0.2)
+
+
+def test_torsions_name_basins_and_mirror_images_share_one():
+    ethanol = molecule("CH3CH2OH")
+    other = ethanol.copy()
+    basin = Torsions([(0, 1, 2, 3)])
+    names = {}
+    for angle in (60, 170, 190, 300):
+        other.set_dihedral(0, 1, 2, 3, angle, indices=[3])
+        names[angle] = basin(other)
+    assert names == {60: "gauche", 170: "trans", 190: "trans", 300: "gauche"}
+    found = assign(basin, [ethanol, other, other, other, ethanol], 2, [ethanol, other], np.array([1.0, 0.0]))
+    assert found.names == ["gauche", "trans"]
+    assert found.walkers.tolist() == [[1, 0], [0, 0]] and found.draws.tolist() == [1, -1]
+
+
+def test_only_the_molecule_has_a_weight():
+    ethanol = molecule("CH3CH2OH")
+    bound = OneMolecule(ethanol, MMFF94(ethanol))
+    energies = []
+    for atoms in (ethanol, ethanol[[8, 0, 3, 1, 2, 4, 7, 6, 5]], molecule("CH3OCH3")):
+        atoms.calc = bound
+        energies.append(atoms.get_potential_energy())
+    assert energies[0] == pytest.approx(energies[1], abs=1e-9) and energies[2] == OUTSIDE
+    assert np.exp(-OUTSIDE / 1000.0) == 0 and bound.calls == 2
+
+
+def test_calculators_by_name():
+    with pytest.raises(ValueError, match="calculator 'dft' is unknown; choose one of gfn2, gfn1, mmff"):
+        calculator("dft", molecule("H2O"))
+    pytest.importorskip("tblite")
+    water = molecule("H2O")
+    water.calc = calculator("gfn2", water)
+    assert water.get_potential_energy() < -100
+
+
+def test_a_study_is_resumed_stage_by_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 4)
+    atoms = molecule("H2O")
+    options = {
+        "n": 48, "draws": 10, "basin": lambda atoms: "wide" if atoms.get_angle(1, 0, 2) > 104 else "narrow",
+        "training": TINY, "sampling": {"leapfrog": 4, "burn_in": 40}, "progress": False,
+    }  # fmt: skip
+
+    class Counting(MMFF94):
+        calls = 0
+
+        def calculate(self, *arguments) -> None:
+            type(self).calls += 1
+            super().calculate(*arguments)
+
+    # Whatever an untrained flow draws is the molecule here: the stages are the point.
+    class Anything(OneMolecule):
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()) -> None:
+            super().calculate(atoms, properties, system_changes)
+            if self.results["energy"] == OUTSIDE:
+                self.results["energy"] = 0.5
+
+    monkeypatch.setattr(module, "OneMolecule", Anything)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = boltzmann(atoms, Counting(atoms), 300.0, tmp_path / "out", **options)
+        files = {path.name for path in (tmp_path / "out").iterdir()}
+        assert files >= {
+            "thermal.npz", "thermal.extxyz", "flow", "draws", "samples.extxyz", "free_energies.csv", "report.md",
+            "log_weights.png",
+        }  # fmt: skip
+        assert len(read(tmp_path / "out" / "samples.extxyz", ":")) == len(first.reweighted.samples) == 10
+        assert (tmp_path / "out" / "report.md").read_text().startswith("# H2O at 300 K")
+        # One part of the draws is lost: it alone is drawn again, to the same weights.
+        (tmp_path / "out" / "draws" / "part_0001_4.npz").unlink()
+        Counting.calls = 0
+        again = boltzmann(atoms, Counting(atoms), 300.0, tmp_path / "out", **options)
+    assert np.array_equal(again.reweighted.log_weights, first.reweighted.log_weights)
+    assert np.array_equal(again.ensemble.energies, first.ensemble.energies)
+    assert Counting.calls <= 8 + 8 + 4  # walkers at the start and as saved, and the draws
+    assert again.table.equals(first.table) and set(first.table.basin) <= {"wide", "narrow"}
+    with pytest.raises(ValueError, match="drawn from another flow, or at other settings"):
+        module.read_part(tmp_path / "out" / "draws" / "part_0000_4.npz", "another")
+
+
+def test_a_flow_that_never_draws_the_molecule_says_so(tmp_path):
+    atoms = molecule("CH3OH")
+    with warnings.catch_warnings(), pytest.raises(ReweightingError, match="none of 3 draws is the molecule; train"):
+        warnings.simplefilter("ignore")
+        boltzmann(
+            atoms, MMFF94(atoms), 300.0, tmp_path / "out", n=24, draws=3, training=TINY,
+            sampling={"leapfrog": 2, "burn_in": 10}, progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torsions": [(0, 1, 2, 9)]}, r"torsion \[0, 1, 2, 9\]: need four different places of atoms from 0 to 8"),
+        ({"torsions": [(0, 1, 1, 2)]}, "torsion"),
+        ({"draws": 0}, "draws=0"),
+        ({"n": 0}, "n=0"),
+    ],
+)
+def test_bad_input(tmp_path, options, message):
+    atoms = molecule("CH3CH2OH")
+    with pytest.raises(ValueError, match=message):
+        boltzmann(atoms, MMFF94(atoms), 300.0, tmp_path / "out", **options)
