@@ -121,6 +121,8 @@ def boltzmann(
     torsions = _checked_torsions(atoms, torsions)
     if draws < 1:
         raise ValueError(f"draws={draws}: must be at least 1")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature}: must be a positive number of K")
     folder = make_folder(out)
     show = sys.stderr.isatty() if progress is None else progress
     options = {"seed": seed, "out": folder / "thermal.npz", "progress": show} | (sampling or {})
