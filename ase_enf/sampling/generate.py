@@ -40,11 +40,11 @@ def generate(
 ) -> list[Atoms]:
     """Draws n molecules, ``(x, h) = g_θ(z)`` with z from the base distribution (eq. 1, 11).
 
-    By default, molecules of a flow trained by flow matching are drawn by a stochastic sampler: before every step some
-    noise is added again (``churn`` says how much), so that errors of earlier steps fade and many more molecules are
-    stable. They are not distributed as ``score`` says: their distribution is narrower, it is not known in closed form,
-    and a likelihood of such a molecule is one of the flow, not of the sampler. ``churn=0`` draws from the density that
-    ``score`` gives, to the error of the solver.
+    By default, molecules of a flow trained by flow matching are drawn by a stochastic sampler: noise is replaced by
+    fresh noise on the way (``churn`` says how much), so that errors of earlier steps fade and many more molecules are
+    stable. They are not distributed as ``score`` says: their distribution is not known in closed form, and a likelihood
+    of such a molecule is one of the flow, not of the sampler. ``churn=0`` draws from the density that ``score`` gives,
+    to the error of the solver.
 
     Molecule i depends on ``(seed, i)`` alone: not on n, the batch size or its batch mates (to rounding, with a
     fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
