@@ -42,9 +42,8 @@ def main() -> None:
     flow.use_kernel("auto")
     if options.scores_only:
         columns = ("metric", "value", "stderr", "denominator", "definition")
-        write_results(
-            pd.DataFrame([_nll(flow, options)], columns=columns).round(2), f"nll_{flow.name}", f"NLL of `{flow.name}`"
-        )
+        name = f"nll_{flow.name}" + ("_test" if options.split == "test" else "")
+        write_results(pd.DataFrame([_nll(flow, options)], columns=columns).round(2), name, f"NLL of `{flow.name}`")
         return
     start = time.perf_counter()
     atoms = ase_enf.generate(flow, options.n, seed=options.seed, closed_shell=options.closed_shell)
