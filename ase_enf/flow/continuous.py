@@ -15,6 +15,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ase_enf.flow import fixed_steps
 from ase_enf.flow.divergence import Divergence, Field, Moment, Velocity
 from ase_enf.flow.quadrature import check_intervals, clenshaw_curtis, integrate, rule
 from ase_enf.threads import map_threads
@@ -346,7 +347,7 @@ class ContinuousFlow:
         integrate = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         extra = {"adjoint_params": tuple(parameters)} if adjoint else {}
         out = self._guard(
-            lambda: integrate(augmented, state, times, method=self.solver.method, **self._tolerances(times, x), **extra)
+            lambda: integrate(augmented, state, times, method=self.solver.method, **self._settings(times), **extra)
         )
         y, ladj, kinetic, jacobian = (part[-1] for part in out)
         return Regularised(y[..., :n], y[..., n:], ladj, kinetic, jacobian, self.nfe)
@@ -359,28 +360,27 @@ class ContinuousFlow:
             self._count(t)
             return torch.cat(self.velocity(t, y[..., :n], y[..., n:]), dim=-1)
 
-        times = times.to(x)
-        y = self._guard(
-            lambda: torchdiffeq.odeint(
-                derivative, torch.cat([x, h], dim=-1), times, method=self.solver.method, **self._tolerances(times, x, h)
-            )
-        )
+        start = torch.cat([x, h], dim=-1)
+        if self.solver.adaptive:
+            settings = {"rtol": self.solver.rtol, "atol": self.solver.atol, "options": {"norm": self._norm(x, h)}}
+            method = self.solver.method
+            y = self._guard(lambda: torchdiffeq.odeint(derivative, start, times.to(x), method=method, **settings))
+        else:
+            y = fixed_steps.solve(derivative, start, times, self.solver.grid(), self.solver.method)
         return [(state[..., :n], state[..., n:]) for state in y]
 
-    def _tolerances(self, times: Tensor, x: Tensor, h: Tensor | None = None) -> dict[str, object]:
-        if not self.solver.adaptive:
-            # The fixed grid is refined by the requested times, so that no state is interpolated.
-            low, high = times.min(), times.max()
-            inner = self.solver.grid().to(times)
-            grid = torch.cat([inner[(inner > low) & (inner < high)], times]).unique()
-            # The adjoint comes back over the same grid in the other direction.
-            return {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
-        settings: dict[str, object] = {"rtol": self.solver.rtol, "atol": self.solver.atol}
-        if h is not None:
-            # Each molecule must meet the tolerance by itself: root mean square over its real entries, then the worst.
-            entries = (self.mask.sum(dim=-1) * (x.shape[-1] + h.shape[-1])).to(x.dtype)
-            settings["options"] = {"norm": lambda y: (y.square().sum(dim=(1, 2)) / entries).max().sqrt()}
-        return settings
+    def _norm(self, x: Tensor, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """Each molecule must meet the tolerance by itself: root mean square over its real entries, then the worst."""
+        entries = (self.mask.sum(dim=-1) * (x.shape[-1] + h.shape[-1])).to(x.dtype)
+        return lambda y: (y.square().sum(dim=(1, 2)) / entries).max().sqrt()
+
+    def _settings(self, times: Tensor) -> dict[str, object]:
+        """Returns what torchdiffeq has to know for one solve between two times."""
+        if self.solver.adaptive:
+            return {"rtol": self.solver.rtol, "atol": self.solver.atol}
+        grid = fixed_steps.refine(self.solver.grid().to(times), times)
+        # The adjoint comes back over the same grid in the other direction.
+        return {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
 
     def _guard(self, integrate: Callable[[], Tensor]) -> Tensor:
         try:

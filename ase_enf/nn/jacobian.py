@@ -71,11 +71,11 @@ def egnn_trace(
         >>> egnn_trace(network, torch.randn(1, 4, 2), torch.randn(1, 4, 3), pairs, mask).by_x.shape
         torch.Size([1])
     """
-    atoms, n = x.shape[1:]
+    (atoms, n), device = x.shape[1:], "cpu" if x.device.type == "cpu" else "cuda"
     features, hidden = (network.out.out_features if network.out is not None else 0), network.embed.out_features
-    together = max(1, TANGENT_ELEMENTS[x.device.type] // (atoms * (n + features) * atoms * hidden))
+    together = max(1, TANGENT_ELEMENTS[device] // (atoms * (n + features) * atoms * hidden))
     block = (atoms * hidden) ** 2
-    blocks = max(1, BLOCK_ELEMENTS[x.device.type] // block)
+    blocks = max(1, BLOCK_ELEMENTS[device] // block)
     # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
     middle = len(network.layers) > 2
     needed = min(together, blocks, len(x)) * block
