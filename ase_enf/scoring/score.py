@@ -81,6 +81,8 @@ def score(
     * ``features="joint"``: a lower bound (``kind`` "bound"). The dequantiser q draws continuous numbers h̃ that round to
       the elements h; ``draws`` of them, K in all, give the importance-weighted bound
       log p(x, h, M) ≥ E log 1/K Σ_k p(x, h̃_k, M) / q(h̃_k | h), tighter in K (Burda et al. 2016; K = 1 is eq. 12).
+      With K > 1 and the trace of "hutchinson" it is none (``kind`` "estimate"): the logarithm of a mean is not linear
+      in the trace, whose noise lifts it, above the likelihood even. One draw, or the exact trace, keeps the bound.
 
     Positions are in Å and densities live on the zero-centre-of-mass subspace, so values compare within one
     composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone:
@@ -91,9 +93,8 @@ def score(
     Args:
         flow: A flow, as of ``ase_enf.load``.
         atoms: One structure or many; never modified.
-        trace: "exact" (invariant to rotation), "hutchinson" (an unbiased estimate of ladj; as the bound is not linear
-            in it, its noise can lift a bound), or "auto": exact up to 512 dimensions M (n + F) where the trace has a
-            closed form (all networks but "gnn"), and up to 96 elsewhere.
+        trace: "exact" (invariant to rotation), "hutchinson" (an unbiased estimate of ladj), or "auto": exact up to 512
+            dimensions M (n + F) where the trace has a closed form (all networks but "gnn"), and up to 96 elsewhere.
         probes: Rademacher probes of "hutchinson".
         draws: K, the number of h̃ drawn by the dequantiser, for "joint".
         seed: Of the random numbers, one for all rows or one for each. With one, all rows use the same numbers, which is
@@ -149,7 +150,7 @@ def score(
             (
                 estimate.log_likelihood,
                 estimate.stderr,
-                "bound" if flow.config.types_flow else "exact",
+                scorer.kind_of(len(item)),
                 used,
                 probes if used == "hutchinson" else 0,
                 scorer.draws,
@@ -181,7 +182,7 @@ def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> li
     """Returns copies of the structures with their score in ``info``, which extended xyz and ``.traj`` keep.
 
     ``enf_log_likelihood``, ``enf_log_likelihood_stderr`` (nats; left out when unknown), ``enf_log_likelihood_kind``
-    ("exact" or "bound"), ``enf_log_likelihood_trace`` and ``enf_log_likelihood_model``.
+    ("exact", "bound" or "estimate"), ``enf_log_likelihood_trace`` and ``enf_log_likelihood_model``.
 
     Args:
         flow: A flow.
@@ -246,6 +247,13 @@ class Scorer:
         dimensions = n_atoms * (config.dimension + config.flow_features)
         closed = self.flow.dynamics.has_closed_form and (n_atoms * config.hidden) ** 2 <= CLOSED_FORM_BLOCKS
         return "exact" if dimensions <= (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) else "hutchinson"
+
+    def kind_of(self, n_atoms: int) -> str:
+        """Returns what the score of a structure of this size is: "exact", a "bound", or an "estimate" of a bound."""
+        if not self.flow.config.types_flow:
+            return "exact"
+        # The logarithm of a mean over draws is not linear in the trace, whose noise lifts it.
+        return "estimate" if self.draws > 1 and self.trace_of(n_atoms) == "hutchinson" else "bound"
 
     def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[Estimate]:
         """Returns one estimate a structure, in order."""
