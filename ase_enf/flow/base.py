@@ -57,7 +57,7 @@ def sample_latent(
     """Draws one latent molecule: a Gaussian projected on the zero-mean subspace, and Gaussian features.
 
     Args:
-        rng: Source of randomness; one of its own for every molecule makes the molecule independent of its batch.
+        rng: Source of randomness; with one for each molecule, a molecule does not depend on its batch.
         n_atoms: M.
         dimension: n.
         features: F.

@@ -26,13 +26,13 @@ TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 # Not dopri8 and bosh3: torchdiffeq interpolates their last step, which costs them all digits beyond the fifth.
 ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
-# Half the fixed steps, or a tolerance LOOSENED times as large, is taken to raise the error of the path by this much. It
-# is one order less than a fixed method's own, to be on the safe side where the steps are not small enough for it; an
-# adaptive one meets its tolerance so loosely that the coarser solve may err by little more.
+# By which factor the error of the path is assumed to grow with half the fixed steps, or with tolerances LOOSENED times
+# as large. For fixed steps it is that of one order less than the method's own, because the steps may be too large for
+# the full order; an adaptive method follows its tolerance so loosely that the coarser solve may err by little more.
 PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0, "dopri5": 2.0}
 LOOSENED = 10.0
 
-# An adaptive solve takes some hundred evaluations; one of more than this does not end.
+# An adaptive solve takes some hundred evaluations; one that needs more than this would not end.
 MAX_EVALUATIONS = 10_000
 
 # Intervals of the quadrature of the trace.
@@ -253,7 +253,7 @@ class ContinuousFlow:
             return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
         check_intervals(intervals)
         times, stretch = self.nodes(intervals)
-        # The path stops at every node, so that it is refined with the quadrature.
+        # The path stops at every node, so that more nodes refine it, too.
         path = self._solve(x, h, times if start < end else times.flip(0))
         states = path if start < end else path[::-1]
         traces = self._traces(trace, times, states)
@@ -270,7 +270,7 @@ class ContinuousFlow:
         def at_node(k: int) -> Tensor:
             return trace(Moment(self.velocity, moments[k]), *states[k]).samples.double()
 
-        # The nodes of a solved path are independent; a recorded graph, and a GPU, want them one after the other.
+        # The nodes of a solved path are independent, but a graph is recorded, and a GPU is filled, by one at a time.
         alone = torch.is_grad_enabled() or x.device.type != "cpu"
         nodes = range(len(times))
         self.nfe += len(nodes)

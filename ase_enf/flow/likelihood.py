@@ -93,10 +93,10 @@ def log_base(z_x: Tensor, z_h: Tensor, mask: Tensor) -> Tensor:
 def path_error(
     flow: ContinuousFlow, x: Tensor, h: Tensor, latent: Tensor, traces: Tensor, trace: TraceMethod
 ) -> tuple[Tensor, int]:
-    """Estimates what the solver does to log p_Z + ladj, from what a coarser one does; see ``Solver.coarser``.
+    """Estimates the error of log p_Z + ladj that the solver causes, from a coarser solve; see ``Solver.coarser``.
 
-    An adaptive solver is held against a finer one, too, and the larger estimate counts: its error depends on the
-    tolerance erratically, and two loose ones may share theirs.
+    An adaptive solver is compared with a finer one as well, and the larger estimate counts: its error depends on the
+    tolerance erratically, and two loose solves may have much of theirs in common.
 
     Args:
         flow: Of one batch.
@@ -111,7 +111,7 @@ def path_error(
     """
     solver, error, nfe = flow.solver, torch.zeros_like(latent), 0
     reduction = PATH_REDUCTION[solver.method]
-    # Of the difference, how much is the error of the solver itself.
+    # Other solvers, and which share of the difference to them is the error of this one.
     others = [(solver.coarser(), 1.0 / (reduction - 1.0))]
     if solver.adaptive:
         others.append((solver.finer(x.dtype), reduction / (reduction - 1.0)))

@@ -34,15 +34,15 @@ from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.flow.weights import write_weights
 from ase_enf.geometry import subspace_dim
 
-# Likelihoods take a fixed grid, so that one does not depend on its batch mates; the nodes of the quadrature are its
-# steps. Flow matching of a bare velocity puts what changes fast near the data: 49 nodes in u, t = u², err by a third of
-# what 49 in t do; after maximum likelihood, and of a denoising flow, nodes in t are the better ones
-# (benchmarks/likelihood.py, quadrature).
+# Likelihoods are integrated on a fixed grid, so that none depends on its batch mates; a step leads from node to node of
+# the quadrature. A bare velocity trained by flow matching changes fast near the data, and its nodes lie in u, t = u²;
+# after maximum likelihood, and for a denoising flow, nodes in t are the better ones (benchmarks/likelihood.py,
+# quadrature).
 LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
 MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
-# Renewed noise mends much of what a trained velocity does wrong (benchmarks/samplers.py).
+# Renewed noise corrects many errors of a trained velocity (benchmarks/samplers.py).
 STOCHASTIC_SAMPLER = StochasticSampler(steps=128, warp=2.0, churn=50.0)
 
 
@@ -87,7 +87,7 @@ class ENF(nn.Module):
             pair_features=GRAPH_FEATURES if config.graph else 0,
         )
         self.dynamics = Dynamics(network, Parameterisation(config.parameterisation, config.feature_std))
-        self.q = build_q(config.dequantizer, len(config.species)) if config.features == "joint" else None
+        self.q = build_q(config.dequantizer, len(config.species)) if config.types_flow else None
 
     def __repr__(self) -> str:
         """Says in two lines what the flow is; ``print(flow.dynamics)`` lists its modules."""
@@ -123,8 +123,8 @@ class ENF(nn.Module):
     def likelihood_solver(self) -> Solver:
         """How likelihoods are integrated: rk4 on the nodes of the quadrature.
 
-        Flow matching of a bare velocity leaves a field that changes fast near the data, where the nodes are denser
-        then; the other parameterisations divide that change out.
+        A bare velocity trained by flow matching changes fast near the data, so that its nodes are denser there; the
+        other parameterisations divide that change out.
 
         Example:
             >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).likelihood_solver)
@@ -141,7 +141,7 @@ class ENF(nn.Module):
             >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).ode_solver)
             'midpoint, 64 steps, warp 1.75'
         """
-        return MATCHED_SAMPLING_SOLVER if self.matched and self.features != "none" else SAMPLING_SOLVER
+        return MATCHED_SAMPLING_SOLVER if self.matched and self.config.knows_types else SAMPLING_SOLVER
 
     @property
     def sampling_solver(self) -> Solver | StochasticSampler:
@@ -154,7 +154,7 @@ class ENF(nn.Module):
             >>> str(ENF(ENFConfig(features="none", hidden=8, layers=1)).sampling_solver)
             'midpoint, 32 steps, warp 1'
         """
-        return STOCHASTIC_SAMPLER if self.matched and self.features != "none" else self.ode_solver
+        return STOCHASTIC_SAMPLER if self.matched and self.config.knows_types else self.ode_solver
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +221,7 @@ class ENF(nn.Module):
     def encoded(
         self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | Context | None = None, log_q: Tensor | None = None
     ) -> Encoded:
-        """Returns what is in the coordinates of the flow already with the terms of its likelihood; see :meth:`encode`.
+        """Adds the terms of the likelihood to molecules that are in the coordinates of the flow; see :meth:`encode`.
 
         Args:
             x: Scaled and centred positions, shape (B, M, n).
@@ -235,7 +235,7 @@ class ENF(nn.Module):
         if config.flow_features:
             log_volume = log_volume + n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
         zero = torch.zeros_like(log_volume)
-        log_size = self.size_prior.log_prob(n_atoms).to(log_volume) if config.features == "joint" else zero
+        log_size = self.size_prior.log_prob(n_atoms).to(log_volume) if config.types_flow else zero
         return Encoded(x, h, mask, context, log_volume, zero if log_q is None else log_q, log_size)
 
     def context(self, batch: Batch) -> Tensor | Context | None:
@@ -245,7 +245,7 @@ class ENF(nn.Module):
             ValueError: If the flow needs a graph, and the batch has none.
         """
         config = self.config
-        nodes = [batch.types] if config.features == "given" else []
+        nodes = [batch.types] if config.types_given else []
         if config.conditions:
             mean, std = (self._feature([getattr(c, name) for c in config.conditions]) for name in ("mean", "std"))
             known = condition_features(batch.conditions, batch.positions, mean, std)
@@ -265,7 +265,7 @@ class ENF(nn.Module):
             types, charges = quantize(features)
             return Batch(positions, types * mask.unsqueeze(-1), charges * mask.unsqueeze(-1), mask)
         types = x[..., :0]
-        if self.config.features == "given":
+        if self.config.types_given:
             types = split_context(context).nodes[..., : len(self.species)]
         return Batch(positions, types, torch.zeros_like(x[..., :1]), mask)
 
@@ -280,8 +280,8 @@ class ENF(nn.Module):
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        The path is solved once more by a coarser solver (half the steps, a looser tolerance; of an adaptive one also by
-        a tighter one); what that does to log p_Z and to the trace enters ``error``.
+        ``error`` joins the error of the quadrature and that of the path. For the latter, the path is solved again by a
+        coarser solver (half the steps, or looser tolerances; and with tighter ones, too, if the solver is adaptive).
 
         Args:
             batch: Molecules on the model's device and in its dtype.
@@ -289,7 +289,7 @@ class ENF(nn.Module):
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
             solver: How the state is integrated; :attr:`likelihood_solver`, as in ``score``, when None.
             intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
-            estimate_path_error: Whether to solve the path twice for that part of ``error``.
+            estimate_path_error: Whether to solve the path again for its part of ``error``.
 
         Raises:
             SolverError: If the solver fails.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Doubling the intervals is taken to cut the error as much as it was seen to do the time before, within these bounds;
-# tests/test_honesty.py holds the estimate that follows against the true error along the paths of the shipped flows.
+# Doubling the intervals is assumed to cut the error by the factor that the doubling before did, within these bounds;
+# tests/test_honesty.py compares the resulting estimate with the true error along the paths of the shipped flows.
 LEAST_REDUCTION, REDUCTION = 3.0, 6.0
 
 
@@ -55,11 +55,11 @@ def clenshaw_curtis(intervals: int) -> tuple[Tensor, Tensor]:
 def integrate(values: Tensor) -> Integral:
     """Integrates over [0, 1] what is known at the nodes of :func:`clenshaw_curtis`, with an error estimate.
 
-    If doubling cuts the error c-fold, the error of Q_n is at most |Q_n − Q_{n/2}| / (c − 1). What c is, the differences
-    tell themselves: c = |Q_{n/2} − Q_{n/4}| / |Q_n − Q_{n/2}|, but neither below 3, where a narrow peak or a kink
-    begins to be seen, nor above 6 (``REDUCTION``). By the step before, with 6, the error is at most
-    |Q_{n/2} − Q_{n/4}| / 30; the larger of both is returned, as two differences are seldom small by accident at once.
-    What falls between the nodes of all three rules, no estimate can see.
+    If doubling the nodes cuts the error c-fold, the error of Q_n is at most |Q_n − Q_{n/2}| / (c − 1). The factor c is
+    read off two differences, c = |Q_{n/2} − Q_{n/4}| / |Q_n − Q_{n/2}|, and kept between 3, as where a narrow peak or a
+    kink is just resolved, and 6 (``REDUCTION``). From the coarser difference alone, with c = 6, the error is at most
+    |Q_{n/2} − Q_{n/4}| / 30. The larger of the two bounds is returned, because two differences are seldom both small
+    by accident. A feature between the nodes of all three rules stays unseen.
 
     Args:
         values: Shape (n + 1, ...), n divisible by 8.

@@ -141,7 +141,7 @@ class Reweighted:
     @property
     def integration_error(self) -> float:
         """Weighted mean of ``log_prob_error``, nats: what quadrature and fixed steps may do to log w."""
-        counted = self.weights > 0  # a sample without weight may have lost its way
+        counted = self.weights > 0  # without a weight, the error need not be finite
         return float(self.weights[counted] @ self.log_prob_error[counted])
 
     @property
