@@ -15,7 +15,7 @@ import pandas as pd
 
 from benchmarks.reliability.fuzz import KINDS, SECONDS, fuzz
 from benchmarks.reliability.kill import VERBS, kill
-from benchmarks.tables import write_results
+from benchmarks.report import write_results
 
 
 def main() -> None:
