@@ -29,8 +29,9 @@ class Fragment:
 
     so that their geometry is that of the fragment, while the centre of the whole, which nobody knows before the rest is
     there, is the one that the flow predicts; the mean of all atoms stays zero. Their features are replaced as well.
-    Renewed noise (``churn``) is what makes the rest agree with them: with the default, most of it is drawn again in
-    every step, which is the resampling of Lugmayr et al. (2022) in small steps.
+    Renewed noise (``churn``) lets the rest adapt to them, like the resampling of Lugmayr et al. (2022) in small steps.
+    It does so only in part: the law is not the exact conditional one of the flow, and where a group was cut from a
+    molecule, few completions are stable. Ask for ``require="stable"`` and expect many attempts.
 
     Args:
         flow: A flow of molecules that flow matching has trained.
