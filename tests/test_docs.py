@@ -78,11 +78,12 @@ def the_best_isomer_is_tetrahydrofuran(names: dict) -> None:
         assert next(iter(names["best"])) == "C1CCOC1"
 
 
-def samplers_are_too_cold_and_too_hot(names: dict) -> None:
+def the_flow_itself_is_too_hot(names: dict) -> None:
     energies = {
         name: names["energies"](names["read"](f"{name}.extxyz", index=":")) for name in ("valid", "drawn", "drawn0")
     }
-    assert energies["drawn"].mean() < energies["valid"].mean() < energies["drawn0"].mean()
+    assert abs(np.median(energies["drawn"]) - np.median(energies["valid"])) < 0.1  # eV; the dynamics spread by 0.11
+    assert np.median(energies["drawn0"]) > np.median(energies["valid"]) + 0.3
 
 
 def hotter_frames_are_outside(names: dict) -> None:
@@ -96,7 +97,7 @@ def a_stretched_bond_is_less_likely(names: dict) -> None:
 
 CLAIMS = {
     "tutorials/generate.md": the_best_isomer_is_tetrahydrofuran,
-    "tutorials/train.md": samplers_are_too_cold_and_too_hot,
+    "tutorials/train.md": the_flow_itself_is_too_hot,
     "howto/out_of_distribution.md": hotter_frames_are_outside,
     "tutorials/likelihood.md": a_stretched_bond_is_less_likely,
 }
