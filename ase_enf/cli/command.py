@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ase_enf.cli.arguments import USAGE, Parser
 from ase_enf.cli.boltzmann import add_boltzmann
+from ase_enf.cli.completion import SHELLS, PrintCompletion
 from ase_enf.cli.convert import add_convert
 from ase_enf.cli.evaluate import add_evaluate
 from ase_enf.cli.generate import add_generate
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _speakable():
-        options, unknown = _parser(training="train" in words).parse_known_args(words)
+        training = any(word == "train" or word.startswith("--completion") for word in words)
+        options, unknown = _parser(training).parse_known_args(words)
         if unknown:  # by the command's own parser, which knows where its help is
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return _run(options)
@@ -74,6 +76,13 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument(
+        "--completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script by which Tab completes in this shell, and exit; for bash: ase-enf --completion bash > "
+        "~/.local/share/bash-completion/completions/ase-enf",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add_generate(commands)
     add_score(commands)
