@@ -68,6 +68,13 @@ def test_batches_of_the_device_are_those_of_the_set(data):
     assert here[4:] == there[4:] == (None,) * len(here[4:])  # no conditions
 
 
+def test_molecules_with_conditions_are_refused(data):
+    known = copy.copy(data)
+    known.conditions = torch.zeros(len(data), 1)
+    with pytest.raises(ValueError, match="know no conditions and no graphs; train such a flow by ase_enf.train"):
+        DeviceSet(known, torch.device("cpu"))
+
+
 def test_an_epoch_has_every_molecule_at_most_once_and_of_its_width(data):
     device_set = DeviceSet(data, torch.device("cpu"), (3, 5))
     plan = device_set.epoch(4, torch.Generator().manual_seed(0))

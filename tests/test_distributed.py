@@ -105,4 +105,5 @@ def test_what_is_left_of_a_group_ends_with_one_line(tmp_path):
     out, err = left.communicate(timeout=60)
     assert left.returncode == 0, err[-2000:]
     assert out.startswith("process 0 of 2 lost another one") and out.count("\n") == 1 and "--resume" in out
+    assert "onnection" in out  # what the group said
     assert time.monotonic() - began < 60

@@ -72,6 +72,11 @@ def test_a_path_has_at_least_two_frames(matched, frames):
         paths(matched, 1, frames=frames)
 
 
+def test_paths_of_completions_are_refused(matched, water):
+    with pytest.raises(ValueError, match="^fragment: paths are of whole molecules"):
+        paths(matched, 1, fragment=water)
+
+
 def test_positions_of_a_plane_move_too(stir):
     flow = stir(ENF(ENFConfig(features="none", dimension=2, hidden=8, layers=1, sizes={4: 1}, position_scale=1.0)))
     (path,) = paths(flow, 1, frames=3, solver="rk4", steps=4)

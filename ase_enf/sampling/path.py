@@ -82,7 +82,7 @@ def paths(
         An iterator over the molecules, in order; arguments are checked before it is returned.
 
     Raises:
-        ValueError: For frames < 2, or as ``generate`` does.
+        ValueError: For frames < 2, for a fragment, or as ``generate`` does.
         GenerationError: As ``generate`` does.
 
     Example:
@@ -95,6 +95,8 @@ def paths(
     check_flow(flow)
     check_counts(n, seed, batch_size, start)
     check_whole("frames", frames, 2)
+    if request.get("fragment") is not None:
+        raise ValueError("fragment: paths are of whole molecules from noise; leave the fragment out, or the path")
     chosen = resolve_sampler(flow, solver, steps, churn)
     asked = [require] if isinstance(require, str) else list(require)
     if closed_shell:

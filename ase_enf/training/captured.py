@@ -36,9 +36,14 @@ class DeviceSet:
         molecules: The set.
         device: Where.
         widths: Padded sizes; the largest molecule must fit the last.
+
+    Raises:
+        ValueError: For molecules with conditions or graphs.
     """
 
     def __init__(self, molecules: MoleculeSet, device: torch.device, widths: Sequence[int] = WIDTHS) -> None:
+        if molecules.conditions is not None or molecules.bonds is not None:
+            raise ValueError("captured steps know no conditions and no graphs; train such a flow by ase_enf.train")
         self.positions, self.types, self.charges, self.sizes, self.starts = (
             t.to(device)
             for t in (molecules.positions, molecules.types, molecules.charges, molecules.sizes, molecules.starts)

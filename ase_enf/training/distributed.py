@@ -88,8 +88,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if LOST.search(str(error)):
             raise ConnectionError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs; see "
-                "the message of that one, then go on from the last save with --resume, or in Python with resume=True"
+                f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs "
+                f"({str(error).splitlines()[0]}); see the message of that one, then go on from the last save with "
+                "--resume, or in Python with resume=True"
             ) from error
         raise
     finally:
