@@ -43,7 +43,7 @@ MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
 # Renewed noise corrects many errors of a trained velocity (benchmarks/samplers.py).
-STOCHASTIC_SAMPLER = StochasticSampler(steps=128, warp=2.0, churn=50.0)
+STOCHASTIC_SAMPLER = StochasticSampler()
 
 
 class ENF(nn.Module):
