@@ -47,8 +47,8 @@ def generate(
     to the error of the solver.
 
     Molecule i depends on ``(seed, i)`` alone: not on n, the batch size or its batch mates (to rounding, with a
-    fixed-step solver). An integration that fails is drawn again, reported by a warning, and noted in
-    ``info["enf_attempts"]``; nothing is zeroed or dropped.
+    fixed-step solver). CPU and GPU draw other noise, see ``sampling.noise``. An integration that fails is drawn again,
+    reported by a warning, and noted in ``info["enf_attempts"]``; nothing is zeroed or dropped.
 
     ``require`` keeps only molecules that pass, as ``require=("closed_shell", "stable")``: one that does not is drawn
     again, of the same size (and composition, where that is given). That is rejection sampling of

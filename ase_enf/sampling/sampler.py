@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
-from ase_enf.flow import base
 from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import Solver, SolverError
 from ase_enf.flow.devices import resolve_device
@@ -24,6 +23,7 @@ from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.sampling.compositions import drawn_compositions
 from ase_enf.sampling.fragments import requested_fragment
 from ase_enf.sampling.graphs import graph_info, requested_graph
+from ase_enf.sampling.noise import Drawing, noise_source
 from ase_enf.sampling.properties import PropertyRequest
 from ase_enf.sampling.requirements import REASONS, Requirements, strict_smiles
 
@@ -44,11 +44,15 @@ class Draft(NamedTuple):
 
     index: int
     attempt: int
+    n_atoms: int
     numbers: np.ndarray | None  # (M,), the composition for "given"
-    x: np.ndarray  # (M, n)
-    h: np.ndarray  # (M, F)
     conditions: np.ndarray | None = None  # (C,), NaN where unknown
     failures: int = 0  # of the attempts before, those that could not be integrated; others were rejected
+
+    @property
+    def drawing(self) -> Drawing:
+        """What names its noise."""
+        return Drawing(self.index, self.attempt)
 
 
 class Sampler:
@@ -77,6 +81,7 @@ class Sampler:
             check_whole("n_atoms", n_atoms, 1)
         self.flow = flow
         self.seed = seed
+        self.source = noise_source(seed, flow)
         self.solver = solver
         self.batch_size = batch_size
         self.fragment = requested_fragment(flow, fragment, strength, solver, n_atoms)
@@ -192,23 +197,19 @@ class Sampler:
             )
         # Size and composition stay when the noise is drawn again: failures must not tilt them.
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
-        config = self.flow.config
         numbers = self.graph.numbers if self.graph else None
         if self.compositions is not None:
             formulas, weights = self.compositions
             numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
             numbers = self.fragment.ordered(numbers) if self.fragment else numbers
         size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng, self.sizes)
-        conditions = self.properties.draw(rng, size)
-        noise = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index, attempt)))
-        latent = base.sample_latent(noise, size, config.dimension, config.flow_features)
-        return Draft(index, attempt, numbers, *latent, conditions, failures)
+        return Draft(index, attempt, size, numbers, self.properties.draw(rng, size), failures)
 
     def same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
         """Returns batches of one size, that of the first draft first."""
         by_size: dict[int, list[Draft]] = {}
         for draft in drafts:
-            by_size.setdefault(len(draft.x), []).append(draft)
+            by_size.setdefault(draft.n_atoms, []).append(draft)
         batches = [
             members[k : k + self.batch_size]
             for members in by_size.values()
@@ -253,26 +254,13 @@ class Sampler:
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
         """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and the context of drafts of one size."""
-        flow = self.flow
-        z_x, z_h = self._tensors([(draft.x, draft.h) for draft in drafts])
-        mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=flow.device)
+        z_x, z_h = self.source.latents([draft.drawing for draft in drafts], drafts[0].n_atoms)
+        mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=z_x.device)
         return z_x, z_h, mask, self._context(drafts, z_x, mask)
 
     def noise(self, drafts: list[Draft]) -> Noise:
-        """Returns what draws fresh latent molecules for these drafts, from a generator for each."""
-        config = self.flow.config
-        generators = [
-            np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(draft.index, draft.attempt, 1)))
-            for draft in drafts
-        ]
-        size = len(drafts[0].x)
-        return lambda: self._tensors(
-            [base.sample_latent(rng, size, config.dimension, config.flow_features) for rng in generators]
-        )
-
-    def _tensors(self, latents: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
-        x, h = (torch.from_numpy(np.stack(parts)) for parts in zip(*latents, strict=True))
-        return x.to(self.flow.device, self.flow.dtype), h.to(self.flow.device, self.flow.dtype)
+        """Returns what draws fresh latent molecules for these drafts, which all have one size."""
+        return self.source.renewed([draft.drawing for draft in drafts], drafts[0].n_atoms)
 
     def _context(self, drafts: list[Draft], like: Tensor, mask: Tensor) -> Tensor | Context | None:
         """Returns what conditions drafts of one size; ``like`` has the shape of their positions."""
