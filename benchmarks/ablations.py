@@ -103,7 +103,7 @@ def measure(name: str, train_atoms: list, valid_atoms: list, options: argparse.N
     start = time.perf_counter()
     flow = train(replace(config, **changes), train_atoms, valid_atoms)
     seconds = time.perf_counter() - start
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     how = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
     nll = -ase_enf.score(flow, valid_atoms[:VALIDATED], seed=range(VALIDATED), **how).log_likelihood
     report = metrics.evaluate(ase_enf.generate(flow, options.n, seed=options.seed, solver=SAMPLING_SOLVER))

@@ -84,7 +84,7 @@ def main() -> None:
     flow = ase_enf.load(options.model)
     if flow.features != "given":
         raise SystemExit(f"{options.model}: features={flow.features!r}; conformers are scored by a 'given' model")
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     with tempfile.TemporaryDirectory() as folder:
         run(flow, options, options.work or Path(folder))
 

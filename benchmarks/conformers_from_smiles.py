@@ -70,7 +70,7 @@ def main() -> None:
     flow = ase_enf.load(options.model)
     if not flow.config.graph:
         raise SystemExit(f"{options.model}: knows no molecular graphs; use one that does, such as qm9-conformers")
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     with tempfile.TemporaryDirectory() as folder:
         run(flow, options, options.work or Path(folder))
 

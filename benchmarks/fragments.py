@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     flow = load_flow(options.model)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     open_work(options.work, flow, seed=options.seed, steps=options.steps)
     cuts = _cuts(qm9.load(options.data, split="test"), options.n, options.seed)
     drawn = _drawn(flow, cuts, options)

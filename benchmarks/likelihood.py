@@ -132,9 +132,9 @@ def _trace_rows(flow: ENF, molecules: list[Atoms], size: int) -> list[tuple[obje
 
 def _with_kernel(flow: ENF, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        flow.use_kernel("auto")
+        flow.use_backend("auto")
         result = work()
-        flow.use_kernel("plain")
+        flow.use_backend("torch")
         return result
 
     return run
@@ -216,25 +216,25 @@ def _seconds(work: Callable[[], object], device: torch.device, least: float = 1.
 
 def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
     """Exact scores: time, true error, and the traditional way."""
-    kernel = flow.use_kernel("auto")  # compiled now, if it has to be
+    backend = flow.use_backend("auto")  # compiled now, if it has to be
     start = time.process_time()
     once = _estimates(flow, molecules, math.inf)
     seconds = time.process_time() - start
-    flow.use_kernel("plain")
+    flow.use_backend("torch")
     start = time.process_time()
     _estimates(flow, molecules[: len(molecules) // 4], math.inf)
     plain = time.process_time() - start
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     some, first = molecules[:checked], once.log_likelihood[:checked]
     refined = _estimates(flow, some, DEFAULT_TOLERANCE)
     double = copy.deepcopy(flow).double()
-    double.use_kernel("auto")
+    double.use_backend("auto")
     truth, gap = _truth(double, some, (first, refined.log_likelihood))
     rounding = first - _estimates(double, some, math.inf).log_likelihood
     rough = int((once.integration_error > DEFAULT_TOLERANCE).sum())
     rows = [
-        (f"{len(molecules)} exact scores, 49 nodes, {kernel} kernel", "processor s", f"{seconds:.1f}"),
-        (f"the first {len(molecules) // 4} of them, plain kernel", "processor s", f"{plain:.1f}"),
+        (f"{len(molecules)} exact scores, 49 nodes, backend {backend}", "processor s", f"{seconds:.1f}"),
+        (f"the first {len(molecules) // 4} of them, backend torch", "processor s", f"{plain:.1f}"),
         ("their estimated integration error, rms and largest", "nats", _spread(once.integration_error)),
         (f"rows above {DEFAULT_TOLERANCE}, whose nodes the default doubles", "", str(rough)),
         (f"true error, 49 nodes, rms and largest of {checked}", "nats", _spread(first - truth)),
@@ -248,10 +248,10 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
         gaps, slow, fast = [], 0.0, 0.0
         for item in same_size:
             start = time.process_time()
-            flow.use_kernel("plain")
+            flow.use_backend("torch")
             value, evaluations = _traditional(flow, item)
             slow += time.process_time() - start
-            flow.use_kernel("auto")
+            flow.use_backend("auto")
             start = time.process_time()
             ours = ase_enf.score(flow, item, trace="exact", draws=1).log_likelihood[0]
             fast += time.process_time() - start
@@ -338,7 +338,7 @@ def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
 def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
     """True integration error against the number of nodes, along accurate paths."""
     double = copy.deepcopy(flow).double()
-    double.use_kernel("auto")
+    double.use_backend("auto")
     paths = [_trace_of_path(double, item) for item in molecules]
     interpolants = [path.trace for path in paths]
     truths, gap = (np.array([getattr(path, name) for path in paths]) for name in ("integral", "gap"))

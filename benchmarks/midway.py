@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     flow = load_flow(options.model)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     solver = flow.sampling_solver
     sampler = Sampler(flow, options.seed, None, None, solver, BATCH, None)
     drafts = [sampler.draft(index, 0) for index in range(options.n)]

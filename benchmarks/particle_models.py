@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sets = drawn(options.system, options.work)
     flow = ase_enf.load(options.model, "cpu") if options.model else trained(options, sets)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     measure(flow, sets["test"], ground(options.system, options.work, 1.0), options)
 
 

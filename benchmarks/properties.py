@@ -76,7 +76,7 @@ def main() -> None:
             qm9.save_npz(part, options.write_halves / f"qm9_{name}.npz", split="train")
         return
     flow = ase_enf.load(options.model)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     regressor = Regressor(first, options.seed)
     with tempfile.TemporaryDirectory() as folder:
         run(flow, regressor, second, options, options.work or Path(folder))

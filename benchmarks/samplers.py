@@ -62,26 +62,26 @@ def main() -> None:
     flow = load_flow(options.model)
     if options.work:
         open_work(options.work, flow, seed=options.seed, threads=torch.get_num_threads())
-    kernel = flow.use_kernel("auto")
+    backend = flow.use_backend("auto")
     if isinstance(flow.sampling_solver, StochasticSampler):
-        plans = [(solver, options.n, BATCH, kernel) for solver in RENEWING]
+        plans = [(solver, options.n, BATCH, backend) for solver in RENEWING]
     else:
-        plans = [(solver, options.n, BATCH, "plain") for solver in SOLVERS]
-        plans += [(solver, options.n, BATCH, kernel) for solver in FASTEST if kernel == "fused"]
+        plans = [(solver, options.n, BATCH, "torch") for solver in SOLVERS]
+        plans += [(solver, options.n, BATCH, backend) for solver in FASTEST if backend == "compiled"]
     if options.one_at_a_time:
-        plans.insert(0, (PUBLISHED, options.one_at_a_time, 1, "plain"))
+        plans.insert(0, (PUBLISHED, options.one_at_a_time, 1, "torch"))
     rows = [_measure(flow, *plan, options) for plan in tqdm(plans, unit="solver", dynamic_ncols=True)]
     table = pd.DataFrame(rows)
     _write(flow, table, options)
 
 
 def _measure(
-    flow: ENF, solver: Solver | StochasticSampler, n: int, batch: int, kernel: str, options: argparse.Namespace
+    flow: ENF, solver: Solver | StochasticSampler, n: int, batch: int, backend: str, options: argparse.Namespace
 ) -> dict[str, float | str]:
     """Returns stability, evaluations a molecule and molecules/s of one solver."""
-    flow.use_kernel(kernel)
+    flow.use_backend(backend)
     name, method = _names(solver)
-    name += ", compiled kernel" if kernel == "fused" else ""
+    name += ", compiled kernel" if backend == "compiled" else ""
     key = name.replace(" steps", "").replace(", ", "_").replace(" ", "_")
     path = options.work / f"{key}_{n}_{batch}.json" if options.work else None
     if path and path.exists():

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--keep-flow", action="store_true", help="keep what is known of the flow itself (churn=0)")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     if options.scores_only:
         columns = ("metric", "value", "stderr", "denominator", "definition")
         name = f"nll_{flow.name}" + ("_test" if options.split == "test" else "")

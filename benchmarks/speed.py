@@ -42,17 +42,17 @@ def main() -> None:
     keep_memory()
     device = resolve_device(options.device)
     flow = ase_enf.load(options.model, device=device)
-    kernels = ("plain", "fused") if flow.use_kernel("auto") == "fused" else ("plain",)
+    backends = ("torch", "compiled") if flow.use_backend("auto") == "compiled" else ("torch",)
     molecules = generate(flow, 64, seed=0, n_atoms=N_ATOMS)
     seconds, few, some = options.seconds, molecules[:1], molecules[:8]
     measured = {
         ("matrix multiply, 20736 x 64 x 64, float32", "GFLOP/s"): _matmul(device, seconds),
         **{
-            (f"flow-matching step, 6 x {hidden}{named}, {kernel} kernel, 18 atoms, batch 64", "molecules/s"): _training(
-                6, hidden, radial, kernel, device, seconds
+            (f"flow-matching step, 6 x {hidden}{named}, {backend}, 18 atoms, batch 64", "molecules/s"): _training(
+                6, hidden, radial, backend, device, seconds
             )
             for hidden, radial, named in ((64, 0, ""), (64, 16, ", 16 radial"), (128, 0, ""), (128, 16, ", 16 radial"))
-            for kernel in kernels
+            for backend in backends
         },
         ("generate, default solver, 18 atoms, batch 64", "molecules/s"): _rate(
             lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS)), seconds
@@ -74,13 +74,13 @@ def main() -> None:
     table["rate"] = [f"{rate:.4g}" for rate in table["rate"]]
     table["seconds"] = [f"{seconds:.2f}" for seconds in table["seconds"]]
     shares = [
-        f"{100 * _pair_flops(6, 64) * float(rate) / (1e9 * float(table.rate[0])):.0f} % ({kernel})"
-        for kernel, rate in zip(kernels, table.rate[1:], strict=False)
+        f"{100 * _pair_flops(6, 64) * float(rate) / (1e9 * float(table.rate[0])):.0f} % ({backend})"
+        for backend, rate in zip(backends, table.rate[1:], strict=False)
     ]
     notes = (
-        f"Model `{options.model}`, {kernels[-1]} kernel where none is named. The pair products of the 6 x 64 training "
-        f"step (forward and backward, {_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at {', '.join(shares)} of "
-        "the matrix-multiply rate of the same run."
+        f"Model `{options.model}`, backend {backends[-1]} where none is named. The pair products of the 6 x 64 "
+        f"training step (forward and backward, {_pair_flops(6, 64) / 1e6:.0f} MFLOP a molecule) run at "
+        f"{', '.join(shares)} of the matrix-multiply rate of the same run."
     )
     where = "_cuda" if device.type == "cuda" else "_one_thread" if torch.get_num_threads() == 1 else ""
     write_results(table, f"speed{where}", "Speed", notes)
@@ -110,10 +110,10 @@ def _matmul(device: torch.device, seconds: float) -> tuple[float, int, float]:
 
 
 def _training(
-    layers: int, hidden: int, radial: int, kernel: str, device: torch.device, seconds: float
+    layers: int, hidden: int, radial: int, backend: str, device: torch.device, seconds: float
 ) -> tuple[float, int, float]:
     model = ENF(ENFConfig(layers=layers, hidden=hidden, radial=radial)).to(device).train()
-    model.use_kernel(kernel)
+    model.use_backend(backend)
     name = resolve_optimizer("auto", "flow_matching")
     optimizer = build_optimizers(model.dynamics.network, list(model.parameters()), name, rate=1e-4, matrix_rate=1e-4)
     positions = torch.randn(64, N_ATOMS, 3, generator=torch.Generator().manual_seed(0)).numpy() * 1.5

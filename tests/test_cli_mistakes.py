@@ -114,6 +114,8 @@ BAD = {
         "validation set: structure 0 (H2O): element(s) O are not in the training set",
     ),
     "train by an earlier name": ([*TRAIN, "--matrix-rate", 0.1], "--matrix-rate is now called --muon-learning-rate"),
+    "generate by an earlier name": ([*GENERATE, "--kernel", "plain"], "--kernel is now called --backend"),
+    "generate by an unknown backend": ([*GENERATE, "--backend", "fast"], "backend 'fast' is unknown; choose one of"),
     "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
     "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),

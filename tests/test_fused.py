@@ -185,21 +185,23 @@ def test_training_loss_of_a_flow() -> None:
     flow = ENF(ENFConfig(hidden=32, layers=2))
     batch = to_batch([molecule("CH3CH2OH"), molecule("H2O"), molecule("CH4")], flow.species)
     losses = []
-    for kernel in ("plain", "fused"):
-        assert flow.use_kernel(kernel) == kernel
+    for backend in ("torch", "compiled"):
+        assert flow.use_backend(backend) == backend
         losses.append(FlowMatching()(flow, batch, torch.Generator().manual_seed(0)).loss)
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
 def test_where_the_kernel_cannot_serve() -> None:
     flow = ENF(ENFConfig(hidden=8, layers=1))
-    assert flow.use_kernel("auto") == "plain"
+    assert flow.use_backend("auto") == "torch"
     with pytest.raises(ValueError, match="width 8 is no multiple of 16"):
-        flow.use_kernel("fused")
+        flow.use_backend("compiled")
     with pytest.raises(ValueError, match="of an EGNN only, not of GNN"):
-        ENF(ENFConfig(network="gnn", hidden=16, layers=1)).use_kernel("fused")
-    with pytest.raises(ValueError, match="kernel 'fast' is unknown"):
-        flow.use_kernel("fast")
+        ENF(ENFConfig(network="gnn", hidden=16, layers=1)).use_backend("compiled")
+    with pytest.raises(ValueError, match="backend 'fast' is unknown; choose one of auto, compiled, torch"):
+        flow.use_backend("fast")
+    with pytest.raises(TypeError, match="use_kernel is now called use_backend"):
+        flow.use_kernel(kernel="fused")
     with pytest.raises(ValueError, match="second derivatives"):
         TrainConfig(backend="compiled", objective="nll")
 
@@ -220,9 +222,9 @@ def test_without_a_compiler_or_a_folder(
     fused.library.cache_clear()
     try:
         flow = ENF(ENFConfig(hidden=16, layers=1))
-        assert flow.use_kernel("auto") == "plain"
+        assert flow.use_backend("auto") == "torch"
         with pytest.raises(ValueError, match=message):
-            flow.use_kernel("fused")
+            flow.use_backend("compiled")
     finally:
         fused.library.cache_clear()
 
@@ -231,20 +233,20 @@ def test_without_a_compiler_or_a_folder(
 def test_a_kernel_chosen_for_another_dtype_steps_back(to):
     """A width of 8 fills a register in float64 alone: in float32 the kernel would write beyond its rows."""
     flow = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=8, layers=2)).double()
-    assert flow.use_kernel("auto") in ("fused", "plain")
+    assert flow.use_backend("auto") in ("compiled", "torch")
     x, mask = torch.randn(2, 4, 3, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
     x -= x.mean(dim=1, keepdim=True)
     flow, x = flow.to(to), x.to(to)
     t, h = torch.zeros(2, dtype=to), x[..., :0]
     with torch.no_grad():
         dx = flow.dynamics(t, x, h, mask)[0]
-        flow.use_kernel("plain")
+        flow.use_backend("torch")
         assert torch.allclose(dx, flow.dynamics(t, x, h, mask)[0], atol=1e-2 if to == torch.bfloat16 else 1e-5)
 
 
 def test_autocast_and_the_kernel():
     flow = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=16, layers=1))
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     x, mask = torch.randn(2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(flow.dynamics(torch.zeros(2), x - x.mean(dim=1, keepdim=True), x[..., :0], mask)[0]).all()

@@ -44,7 +44,7 @@ def structures(flow: ENF, count: int) -> list[Atoms]:
 
 def check(name: str, count: int, solvers, kind: str) -> None:
     flow = load(name, "cpu", "float64")
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     batch = to_batch(structures(flow, count), flow.species, flow.config.dimension, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     shape = (*batch.mask.shape, flow.config.flow_features)

@@ -230,9 +230,9 @@ def test_radial_functions_and_the_compiled_kernel_are_refused(kind):
     with pytest.raises(ValueError, match="radial=4"):
         ENFConfig(features="none", network=kind, radial=4)
     flow = ENF(ENFConfig(features="none", network=kind))
-    assert flow.use_kernel("auto") == "plain"
+    assert flow.use_backend("auto") == "torch"
     with pytest.raises(ValueError, match="computes the pairs of an EGNN only, not of (Simple|Kernel)Dynamics"):
-        flow.use_kernel("fused")
+        flow.use_backend("compiled")
 
 
 def test_a_field_of_ones_own_has_no_closed_form_until_it_is_known():

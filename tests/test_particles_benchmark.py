@@ -30,7 +30,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(table1, "BATCH", dict.fromkeys(table1.BATCH, 8))
     monkeypatch.setattr(table1, "METHODS", table1.METHODS | {"E-NF": {"radial": 2, "hidden": 8, "layers": 1}})
     monkeypatch.setattr(table1, "VALIDATIONS", 1)
-    monkeypatch.setattr(table1.ENF, "use_kernel", lambda self, kernel: "plain")  # compiling takes longer than all else
+    monkeypatch.setattr(table1.ENF, "use_backend", lambda self, backend: "torch")  # compiling takes longest
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     sets = samples.dataset("dw4", {"train": 100, "valid": 8, "test": 6}, ladders=8, burn_in=40)
     samples.save(tmp_path / "dw4.npz", sets)

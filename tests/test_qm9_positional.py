@@ -32,7 +32,7 @@ def options(tmp_path, monkeypatch) -> argparse.Namespace:
     monkeypatch.setattr(table, "POINT", 2)
     monkeypatch.setattr(table, "SCORED", 1)
     monkeypatch.setattr(table, "SOLVER", table.Solver("midpoint", steps=2))
-    monkeypatch.setattr(table.ENF, "use_kernel", lambda self, kernel: "plain")  # compiling takes longer than all else
+    monkeypatch.setattr(table.ENF, "use_backend", lambda self, backend: "torch")  # compiling takes longer than all else
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     return argparse.Namespace(work=tmp_path, scale=1.0, test=2, n=3, seed=0, only=None, likelihood=False)

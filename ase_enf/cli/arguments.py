@@ -47,7 +47,20 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a shipped name such as qm9, or a path to .safetensors")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     command.add_argument("--dtype", default="float32", help="float32 or float64")
-    command.add_argument("--kernel", default="auto", help="on a CPU: fused (compiled), plain (torch), auto")
+    command.add_argument(
+        "--backend", default="auto", help="of an EGNN's pairs: compiled (a C++ kernel, on a CPU), torch, or auto"
+    )
+    add_renamed(command, "--kernel", "--backend")
+
+
+def add_renamed(command: Any, old: str, new: str) -> None:
+    """Adds the name of an option in earlier versions, which says what it is called today."""
+    command.add_argument(old, action=_Renamed, const=new, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(f"{self.option_strings[0]} is now called {self.const}")
 
 
 def add_sampling(command: argparse.ArgumentParser, what: str, batch_size: int) -> None:

@@ -79,7 +79,7 @@ def run_generate(options: argparse.Namespace) -> None:
     check_counts(options.n, options.seed, options.batch_size, options.start)
     check_free(options, options.output, options.gallery, options.trajectory, options.gif)
     flow = load(options.model, device=own_device(options.device), dtype=options.dtype)
-    flow.use_kernel(options.kernel)
+    flow.use_backend(options.backend)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bounds = [options.n * k // world for k in range(world + 1)]
     start, count = bounds[rank], bounds[rank + 1] - bounds[rank]

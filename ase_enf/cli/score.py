@@ -66,7 +66,7 @@ def run_score(options: argparse.Namespace) -> None:
     if not as_table:
         check_structures(file.path, atoms)
     flow = load(options.model, device=options.device, dtype=options.dtype)
-    flow.use_kernel(options.kernel)
+    flow.use_backend(options.backend)
     checked = ("trace", "probes", "draws", "batch_size", "tolerance")
     request = {name: getattr(options, name) for name in (*checked, "seed", "solver", "steps")}
     properties = read_properties(options.property) or None

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import types
 import typing
-from typing import Any, NoReturn
+from typing import Any
 
-from ase_enf.cli.arguments import flag
+from ase_enf.cli.arguments import add_renamed, flag
 
 # Title of a group in the help → its fields, in order. Fields that no group names are advanced.
 GROUPS = {
@@ -90,7 +90,7 @@ def add_settings(groups: dict[str, Any]) -> None:
         for name in names or (rest if title == "advanced" else ()):
             _add_setting(groups[title], fields[name])
     for old, new in RENAMED.items():
-        groups["advanced"].add_argument(flag(old), action=_Renamed, const=flag(new), nargs="?", help=argparse.SUPPRESS)
+        add_renamed(groups["advanced"], flag(old), flag(new))
 
 
 def _add_setting(group: Any, field: Setting) -> None:
@@ -114,10 +114,3 @@ def typed_settings(options: argparse.Namespace) -> dict[str, Any]:
     if "condition" in typed:
         typed["condition"] = ",".join(typed["condition"])
     return typed
-
-
-class _Renamed(argparse.Action):
-    """Says what an option of earlier versions is called today."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.error(f"{self.option_strings[0]} is now called {self.const}")

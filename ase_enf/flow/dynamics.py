@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from ase_enf.flow.context import Context, split_context
 from ase_enf.flow.parameterisation import Coefficients, Parameterisation
 from ase_enf.geometry import center, pair_mask
-from ase_enf.nn.backends import fused
+from ase_enf.nn.backends.choice import choose_backend
 from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
 from ase_enf.nn.koehler import KernelDynamics, SimpleDynamics
 
-KERNELS = ("auto", "fused", "plain")
 # The last two move positions only.
 NETWORKS = ("egnn", "gnn", "simple", "kernel")
 POSITION_NETWORKS = {"simple": SimpleDynamics, "kernel": KernelDynamics}
@@ -98,27 +97,19 @@ class Dynamics(nn.Module):
         """Whether the structure of the network gives its trace."""
         return type(self.network) in (EGNN, *POSITION_NETWORKS.values())  # a subclass may compute something else
 
-    def use_kernel(self, kernel: str) -> str:
-        """Chooses "fused", "plain" or "auto" and returns which of the first two it is; see ``ENF.use_kernel``.
+    def use_backend(self, backend: str) -> str:
+        """Chooses what computes the pairs of an EGNN, and returns its name; see ``ENF.use_backend``.
 
         Raises:
-            ValueError: For an unknown name, or "fused" where that is impossible.
+            ValueError: For an unknown name, or a backend that cannot be used.
         """
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel {kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
-        reason = None if kernel == "plain" else self._no_kernel()
-        if reason and kernel == "fused":
-            raise ValueError(f"kernel 'fused' cannot be used: {reason}")
-        fuse = kernel != "plain" and reason is None
+        weight, kind = next(self.network.parameters()), type(self.network)
+        unfit = None if kind is EGNN else f"it computes the pairs of an EGNN only, not of {kind.__name__}"
+        width = self.network.embed.out_features if kind is EGNN else 0
+        chosen = choose_backend(backend, width, weight.dtype, weight.device, unfit)
         if isinstance(self.network, EGNN):
-            self.network.fuse(fuse)
-        return "fused" if fuse else "plain"
-
-    def _no_kernel(self) -> str | None:
-        if type(self.network) is not EGNN:
-            return f"it computes the pairs of an EGNN only, not of {type(self.network).__name__}"
-        weight = self.network.embed.weight
-        return fused.unavailable(len(weight), weight.dtype, weight.device)
+            self.network.fuse(chosen == "compiled")
+        return chosen
 
     @staticmethod
     def _times(t: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -166,26 +166,33 @@ class ENF(nn.Module):
         """Floating type of the weights."""
         return next(self.parameters()).dtype
 
-    def use_kernel(self, kernel: str = "auto") -> str:
-        """Chooses how an EGNN computes its pairs on a CPU: by torch, or faster by a compiled kernel.
+    def use_backend(self, backend: str = "auto") -> str:
+        """Chooses what computes the pairs of an EGNN: torch, or on a CPU, faster, a compiled kernel.
 
         Both give the same numbers to rounding. The kernel is compiled by the system's C++ compiler at first use, and
         has no second derivatives (for training by ``objective="nll"``).
 
         Args:
-            kernel: "fused", "plain" (torch), or "auto": fused where that is possible.
+            backend: "compiled", "torch", or "auto": compiled where that is possible.
 
         Returns:
-            "fused" or "plain".
+            "compiled" or "torch".
 
         Raises:
-            ValueError: For an unknown name, or "fused" where that is impossible, with the reason.
+            ValueError: For an unknown name, or "compiled" where that is impossible, with the reason.
 
         Example:
-            >>> ENF(ENFConfig(hidden=16, layers=1)).use_kernel("plain")
-            'plain'
+            >>> ENF(ENFConfig(hidden=16, layers=1)).use_backend("torch")
+            'torch'
         """
-        return self.dynamics.use_kernel(kernel)
+        return self.dynamics.use_backend(backend)
+
+    def use_kernel(self, *_: object, **__: object) -> NoReturn:
+        """Raises ``TypeError``: the method is called :meth:`use_backend`."""
+        raise TypeError(
+            'use_kernel is now called use_backend; write use_backend("auto"), or "compiled" for "fused", "torch" for '
+            '"plain"'
+        )
 
     def velocity(self, mask: Tensor, context: Tensor | Context | None = None) -> BoundDynamics:
         """Returns ``(t, x, h) → (dx, dh)`` with mask and context bound."""

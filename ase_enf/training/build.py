@@ -25,7 +25,7 @@ from ase_enf.flow.context import GRAPH_FEATURES, Condition
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
-from ase_enf.training.config import BACKENDS, TrainConfig, model_fields
+from ase_enf.training.config import TrainConfig, model_fields
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.folder import FolderLock, check_new_run, check_no_run
 from ase_enf.training.log import LOG_FILE, truncate_log
@@ -289,7 +289,7 @@ def _assemble(
     torch_only = config.objective == "nll" or config.compile or config.precision != "float32"
     # The threads of the kernel and those of torch's own operations get in each other's way.
     torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
-    model.use_kernel(BACKENDS["torch" if torch_only else config.backend])
+    model.use_backend("torch" if torch_only else config.backend)
     objective = build_objective(config)
     averages = tuple(moving_average(model, decay) for decay in config.ema_decays)  # copies, exact in every product
     if config.precision == "bf16":

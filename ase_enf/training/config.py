@@ -15,11 +15,13 @@ import numpy as np
 from ase_enf.atoms.batch import check_whole
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.parameterisation import PARAMETERISATIONS
+from ase_enf.nn.backends.choice import BACKENDS
 from ase_enf.training.objectives import OBJECTIVES, TIMES
 from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
 
 PRECISIONS = ("float32", "tf32", "bf16")
-BACKENDS = {"auto": "auto", "compiled": "fused", "torch": "plain"}  # and what ``ENF.use_kernel`` calls them
+# Names of backends in earlier versions.
+RENAMED_BACKENDS = {"fused": "compiled", "plain": "torch"}
 # Names of fields in earlier versions; runs and weights of those versions have them.
 RENAMED = {
     "decay": "cool_down",
@@ -198,7 +200,7 @@ class TrainConfig:
         "auto",
         'how a CPU computes an EGNN: "compiled" (a C++ kernel, for flow matching in float32, three quarters of the '
         'time on one thread), "torch", or "auto": compiled where one thread computes (torchrun gives each process one)',
-        one_of=tuple(BACKENDS),
+        one_of=BACKENDS,
     )
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:  # noqa: D102 (a hook before dataclass's own __init__)
@@ -357,7 +359,7 @@ def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {RENAMED.get(name, name): value for name, value in saved.items()}
     if "kernel" in saved:
-        settings["backend"] = {old: new for new, old in BACKENDS.items()}.get(saved["kernel"], saved["kernel"])
+        settings["backend"] = RENAMED_BACKENDS.get(saved["kernel"], saved["kernel"])
     return settings
 
 

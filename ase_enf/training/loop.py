@@ -242,5 +242,5 @@ def finish(run: Run) -> ENF:
         model.load_state_dict(run.best_weights)
         model.provenance = run.best_provenance
     run.ranks.share(model)  # only the first has validated
-    model.use_kernel("plain")
+    model.use_backend("torch")
     return model.requires_grad_(False).eval()

@@ -150,7 +150,7 @@ def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[
     odd = ("-1", "0", "nan", "inf", "1e400", "", "ä", "2.5", "[]", "None", "true", "../..", "/dev/null", "9" * 30, "-")
     names = {
         "generate": ("-n", "--n-atoms", "--formula", "--seed", "--solver", "--steps", "--batch-size", "--churn", "-o",
-                     "--start", "--device", "--dtype", "--kernel"),
+                     "--start", "--device", "--dtype", "--backend"),
         "score": ("--trace", "--probes", "--draws", "--tolerance", "--seed", "--solver", "--steps", "--batch-size",
                   "--start", "-o", "--device", "--dtype"),
         "evaluate": ("--reference", "-o"),

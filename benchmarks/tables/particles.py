@@ -315,7 +315,7 @@ def run_cell(cell: Cell, work: Path, scale: float) -> None:
         return
     sets = samples.load(work / f"{cell.system}.npz")
     flow, curve = trained(cell, sets, work / "runs" / cell.name, scale)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     start = time.perf_counter()
     test, truth = sets["test"], ground(cell.system, work, scale)
     with warnings.catch_warnings():

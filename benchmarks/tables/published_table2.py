@@ -47,7 +47,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     flow = load_flow(options.weights)
-    flow.use_kernel("auto")  # the numbers of torch to rounding
+    flow.use_backend("auto")  # the numbers of torch to rounding
     open_work(options.work, flow, seed=options.seed, solver=SOLVER, piece=PIECE, score=SCORE)
     if options.only != "scores":
         atoms = draw_in_pieces(flow, options.n, options.seed, options.work, SOLVER)

@@ -111,7 +111,7 @@ def budget_folder(name: str, options: argparse.Namespace) -> Path:
 
 def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace) -> Row:
     """Draws and scores, in pieces."""
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     work = open_work(budget_folder(name, options) / "pieces", flow, seed=options.seed, solver=SOLVER)
     atoms, speed = _drawn(flow, SOLVER, work, options)
     order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()

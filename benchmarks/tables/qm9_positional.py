@@ -139,7 +139,7 @@ def measured(name: str, data: Split, options: argparse.Namespace) -> Row:
     """Returns a row, doing what is missing."""
     folder = options.work / f"{name.replace(', ', '-').replace(' ', '-')}_x{options.scale:g}_seed{options.seed}"
     flow, curve = trained(name, data, folder, options)
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     pieces = open_work(folder / "pieces", flow, seed=options.seed, solver=SOLVER)
     order = np.random.default_rng(options.seed).permutation(len(data.test))[: options.test].tolist()
     scores = score_in_pieces(flow, data.test, order, options.seed, pieces, {"trace": "exact"}, piece=32)
@@ -227,7 +227,7 @@ def _point(run: Path, steps: int, data: Split, options: argparse.Namespace) -> d
     with (run / LOG_FILE).open(newline="") as file:
         row = next(row for row in csv.DictReader(file) if int(row["step"]) == steps and row["valid_nll"])
     flow = ase_enf.load(run / LAST_FILE, "cpu")
-    flow.use_kernel("auto")
+    flow.use_backend("auto")
     drawn = ase_enf.generate(flow, POINT, seed=options.seed + 1, solver=SOLVER, batch_size=POINT)
     return {
         "step": steps,

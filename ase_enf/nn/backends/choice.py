@@ -1,0 +1,49 @@
+"""What computes the pairs of an EGNN, by name: this file alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ase_enf.nn.backends import fused
+
+Obstacle = Callable[[int, torch.dtype, torch.device], str | None]
+"""Says why a backend cannot serve a network of some width in a dtype on a device; None if it can."""
+
+# In the order in which "auto" tries them.
+OBSTACLES: dict[str, Obstacle] = {
+    "compiled": fused.unavailable,  # C++, for CPUs
+    "torch": lambda width, dtype, device: None,
+}
+BACKENDS = ("auto", *OBSTACLES)
+
+
+def choose_backend(backend: str, width: int, dtype: torch.dtype, device: torch.device, unfit: str | None = None) -> str:
+    """Returns the name of the backend that computes: the one asked for, or the first that can, for "auto".
+
+    Args:
+        backend: One of ``BACKENDS``.
+        width: F of the network.
+        dtype: Of its weights.
+        device: Where they are.
+        unfit: Why none but torch can serve this network, whatever its width, dtype and device.
+
+    Raises:
+        ValueError: For an unknown name, or a backend that cannot be used, with the reason.
+
+    Example:
+        >>> choose_backend("auto", 7, torch.float32, torch.device("cpu"))
+        'torch'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    for name, obstacle in OBSTACLES.items():
+        if backend not in ("auto", name):
+            continue
+        reason = None if name == "torch" else unfit or obstacle(width, dtype, device)
+        if reason is None:
+            return name
+        if backend == name:
+            raise ValueError(f"backend {backend!r} cannot be used: {reason}")
+    raise AssertionError("torch computes everything")
