@@ -26,7 +26,8 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
 from benchmarks.report import write_results
-from benchmarks.tables.particles import SWEEPS, ground
+from benchmarks.tables.table1.cells import SWEEPS
+from benchmarks.tables.table1.runs import ground
 
 # Width, layers, steps and batch; larger for LJ13 than the paper's 32 x 3, which its effective sample size needs.
 BUDGETS = {"dw4": (32, 3, 16_000, 512), "lj13": (64, 4, 12_000, 128), "lj13-factor2": (64, 4, 12_000, 128)}
