@@ -27,6 +27,12 @@ def load_flow(model: str) -> ENF:
     return convert_en_flows(model) if model.endswith(".npz") else ase_enf.load(model, "cpu")
 
 
+def digest(flow: ENF) -> str:
+    """Returns 16 hexadecimal digits that tell weights apart."""
+    weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
 def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
     """Makes a folder for finished pieces, and refuses one that holds those of another model or other settings.
 
@@ -41,8 +47,7 @@ def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
     Raises:
         SystemExit: If the folder was used for something else.
     """
-    weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
-    mine = {"weights": hashlib.sha256(weights).hexdigest()[:16]} | {key: str(value) for key, value in settings.items()}
+    mine = {"weights": digest(flow)} | {key: str(value) for key, value in settings.items()}
     path = folder / "settings.json"
     if path.exists() and (theirs := json.loads(path.read_text())) != mine:
         raise SystemExit(f"{folder}: holds pieces of other work ({theirs}, not {mine}); use another folder")

@@ -97,12 +97,17 @@ def data(system: str, work: Path, test: int) -> dict[str, Samples]:
     return samples.load(path)
 
 
-def ground(system: str, work: Path, scale: float) -> dict[str, float]:
-    """Returns ln Z and the entropy with their errors, computed once: DW4 by quadrature, LJ13 by replica exchange."""
+def ground(
+    system: str, work: Path, scale: float, sweeps: int = SWEEPS, ladders: int = mcmc.LADDERS
+) -> dict[str, float]:
+    """Returns ln Z and the entropy with their errors, computed once: DW4 by quadrature, LJ by replica exchange."""
     path = work / f"{system}_entropy.json"
     if not path.exists():
-        exact, sweeps = system == "dw4", max(round(SWEEPS * scale), 20)
-        found = particles.quadrature(system) if exact else mcmc.free_energy(system, seed=0, sweeps=sweeps)
+        exact, sweeps = system == "dw4", max(round(sweeps * scale), 20)
+        if exact:
+            found = particles.quadrature(system)
+        else:
+            found = mcmc.free_energy(system, seed=0, sweeps=sweeps, ladders=ladders)
         keys = ("log_z", "log_z_stderr", "entropy", "entropy_stderr")
         keys += () if exact else ("log_z_ti", "log_z_ti_stderr")
         write_json(path, {key: getattr(found, key, 0.0) for key in keys})  # the quadrature has no errors

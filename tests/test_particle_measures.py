@@ -1,0 +1,59 @@
+"""ln Z by Bennett's ratio is right within its error, and weights in pieces are those of ``reweight``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+from ase.units import kB
+
+import ase_enf
+from ase_enf.data import particles
+from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.model import ENF
+from benchmarks.particle_measures import bennett, effective, jackknife, reweighted
+
+WIDTH = 1.3
+LOG_Z = math.log(WIDTH) + 0.5 * math.log(2 * math.pi)  # of exp(-x² / 2 WIDTH²)
+
+
+def log_ratio(x: np.ndarray) -> np.ndarray:
+    """-U - log q of U = x² / 2 WIDTH² and a standard normal q."""
+    return -np.square(x / WIDTH) / 2 + np.square(x) / 2 + 0.5 * math.log(2 * math.pi)
+
+
+def test_bennett_finds_the_partition_function_of_a_gaussian_with_its_error():
+    rng = np.random.default_rng(0)
+    found = np.array(
+        [bennett(log_ratio(rng.normal(size=400)), log_ratio(WIDTH * rng.normal(size=150))) for _ in range(200)]
+    )
+    spread = found[:, 0].std(ddof=1)
+    assert abs(found[:, 0].mean() - LOG_Z) < 4 * spread / 200**0.5
+    assert found[:, 1].mean() == pytest.approx(spread, rel=0.3)
+
+
+def test_bennett_shifts_with_the_energy():
+    rng = np.random.default_rng(1)
+    forward, backward = log_ratio(rng.normal(size=300)), log_ratio(WIDTH * rng.normal(size=300))
+    assert bennett(forward + 40.0, backward + 40.0)[0] == pytest.approx(bennett(forward, backward)[0] + 40.0)
+
+
+def test_the_error_of_the_effective_size_is_that_of_repetitions():
+    """By leaving out one of ten repetitions, against the spread of whole runs."""
+    rng = np.random.default_rng(2)
+    runs = rng.normal(scale=0.3, size=(300, 1000))
+    spread = np.std([effective(run) for run in runs], ddof=1)
+    assert np.mean([jackknife(run, 10) for run in runs]) == pytest.approx(spread, rel=0.2)
+
+
+def test_pieces_are_repetitions_and_are_kept(tmp_path):
+    flow = ENF(ENFConfig(features="none", species=(), sizes={4: 1}, dimension=2, hidden=8, layers=1)).double()
+    options = argparse.Namespace(system="dw4", n=12, piece=4, seed=2, batch=4)
+    whole, sizes = reweighted(flow, tmp_path, options)
+    direct = [ase_enf.reweight(flow, particles.DW4(), 4, 1 / kB, seed=2000 + k) for k in range(3)]
+    assert np.array_equal(whole.log_weights, np.concatenate([part.log_weights for part in direct]))
+    assert sizes.tolist() == pytest.approx([part.effective_sample_size / 4 for part in direct])
+    again, _ = reweighted(None, tmp_path, options)
+    assert np.array_equal(again.log_weights, whole.log_weights)
