@@ -240,3 +240,52 @@ def test_autocorrelation_of_an_autoregressive_process():
         assert autocorrelation_time(x).mean() == pytest.approx((1 + a) / (1 - a), rel=0.05)
         assert standard_error(x).mean() == pytest.approx(x.mean(axis=(0, 1)).std(ddof=1), rel=0.2)
     assert standard_error(np.ones((10, 2))) == 0
+
+
+def test_turns_about_a_bond_reach_rotamers_that_trajectories_do_not():
+    """6 (1 − cos 2φ) + ½ cos φ of the one torsion, in kT: its density is known, twelve kT keep its two sides apart."""
+
+    class Torsion(Calculator):
+        implemented_properties = ["energy", "forces"]  # noqa: RUF012
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+            super().calculate(atoms, properties, system_changes)
+            x, h = atoms.positions, 1e-5
+            i, j = np.triu_indices(4, 1)
+            held = j - i < 3
+
+            def energy(x):
+                r = np.linalg.norm(x[i] - x[j], axis=1)
+                bonds = 20.0 * np.square(r - lengths)[held].sum()
+                b = np.diff(x, axis=0)
+                n, m = np.cross(b[0], b[1]), np.cross(b[1], b[2])
+                c = n @ m / np.linalg.norm(n) / np.linalg.norm(m)
+                return bonds + KT * (6.0 * (1.0 - (2 * c * c - 1)) + 0.5 * c)
+
+            steps = h * np.eye(12).reshape(12, 4, 3)
+            gradient = np.array([(energy(x + step) - energy(x - step)) / (2 * h) for step in steps]).reshape(4, 3)
+            self.results = {"energy": energy(x), "forces": -gradient}
+
+    start = np.array([[0.0, 1.0, 0.3], [0.0, 0.0, 0.0], [1.4, 0.0, 0.0], [1.4, 1.0, -0.3]])
+    atoms = Atoms("HOOH", start)
+    i, j = np.triu_indices(4, 1)
+    lengths = np.linalg.norm(start[i] - start[j], axis=1)
+    options = {"leapfrog": 4, "burn_in": 40, "seed": 1}
+    trans = lambda found: np.array([f.get_dihedral(0, 1, 2, 3) for f in found.frames]).reshape(-1, 8)  # noqa: E731
+    stuck = thermal.run(atoms, Torsion(), KELVIN, 160, **options)
+    assert (np.abs(trans(stuck) - 180) > 90).all() and stuck.diagnostics.turned == ()
+    found = thermal.run(atoms, Torsion(), KELVIN, 1600, turn=[(2, 1)], **options)
+    weight = lambda f: math.exp(-6.0 * (1.0 - math.cos(2 * f)) - 0.5 * math.cos(f))  # noqa: E731
+    share = quad(weight, math.pi / 2, 3 * math.pi / 2, points=[math.pi])[0] / (
+        quad(weight, 0, math.pi / 2)[0] * 2 + quad(weight, math.pi / 2, 3 * math.pi / 2, points=[math.pi])[0]
+    )
+    assert close((np.abs(trans(found) - 180) < 90).astype(float), share, at_most=0.05)
+    assert 0.05 < found.diagnostics.turned[0] < 0.6 and found.diagnostics.exchange == ()
+    assert found.diagnostics.calls == 8 * (1 + (4 + 1) * (40 + 200))
+
+
+def test_bonds_to_turn_about_are_checked():
+    ring = Atoms("C3", [[0, 0, 0], [1.5, 0, 0], [0.75, 1.3, 0]])
+    for two, words in (((0, 1), "in a ring"), ((0, 0), "two places of bonded"), ((0, 1, 2), "two places of bonded")):
+        with pytest.raises(DataError, match=words):
+            thermal.run(ring, Pairs(springs), KELVIN, 8, turn=[two])

@@ -77,4 +77,6 @@ class Anchored:
         energy, forces = self.field.surface(positions)
         difference = self.incidence.T @ positions
         r = np.sqrt(np.square(difference).sum(axis=1))
-        return energy - float(self.strengths @ r), forces + self.incidence @ ((self.strengths / r)[:, None] * difference)
+        return energy - float(self.strengths @ r), forces + self.incidence @ (
+            (self.strengths / r)[:, None] * difference
+        )

@@ -27,9 +27,7 @@ LEAPFROG, STEP, BURN_IN, SPACING = 24, 0.055, 6, 4
 LEAST_ACCEPTED = 0.4
 
 
-def displaced(
-    atoms: Atoms, forces: NDArray[np.floating], temperature: float, n: int = 1, seed: int = 0
-) -> list[Atoms]:
+def displaced(atoms: Atoms, forces: NDArray[np.floating], temperature: float, n: int = 1, seed: int = 0) -> list[Atoms]:
     """Displaces a molecule as at a temperature.
 
     Args:

@@ -6,7 +6,8 @@ dynamics with a thermostat: their time step biases the density, and ASE's ``Lang
 does not sample the canonical one at all for a small molecule of unequal masses (its documentation says so too).
 
 Several walkers share the length of the steps, tuned in the burn-in and fixed from then on, and nothing else. Where a
-barrier keeps them apart, each may be a ladder of replicas at higher temperatures that exchange their configurations.
+barrier keeps them apart, each may be a ladder of replicas at higher temperatures that exchange their configurations, or
+turn a side of the molecule about a bond.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ase_enf.data.fetch import hide
 from ase_enf.data.mcmc import r_hat
 from ase_enf.data.series import Array, autocorrelation_time, standard_error
 from ase_enf.data.walkers import Forces, Walkers
+from ase_enf.data.walkers import turn as turn_about
 
 # Steps of a trajectory: about half a period of a torsion where a step is a sixth of the period of a bond.
 LEAPFROG = 24
@@ -58,6 +60,7 @@ class Diagnostics(NamedTuple):
         r_hat: The largest of the same observables among half walkers; 1 when they agree, NaN with too few frames.
         acceptance: Of the trajectories, at each temperature.
         exchange: Between neighbouring temperatures.
+        turned: Of the turns about each bond, at the temperature of the run.
         refused: Trajectories at the temperature of the run that were refused because they changed a bond.
         calls: Of the calculator, for the whole run.
     """
@@ -71,6 +74,7 @@ class Diagnostics(NamedTuple):
     r_hat: float
     acceptance: tuple[float, ...]
     exchange: tuple[float, ...]
+    turned: tuple[float, ...]
     refused: int
     calls: int
 
@@ -148,6 +152,7 @@ def run(
     burn_in: int = 200,
     hotter: Sequence[float] = (),
     keep_bonds: bool = True,
+    turn: Sequence[Sequence[int]] = (),
     out: str | Path | None = None,
     progress: bool | None = None,
 ) -> Ensemble:
@@ -166,6 +171,9 @@ def run(
         hotter: Temperatures of further replicas of every walker, ascending, K; neighbours exchange configurations.
         keep_bonds: Whether a trajectory that ends with other bonds than the first structure (by distance) is refused:
             the ensemble is then that of this molecule, never of what it may react to.
+        turn: Bonds, two places of atoms each, about which one side is turned by a random angle after every trajectory,
+            with a test of its own and one call of the calculator: rotamers are reached whatever the barrier. Name no
+            double bond, whose isomers it would mix.
         out: A file (.npz) to which the state is saved, and from which a run that was cut off goes on; with a larger n,
             one that was finished too.
         progress: Whether to show a progress bar; by default on a terminal.
@@ -189,13 +197,15 @@ def run(
     if topology is not None and not all(topology.holds(start.positions) for start in starts):
         raise DataError("atoms: not all structures have the bonds of the first; give conformers, or keep_bonds=False")
     temperatures = np.array([temperature, *hotter], dtype=float)
+    bonds = (topology or Topology(starts[0])).bonds if turn else np.zeros((0, 0), bool)
+    turns = [turn_about(bonds, *_pair(two)) for two in turn]
     settings = {
         "symbols": str(starts[0].symbols), "temperatures": temperatures.tolist(), "seed": seed, "walkers": walkers,
         "spacing": spacing, "leapfrog": leapfrog, "burn_in": burn_in, "keep_bonds": keep_bonds,
-        "calculator": type(calculator).__name__,
+        "calculator": type(calculator).__name__, "turn": [[one.first, one.second] for one in turns],
     }  # fmt: skip
     forces = Forces(starts[0], calculator)
-    state = Walkers(starts, forces, kB * temperatures, walkers, leapfrog, seed, topology)
+    state = Walkers(starts, forces, kB * temperatures, walkers, leapfrog, seed, topology, turns)
     sweeps = spacing * -(-n // walkers)
     book = _Book(settings, None if out is None else Path(out))
     book.restore(state)
@@ -243,6 +253,12 @@ def _checked(
     return listed
 
 
+def _pair(two: Sequence[int]) -> tuple[int, int]:
+    if len(two) != 2:
+        raise DataError(f"turn {list(two)}: need two places of bonded atoms")
+    return int(two[0]), int(two[1])
+
+
 class _Book:
     """What a run leaves, in memory and in its file."""
 
@@ -285,14 +301,14 @@ class _Book:
             with np.load(self.path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in file.files}
             about = json.loads(str(saved["about"]))
-            different = [name for name in self.settings if about["settings"][name] != self.settings[name]]
+            theirs = {"turn": []} | about["settings"]  # which earlier versions did not have
+            different = [name for name in self.settings if theirs[name] != self.settings[name]]
         except Exception as error:  # zipfile, numpy and json have errors of their own
             raise DataError(f"{self.path}: no state of a thermal run ({error}); name another file") from error
         if different:
             name = different[0]
             raise DataError(
-                f"{self.path}: holds a run with {name}={about['settings'][name]!r}, not {self.settings[name]!r}; "
-                "name another file"
+                f"{self.path}: holds a run with {name}={theirs[name]!r}, not {self.settings[name]!r}; name another file"
             )
         state.x, state.step_size = saved["x"], saved["step_size"]
         state.rng.bit_generator.state = about["rng"]
@@ -343,7 +359,8 @@ def _diagnostics(
         effective_size=energies.size / slowest,
         r_hat=math.nan if halves is None else float(np.max(r_hat(halves))),
         acceptance=tuple(rates[:rungs].tolist()),
-        exchange=tuple(rates[rungs:].tolist()),
+        exchange=tuple(rates[rungs : 2 * rungs - 1].tolist()),
+        turned=tuple(rates[2 * rungs - 1 :].tolist()),
         refused=int(state.refused),
         calls=state.evaluate.calls,
     )

@@ -2,16 +2,19 @@
 
 The total momentum is zero in every draw, in the metric of the inertias, so that the relative positions are sampled
 exactly. The inertias are no masses: the density does not depend on them, and a heavier hydrogen allows longer steps.
+What no trajectory crosses, a turn of one side of the molecule about a bond may jump.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
 from ase_enf.chem.topology import Topology
 from ase_enf.data import DataError
@@ -65,6 +68,53 @@ class Forces:
         return energies, forces
 
 
+class Turn(NamedTuple):
+    """A bond to turn about.
+
+    Attributes:
+        first: Place of the atom whose side stays.
+        second: Place of the atom whose side turns.
+        moved: Places of the atoms that turn, (m,).
+    """
+
+    first: int
+    second: int
+    moved: NDArray[np.int64]
+
+
+def turn(bonds: NDArray[np.bool_], first: int, second: int) -> Turn:
+    """Returns which atoms turn about a bond: those that hang on its second atom, or the others, if they are fewer.
+
+    Args:
+        bonds: Which atoms are bonded, shape (M, M).
+        first: Place of an atom.
+        second: Place of the atom bonded to it.
+
+    Raises:
+        DataError: If the two are not bonded, or by a ring too.
+
+    Example:
+        >>> chain = np.eye(4, k=1, dtype=bool) | np.eye(4, k=-1, dtype=bool)
+        >>> turn(chain, 1, 2).moved, turn(chain, 0, 1).second
+        (array([2, 3]), 0)
+    """
+    if not (0 <= min(first, second) and max(first, second) < len(bonds) and bonds[first, second]):
+        raise DataError(f"turn ({first}, {second}): need two places of bonded atoms")
+    cut = bonds.copy()
+    cut[first, second] = cut[second, first] = False
+    sides = connected_components(cut, directed=False)[1]
+    if sides[first] == sides[second]:
+        raise DataError(f"turn ({first}, {second}): this bond is in a ring; name another")
+    if (sides == sides[second]).sum() > (sides == sides[first]).sum():
+        first, second = second, first
+    return Turn(first, second, np.flatnonzero(sides == sides[second]))
+
+
+def _cross(a: Array, b: Array) -> Array:
+    """Vector products of (3, K, C) and (m, 3, K, C), along the axis of three."""
+    return np.cross(a[None], b, axis=1)
+
+
 class Walkers:
     """The state of C walkers of K replicas each; arrays end in (K, C).
 
@@ -76,6 +126,7 @@ class Walkers:
         leapfrog: Steps of a trajectory.
         seed: Of everything.
         topology: Bonds that no trajectory may change, None for all.
+        turns: For each bond to turn about, its two atoms and which atoms turn, the second of the two among them.
 
     Raises:
         DataError: If there is no energy of a structure to start from.
@@ -97,8 +148,10 @@ class Walkers:
         leapfrog: int,
         seed: int,
         topology: Topology | None = None,
+        turns: Sequence[Turn] = (),
     ) -> None:
         self.evaluate, self.kt, self.leapfrog, self.topology = evaluate, kt[:, None], leapfrog, topology
+        self.turns = list(turns)
         self.rng = np.random.default_rng(seed)
         first = np.stack([starts[k % len(starts)].positions for k in range(walkers)], axis=-1)  # (M, 3, C)
         self.x = np.repeat((first - first.mean(axis=0))[:, :, None], len(kt), axis=2)
@@ -111,18 +164,19 @@ class Walkers:
         self.sweeps = self.refused = 0
 
     def sweep(self, adapt: bool, hard: bool = False) -> Array:
-        """Moves every replica by one trajectory and exchanges neighbours.
+        """Moves every replica by one trajectory and one turn about each bond, and exchanges neighbours.
 
         Args:
             adapt: Whether to tune the steps, which is right in the burn-in only.
             hard: Whether to tune them in large paces.
 
         Returns:
-            Rates of acceptance (K) and of exchange (K − 1), in one array.
+            Rates of acceptance (K), of exchange (K − 1) and of the turns at the temperature of the run, in one array.
         """
         self.sweeps += 1
         with np.errstate(over="ignore", invalid="ignore"):  # a trajectory may run into a wall: it is refused
             accepted = self._trajectory().mean(axis=1)
+            turned = [self._turn(turn)[0].mean() for turn in self.turns]
             exchanged = np.zeros(len(self.kt) - 1)
             for parity in (0, 1):
                 exchanged[parity::2] = exchange(
@@ -130,7 +184,7 @@ class Walkers:
                 )
         if adapt:
             self.step_size *= tuned(accepted)[:, None] ** (4 if hard else 1)
-        return np.concatenate([accepted, exchanged])
+        return np.concatenate([accepted, exchanged, turned])
 
     def _trajectory(self) -> NDArray[np.bool_]:
         """Returns which replicas, (K, C), were moved."""
@@ -146,7 +200,24 @@ class Walkers:
             energies, forces = self.evaluate(x, going)
             going &= np.isfinite(energies)  # what has left the calculator's reach is refused, and costs no more
             momentum += (0.5 if i == self.leapfrog - 1 else 1.0) * step * forces
-        accepted = np.log(self.rng.random(before.shape)) < before - self._total(energies, momentum)
+        return self._decide(before - self._total(energies, momentum), x, energies, forces)
+
+    def _turn(self, turn: Turn) -> NDArray[np.bool_]:
+        """Turns one side of a bond by a uniform angle, a proposal as likely as its reverse that keeps volumes."""
+        origin = self.x[turn.first]
+        axis = self.x[turn.second] - origin
+        axis = axis / np.linalg.norm(axis, axis=0)
+        angle = self.rng.uniform(-np.pi, np.pi, self.energies.shape)
+        arms = self.x[turn.moved] - origin
+        along = (arms * axis).sum(axis=1, keepdims=True) * axis
+        x = self.x.copy()
+        x[turn.moved] = origin + along + np.cos(angle) * (arms - along) + np.sin(angle) * _cross(axis, arms)
+        energies, forces = self.evaluate(x)
+        return self._decide((self.energies - energies) / self.kt, x, energies, forces)
+
+    def _decide(self, log_ratio: Array, x: Array, energies: Array, forces: Array) -> NDArray[np.bool_]:
+        """Moves the replicas that Metropolis's test accepts, unless a bond has changed."""
+        accepted = np.log(self.rng.random(log_ratio.shape)) < log_ratio
         if self.topology is not None:
             for place in zip(*np.nonzero(accepted), strict=True):
                 if not self.topology.holds(x[(..., *place)]):
