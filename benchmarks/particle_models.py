@@ -48,7 +48,7 @@ BUDGETS = {
 }
 SETS = {"train": 100_000, "valid": 2000, "test": 2000}
 # Sweeps and ladders of the truth by replica exchange.
-TRUTH = {"lj13": (SWEEPS, mcmc.LADDERS), "lj13-factor2": (SWEEPS, mcmc.LADDERS), "lj55-factor2": (1000, 4)}
+TRUTH = {"lj13": (SWEEPS, mcmc.LADDERS), "lj13-factor2": (SWEEPS, mcmc.LADDERS), "lj55-factor2": (1500, 8)}
 CHAINS, SEED = {"train": 56, "valid": 4, "test": 4}, (1, 55)  # of LJ55
 
 

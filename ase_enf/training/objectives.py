@@ -102,6 +102,16 @@ class FlowMatching:
         """
         return uniform**self.time_power if self.times == "power" else 1.0 - uniform ** (1.0 / self.time_power)
 
+    def coupled(self, x: Tensor, z: Tensor, mask: Tensor) -> Tensor:
+        """Returns the noise that goes with the data, as it was drawn; another coupling may choose it by the data.
+
+        Args:
+            x: Data, centred, shape (B, M, n).
+            z: Noise, centred, shape (B, M, n).
+            mask: Shape (B, M).
+        """
+        return z
+
     def __call__(self, model: ENF, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """Returns the mean squared error of the velocity."""
         size, width, _ = batch.positions.shape
@@ -112,6 +122,7 @@ class FlowMatching:
             noise = _normal(like, size, width, features, generator=generator)
             data = model.encode(batch, noise)
             z_x = center(_normal(like, *data.x.shape, generator=generator), data.mask)
+            z_x = self.coupled(data.x, z_x, data.mask)
             z_h = _normal(like, *data.h.shape, generator=generator) * data.mask.unsqueeze(-1)
             t = self.draw_times(_uniform(like, size, generator)).to(like)
             along = t[:, None, None]
