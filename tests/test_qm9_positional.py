@@ -122,6 +122,8 @@ def test_rows_of_the_paper_are_all_there():
 def test_table_and_pictures(options, data):
     names = [DENOISING, "Kernel dynamics"]
     rows = [table.measured(name, data, options) for name in names]
+    rows[0].flow.save(options.work / "copy.safetensors")
+    rows.append(table.measured_weights(str(options.work / "copy.safetensors"), data, options))
     table.write_tables(rows, data, options)
     results = options.work / "results"
     frame = pd.read_csv(results / "qm9_positional.csv", comment="#", dtype=str).set_index("method")
@@ -132,7 +134,9 @@ def test_table_and_pictures(options, data):
     assert frame.loc["Kernel dynamics", ["NLL, paper", "JS, paper"]].tolist() == ["38.6", "0.029"]
     assert float(frame.loc["test molecules themselves", "JS"]) == 0  # they are the training molecules here
     assert frame.loc["E-NF", ["NLL, nats", "NLL, paper"]].tolist() == ["–", "-70.2"]  # not run yet
+    figures = ["NLL, nats", "JS", "weights"]  # of the same weights
+    assert frame.loc[table.ELSEWHERE, figures].equals(frame.loc[DENOISING, figures].rename(table.ELSEWHERE))
     curves = pd.read_csv(results / "qm9_positional_curves.csv", comment="#")
-    assert set(curves.method) == set(names) and np.isfinite(curves[["valid_nll", "js"]]).all(axis=None)
+    assert set(curves.method) == {*names, table.ELSEWHERE} and np.isfinite(curves[["valid_nll", "js"]]).all(axis=None)
     assert all((results / f"qm9_positional_{part}.png").stat().st_size > 5000 for part in ("curves", "distances"))
     assert "8 / 8 / 8" in (results / "qm9_positional.md").read_text()

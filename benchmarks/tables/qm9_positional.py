@@ -28,7 +28,6 @@ from ase import Atoms
 
 import ase_enf
 from ase_enf import metrics
-from ase_enf.atoms.files import atomic_write
 from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
@@ -36,13 +35,15 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import LAST_FILE, STATE_FILE
 from ase_enf.training.log import LOG_FILE
 from ase_enf.training.loop import train
-from benchmarks.common import draw_in_pieces, open_work, score_in_pieces
+from benchmarks.common import digest, draw_in_pieces, open_work, score_in_pieces
 from benchmarks.report import RESULTS, write_csv, write_results
+from benchmarks.tables.table1.runs import write_json
 
 N_ATOMS = 19
 BATCH = 64
 DENOISING = "E-NF, denoising"
 FROM_SMALL = "E-NF, denoising, from qm9-small"
+ELSEWHERE = "E-NF, denoising, longer"  # weights that another command has trained
 LIKELIHOOD = " by likelihood"  # the ending of the rows of maximum likelihood
 NLL = {"objective": "nll", "batch_size": 32, "adjoint": False}
 METHODS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data = Split(*(qm9.load(options.data, split=part, n_atoms=N_ATOMS) for part in ("train", "valid", "test")))
     rows = [measured(name, data, options) for name in wanted(options)]
+    if options.model:
+        rows.append(measured_weights(options.model, data, options))
     if not options.no_table:
         write_tables(rows, data, options)
 
@@ -116,6 +119,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="QM9 in any form")
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and pieces")
     parser.add_argument("--only", nargs="*", choices=list(METHODS), help="some of the rows (default: all)")
+    parser.add_argument("--model", help=f'weights to measure as the row "{ELSEWHERE}", a path or a shipped name')
     parser.add_argument("--likelihood", action="store_true", help="also the rows by maximum likelihood")
     parser.add_argument("--scale", type=float, default=1.0, help="times the epochs of every row (default: 1)")
     parser.add_argument("--test", type=int, default=64, help="test molecules to score, at random (default: 64)")
@@ -138,7 +142,22 @@ def wanted(options: argparse.Namespace) -> list[str]:
 def measured(name: str, data: Split, options: argparse.Namespace) -> Row:
     """Returns a row, doing what is missing."""
     folder = options.work / f"{name.replace(', ', '-').replace(' ', '-')}_x{options.scale:g}_seed{options.seed}"
-    flow, curve = trained(name, data, folder, options)
+    return row_of(name, *trained(name, data, folder, options), folder, data, options)
+
+
+def measured_weights(model: str, data: Split, options: argparse.Namespace) -> Row:
+    """Returns the row of weights that another command has trained; its curve is their one point."""
+    flow = ase_enf.load(model, "cpu")
+    folder = options.work / f"model_{digest(flow)}_seed{options.seed}"
+    path = folder / "point.json"
+    if not path.exists():
+        scores = ase_enf.score(flow, data.valid[:SCORED], trace="hutchinson", probes=1, seed=options.seed)
+        write_json(path, point_of(flow, flow.provenance.get("step", 0), -scores.log_likelihood.mean(), data, options))
+    return row_of(ELSEWHERE, flow, pd.DataFrame([json.loads(path.read_text())]), folder, data, options)
+
+
+def row_of(name: str, flow: ENF, curve: pd.DataFrame, folder: Path, data: Split, options: argparse.Namespace) -> Row:
+    """Returns a row of weights, measuring what is missing."""
     flow.use_backend("auto")
     pieces = open_work(folder / "pieces", flow, seed=options.seed, solver=SOLVER)
     order = np.random.default_rng(options.seed).permutation(len(data.test))[: options.test].tolist()
@@ -193,8 +212,7 @@ def trained(name: str, data: Split, folder: Path, options: argparse.Namespace) -
             _stage(config, steps, data, options)
             point = _point(folder / "run", steps, data, options)
             shutil.copyfile(folder / "run" / LAST_FILE, folder / f"step{steps}.safetensors")
-            with atomic_write(path) as handle:
-                handle.write(json.dumps(point).encode())
+            write_json(path, point)
         curve.append(json.loads(path.read_text()))
     return ase_enf.load(folder / "run" / LAST_FILE, "cpu"), pd.DataFrame(curve)
 
@@ -226,16 +244,15 @@ def _point(run: Path, steps: int, data: Split, options: argparse.Namespace) -> d
     """Returns a point of the curves, of the averaged weights after a stage."""
     with (run / LOG_FILE).open(newline="") as file:
         row = next(row for row in csv.DictReader(file) if int(row["step"]) == steps and row["valid_nll"])
-    flow = ase_enf.load(run / LAST_FILE, "cpu")
+    return point_of(ase_enf.load(run / LAST_FILE, "cpu"), steps, float(row["valid_nll"]), data, options)
+
+
+def point_of(flow: ENF, steps: int, valid_nll: float, data: Split, options: argparse.Namespace) -> dict[str, float]:
+    """Returns a point of the curves, with the divergence of few molecules."""
     flow.use_backend("auto")
     drawn = ase_enf.generate(flow, POINT, seed=options.seed + 1, solver=SOLVER, batch_size=POINT)
-    return {
-        "step": steps,
-        "epoch": flow.provenance["epoch"],
-        "hours": flow.provenance["hours"],
-        "valid_nll": float(row["valid_nll"]),
-        "js": divergence(drawn, data.train),
-    }
+    about = {key: flow.provenance.get(key, math.nan) for key in ("epoch", "hours")}
+    return {"step": steps, **about, "valid_nll": float(valid_nll), "js": divergence(drawn, data.train)}
 
 
 def histogram(atoms: Sequence[Atoms]) -> np.ndarray:
@@ -252,7 +269,7 @@ def write_tables(rows: Sequence[Row], data: Split, options: argparse.Namespace) 
     """Writes ours beside the paper's, the curves, and the pictures of Figures 3 and 4."""
     known = histogram(data.train).sum(axis=0)
     found, lines = {row.name: row for row in rows}, []
-    for name in METHODS:
+    for name in [*METHODS, *({ELSEWHERE} & found.keys())]:
         paper = PAPER.get(name.removesuffix(LIKELIHOOD), (MISSING, MISSING))
         mine, spent = (MISSING, MISSING), (MISSING,) * 4
         if row := found.get(name):
@@ -302,8 +319,9 @@ def notes(rows: Sequence[Row], data: Split, options: argparse.Namespace) -> str:
         "its output is the displacement towards the data of an input of unit variance, and times are drawn from "
         "Beta(1, 1.8); where it starts from `qm9-small`, it has seen the whole train split with its elements, and no "
         "test molecule: that row is no comparison with the paper's. Simple and kernel dynamics cannot follow the "
-        "target of flow matching; likelihood is their fair "
-        f'row. "{MISSING}": not run yet; the command goes on with it.'
+        "target of flow matching; likelihood is their fair row. "
+        f'"{ELSEWHERE}" is the shipped model, trained for as long as its card says. '
+        f'"{MISSING}": not run yet; the command goes on with it.'
     )
 
 
