@@ -140,3 +140,15 @@ def test_table_and_pictures(options, data):
     assert set(curves.method) == {*names, table.ELSEWHERE} and np.isfinite(curves[["valid_nll", "js"]]).all(axis=None)
     assert all((results / f"qm9_positional_{part}.png").stat().st_size > 5000 for part in ("curves", "distances"))
     assert "8 / 8 / 8" in (results / "qm9_positional.md").read_text()
+
+
+def test_a_row_that_is_not_finished_says_how_far_it_is(data, tmp_path):
+    options = argparse.Namespace(work=tmp_path, scale=1.0, seed=0)
+    assert table.so_far("GNF", data, options) == ""
+    log = table.place("GNF", options) / "run" / "log.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("step,value\n")
+    assert table.so_far("GNF", data, options) == ""
+    log.write_text("step,value\n1,3.5\n2,1.25\n")
+    steps = table.settings("GNF", len(data.train), options, tmp_path).steps
+    assert table.so_far("GNF", data, options) == f"GNF: not finished, 2 of {steps} steps, loss 1.250"

@@ -141,8 +141,13 @@ def wanted(options: argparse.Namespace) -> list[str]:
 
 def measured(name: str, data: Split, options: argparse.Namespace) -> Row:
     """Returns a row, doing what is missing."""
-    folder = options.work / f"{name.replace(', ', '-').replace(' ', '-')}_x{options.scale:g}_seed{options.seed}"
+    folder = place(name, options)
     return row_of(name, *trained(name, data, folder, options), folder, data, options)
+
+
+def place(name: str, options: argparse.Namespace) -> Path:
+    """Returns the folder of a row."""
+    return options.work / f"{name.replace(', ', '-').replace(' ', '-')}_x{options.scale:g}_seed{options.seed}"
 
 
 def measured_weights(model: str, data: Split, options: argparse.Namespace) -> Row:
@@ -287,6 +292,21 @@ def write_tables(rows: Sequence[Row], data: Split, options: argparse.Namespace) 
     draw_histograms(rows, known, RESULTS / f"{NAME}_distances.png")
 
 
+def so_far(name: str, data: Split, options: argparse.Namespace) -> str:
+    """Says how far a row that is not measured has come, nothing where it was not begun."""
+    folder = place(name, options)
+    log = folder / "run" / LOG_FILE
+    if not log.exists():
+        return ""
+    with log.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["value"]]
+    if not rows:
+        return ""
+    last, steps = rows[-1], settings(name, len(data.train), options, folder / "run").steps
+    what = "NLL" if name.endswith(LIKELIHOOD) else "loss"
+    return f"{name}: not finished, {last['step']} of {steps} steps, {what} {float(last['value']):.3f}"
+
+
 def nll_of(scores: pd.DataFrame) -> str:
     """Returns the mean NLL with its error over molecules, and how many have none."""
     finite = -scores.log_likelihood[np.isfinite(scores.log_likelihood)]
@@ -304,6 +324,8 @@ def budget(row: Row) -> tuple[str, ...]:
 def notes(rows: Sequence[Row], data: Split, options: argparse.Namespace) -> str:
     """Returns what a reader must know."""
     rough = max(float(row.scores.stderr.max()) for row in rows)
+    measured = {row.name for row in rows}
+    begun = [so_far(name, data, options) for name in METHODS if name not in measured]
     return (
         f"Molecules of {N_ATOMS} atoms, positions alone, {(N_ATOMS - 1) * 3} dimensions, Å: {len(data.train):,} / "
         f"{len(data.valid):,} / {len(data.test):,} for training, validation and test (the paper has 13,831 / 2,501 / "
@@ -322,6 +344,7 @@ def notes(rows: Sequence[Row], data: Split, options: argparse.Namespace) -> str:
         "target of flow matching; likelihood is their fair row. "
         f'"{ELSEWHERE}" is the shipped model, trained for as long as its card says. '
         f'"{MISSING}": not run yet; the command goes on with it.'
+        + "".join(f"\n\n* {words}" for words in begun if words)
     )
 
 
