@@ -50,7 +50,7 @@ def animate(paths: Sequence[Sequence[Atoms]], path: str | Path, pixels: int = 24
     listed = [structures(frames) for frames in paths]
     if not listed or not all(listed):
         raise ValueError("there are no frames to draw: the list is empty")
-    turned = [_turned(frames) for frames in listed]
+    turned = [seen_broadside(frames) for frames in listed]
     reach = np.max([np.abs(positions).max(axis=0)[:2] for frames in turned for positions in frames], axis=0)
     width, height = 2 * (reach + _MARGIN)
     extent = float(width), float(np.clip(height, 0.7 * width, 1.2 * width))
@@ -78,7 +78,7 @@ def check_animation(path: str | Path) -> Path:
     return path
 
 
-def _turned(frames: Sequence[Atoms]) -> list[NDArray[np.float64]]:
+def seen_broadside(frames: Sequence[Atoms]) -> list[NDArray[np.float64]]:
     """Returns the positions of all frames, turned as the last one must be to be seen from its broad side."""
     last = frames[-1].positions
     seen = broadside(last)
