@@ -5,11 +5,14 @@ Molecules of ASE's g2 collection that the model knows, every atom displaced by 0
 * convergence: energies and forces against a reference of twice as many steps, for several numbers of steps, with the
   density of the data as it is and smeared: what remains is the share of the learned density, not of the solver;
 * dynamics: whether BFGS converges, and to what; the drift of the energy in NVE; seconds for energy and forces.
+
+With ``--minutes`` each row of smears takes the molecules, small ones first, until its time is over, and says how many.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the calculator (default: its own)")
     parser.add_argument("--md-steps", type=int, default=MD_STEPS)
     parser.add_argument("--bfgs-steps", type=int, default=STEPS_MOST)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of dynamics for each smear (default: no limit)")
     parser.add_argument("--out", type=Path, help="another folder than results")
     options = parser.parse_args()
     flow = ase_enf.load(options.model, "cpu", "float64")
@@ -60,11 +64,12 @@ def main() -> None:
     rows = [
         row
         for smear in options.smears
-        for row in dynamics(flow, atoms, smear, options.bfgs_steps, options.md_steps, options.steps)
+        for row in dynamics(flow, atoms, smear, options.bfgs_steps, options.md_steps, options.steps, options.minutes)
     ]
     notes = (
-        f"{about} {len(atoms)} molecules of g2; BFGS to {FMAX} eV/Å in at most {options.bfgs_steps} steps; NVE for "
-        f"{options.md_steps} steps of {TIME_STEP} fs from velocities of {KELVIN:g} K; medians over molecules."
+        f"{about} At most {len(atoms)} molecules of g2, small ones first; BFGS to {FMAX} eV/Å in at most {options.bfgs_steps} steps; NVE for "
+        f"{options.md_steps} steps of {TIME_STEP} fs from velocities of {KELVIN:g} K; medians over molecules; seconds "
+        "of one processor."
     )
     write_results(
         pd.DataFrame(rows, columns=["smear, Å", "what", "value"]),
@@ -94,9 +99,9 @@ def convergence(flow: ENF, molecules: Sequence[Atoms], smears: Sequence[float]) 
         many = Solver("rk4", steps=2 * SOLVER_STEPS[-1], warp=2.0)
         truths = [log_likelihood_gradient(flow, atoms, many, smear=smear) for atoms in molecules]
         for steps in SOLVER_STEPS:
-            solver, start = Solver("rk4", steps=steps, warp=2.0), time.perf_counter()
+            solver, start = Solver("rk4", steps=steps, warp=2.0), time.process_time()
             answers = [log_likelihood_gradient(flow, atoms, solver, smear=smear) for atoms in molecules]
-            seconds = (time.perf_counter() - start) / len(molecules)
+            seconds = (time.process_time() - start) / len(molecules)
             energy = [KT * (a.log_likelihood - b.log_likelihood) for a, b in zip(answers, truths, strict=True)]
             forces = [KT * np.abs(a.gradient - b.gradient).max() for a, b in zip(answers, truths, strict=True)]
             largest = KT * np.mean([np.abs(b.gradient).max() for b in truths])
@@ -107,20 +112,29 @@ def convergence(flow: ENF, molecules: Sequence[Atoms], smears: Sequence[float]) 
 
 
 def dynamics(
-    flow: ENF, molecules: Sequence[Atoms], smear: float, bfgs_steps: int, md_steps: int, steps: int | None = None
+    flow: ENF,
+    molecules: Sequence[Atoms],
+    smear: float,
+    bfgs_steps: int,
+    md_steps: int,
+    steps: int | None = None,
+    minutes: float = math.inf,
 ) -> list[tuple[float, str, str]]:
     """Returns what BFGS and NVE do to these molecules."""
     moves, converged, taken, drifts, hottest, failed, energy_s, forces_s = [], 0, [], [], [], 0, [], []
+    end, done = time.monotonic() + 60 * minutes, 0
     for atoms in tqdm(molecules, desc=f"smear {smear:g}", dynamic_ncols=True):
-        atoms = atoms.copy()
+        if time.monotonic() > end:
+            break
+        atoms, done = atoms.copy(), done + 1
         atoms.calc = ENFCalculator(flow, KT, steps=steps, smear=smear)
         try:
-            start = time.perf_counter()
+            start = time.process_time()
             atoms.get_potential_energy()
-            energy_s.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            energy_s.append(time.process_time() - start)
+            start = time.process_time()
             atoms.get_forces()
-            forces_s.append(time.perf_counter() - start)
+            forces_s.append(time.process_time() - start)
             before = atoms.get_all_distances()
             optimiser = BFGS(atoms, logfile=None)
             converged += bool(optimiser.run(fmax=FMAX, steps=bfgs_steps))
@@ -132,7 +146,7 @@ def dynamics(
         except CalculationFailed:
             failed += 1
     rows = [
-        ("BFGS converged", f"{converged} of {len(molecules)}"),
+        ("BFGS converged", f"{converged} of {done}"),
         ("BFGS steps", f"{np.median(taken):.0f}"),
         ("largest change of a distance, Å", f"{np.median(moves):.3f}"),
         ("NVE: range of the total energy an atom, meV", f"{1e3 * np.median(drifts):.2f}"),
