@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the calculator (default: its own)")
     parser.add_argument("--md-steps", type=int, default=MD_STEPS)
     parser.add_argument("--bfgs-steps", type=int, default=STEPS_MOST)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of dynamics for each smear (default: no limit)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of dynamics a smear (default: no limit)")
     parser.add_argument("--out", type=Path, help="another folder than results")
     options = parser.parse_args()
     flow = ase_enf.load(options.model, "cpu", "float64")
@@ -67,9 +67,9 @@ def main() -> None:
         for row in dynamics(flow, atoms, smear, options.bfgs_steps, options.md_steps, options.steps, options.minutes)
     ]
     notes = (
-        f"{about} At most {len(atoms)} molecules of g2, small ones first; BFGS to {FMAX} eV/Å in at most {options.bfgs_steps} steps; NVE for "
-        f"{options.md_steps} steps of {TIME_STEP} fs from velocities of {KELVIN:g} K; medians over molecules; seconds "
-        "of one processor."
+        f"{about} At most {len(atoms)} molecules of g2, small ones first; BFGS to {FMAX} eV/Å in at most "
+        f"{options.bfgs_steps} steps; NVE for {options.md_steps} steps of {TIME_STEP} fs from velocities of "
+        f"{KELVIN:g} K; medians over molecules; seconds of one processor."
     )
     write_results(
         pd.DataFrame(rows, columns=["smear, Å", "what", "value"]),

@@ -59,11 +59,14 @@ def _in_short(name: str, header: dict[str, Any]) -> str:
 
 def _described(header: dict[str, Any]) -> str:
     """Returns what a weights file says of itself, a line each."""
+    from ase_enf.flow.modes import feature_mode
+
     config = header["config"]
     sizes = sorted(int(size) for size in config["sizes"])
     lines = [
         f"E(n) equivariant normalizing flow, written by ase-enf {header['package']}",
         f"features       {config['features']}",
+        f"likelihood     {feature_mode(config['features']).density}",
         f"species        {' '.join(config['species']) or 'any (positions only)'}",
         f"sizes          {min(sizes)} to {max(sizes)} atoms, {sum(config['sizes'].values())} molecules",
         f"network        {config['network']}, {config['layers']} layers x {config['hidden']}",

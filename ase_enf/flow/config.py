@@ -14,9 +14,9 @@ from ase_enf.flow import base
 from ase_enf.flow.context import Condition, read_conditions
 from ase_enf.flow.dequantize import DEQUANTIZERS
 from ase_enf.flow.dynamics import POSITION_NETWORKS
+from ase_enf.flow.modes import FeatureMode, feature_mode
 from ase_enf.flow.parameterisation import Parameterisation
 
-FEATURES = ("joint", "none", "given")
 PATHS = (None, "linear")
 
 
@@ -83,8 +83,6 @@ class ENFConfig:
         width = self.flow_features
         set_field("feature_shift", tuple(self.feature_shift) or (0.0,) * width)
         set_field("feature_scale", tuple(self.feature_scale) or (1.0,) * width)
-        if self.features not in FEATURES:
-            raise ValueError(f"features {self.features!r} is unknown; choose one of {', '.join(FEATURES)}")
         if self.dimension not in (2, 3):
             raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
         if self.dequantizer not in DEQUANTIZERS:
@@ -95,7 +93,7 @@ class ENFConfig:
             )
         if self.conditions and self.network in POSITION_NETWORKS:
             raise ValueError(f"network {self.network!r} knows no conditions; use 'egnn' or 'gnn'")
-        if self.graph and (self.features, self.network) != ("given", "egnn"):
+        if self.graph and not (self.types_given and self.network == "egnn"):
             raise ValueError(
                 f"graph=True needs features='given' and network='egnn', not {self.features!r} and {self.network!r}"
             )
@@ -122,26 +120,31 @@ class ENFConfig:
             raise ValueError(f"feature_shift and feature_scale need {width} numbers, one a flowing feature")
 
     @property
+    def mode(self) -> FeatureMode:
+        """What flows, what conditions, and which terms the likelihood has."""
+        return feature_mode(self.features)
+
+    @property
     def types_flow(self) -> bool:
-        """Whether types and charges flow with the positions: the likelihood is a bound, with p_M and a draw of q."""
-        return self.features == "joint"
+        """Whether types and charges flow with the positions, see ``modes.FeatureMode``."""
+        return self.mode.types_flow
 
     @property
     def types_given(self) -> bool:
-        """Whether the types are the condition: the likelihood is exact, and a sample needs a composition."""
-        return self.features == "given"
+        """Whether the types condition the flow."""
+        return self.mode.types_given
 
     @property
     def knows_types(self) -> bool:
-        """Whether there are types at all: without them the likelihood is that of positions, and any element will do."""
-        return self.features != "none"
+        """Whether there are types at all."""
+        return self.mode.knows_types
 
     @property
     def flow_features(self) -> int:
         """Number F of features that flow with the positions."""
-        return len(self.species) + 1 if self.types_flow else 0
+        return self.mode.flow_features(len(self.species))
 
     @property
     def context_features(self) -> int:
         """Number of features of an atom that condition the flow."""
-        return (len(self.species) if self.types_given else 0) + 2 * len(self.conditions)
+        return self.mode.context_features(len(self.species)) + 2 * len(self.conditions)

@@ -242,7 +242,7 @@ class ENF(nn.Module):
         if config.flow_features:
             log_volume = log_volume + n_atoms.to(x.dtype) * sum(math.log(s) for s in config.feature_scale)
         zero = torch.zeros_like(log_volume)
-        log_size = self.size_prior.log_prob(n_atoms).to(log_volume) if config.types_flow else zero
+        log_size = self.size_prior.log_prob(n_atoms).to(log_volume) if "log_size" in config.mode.terms else zero
         return Encoded(x, h, mask, context, log_volume, zero if log_q is None else log_q, log_size)
 
     def context(self, batch: Batch) -> Tensor | Context | None:
@@ -252,7 +252,7 @@ class ENF(nn.Module):
             ValueError: If the flow needs a graph, and the batch has none.
         """
         config = self.config
-        nodes = [batch.types] if config.types_given else []
+        nodes = config.mode.conditioning(batch)
         if config.conditions:
             mean, std = (self._feature([getattr(c, name) for c in config.conditions]) for name in ("mean", "std"))
             known = condition_features(batch.conditions, batch.positions, mean, std)

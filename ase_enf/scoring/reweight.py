@@ -405,7 +405,7 @@ def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], 
 def _check(
     flow: ENF, n: int, temperature: float, seed: int, clip: float | None, intervals: int, batch_size: int
 ) -> None:
-    if flow.config.types_flow:
+    if not flow.config.mode.exact:
         raise ValueError("features='joint': its likelihood is a bound, no density to weigh by; use 'none' or 'given'")
     check_counts(n, seed, batch_size)
     check_intervals(intervals)

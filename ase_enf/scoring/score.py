@@ -138,7 +138,7 @@ def score(
     check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance, properties)
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
-    scorer = Scorer(flow, trace, probes, draws if flow.config.types_flow else 1, tolerance, batch_size)
+    scorer = Scorer(flow, trace, probes, 1 if flow.config.mode.exact else draws, tolerance, batch_size)
     scorer.properties = properties
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
@@ -250,7 +250,7 @@ class Scorer:
 
     def kind_of(self, n_atoms: int) -> str:
         """Returns what the score of a structure of this size is: "exact", a "bound", or an "estimate" of a bound."""
-        if not self.flow.config.types_flow:
+        if self.flow.config.mode.exact:
             return "exact"
         # The logarithm of a mean over draws is not linear in the trace, whose noise lifts it.
         return "estimate" if self.draws > 1 and self.trace_of(n_atoms) == "hutchinson" else "bound"
@@ -271,7 +271,7 @@ class Scorer:
 
     def _rank(self, atoms: Atoms) -> np.ndarray:
         """Returns the order in which noise is attached; any where there is none."""
-        noisy = self.flow.config.types_flow or self.trace_of(len(atoms)) == "hutchinson"
+        noisy = not self.flow.config.mode.exact or self.trace_of(len(atoms)) == "hutchinson"
         return canonical_order(atoms) if noisy else np.arange(len(atoms))
 
     def _groups(self, rows: list[Row]) -> Iterator[list[Row]]:
@@ -309,14 +309,14 @@ class Scorer:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = conditioned_batch(flow, [row.atoms for row in rows], self.properties)
-        noise = self.noise(rows, config.flow_features) if config.types_flow else None
+        noise = None if config.mode.exact else self.noise(rows, config.flow_features)
         method = self._trace_method(rows)
         return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
 
     def _answer(self, row: Row, weights: np.ndarray, error: float, evaluations: int) -> Estimate:
         value, stderr = combine(weights, float(error))
         # One draw of a bound, or one probe, says nothing of their spread.
-        unknown = self.flow.config.types_flow and self.draws == 1
+        unknown = not self.flow.config.mode.exact and self.draws == 1
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
         return Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
 
@@ -417,7 +417,7 @@ def check_request(
         check_whole("seed", value, 0)
     for index, item in enumerate(atoms):
         check_atoms(item, flow.species, index, flow.config.dimension)
-        if flow.config.types_flow and len(item) not in flow.size_prior:
+        if "log_size" in flow.config.mode.terms and len(item) not in flow.size_prior:
             seen = list(flow.size_prior.counts)
             raise ValueError(
                 f"structure {index} ({item.get_chemical_formula()}): has {len(item)} atoms, a size this model never "

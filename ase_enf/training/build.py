@@ -25,6 +25,7 @@ from ase_enf.flow.context import GRAPH_FEATURES, Condition
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
+from ase_enf.flow.modes import FeatureMode
 from ase_enf.training.config import TrainConfig, model_fields
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.folder import FolderLock, check_new_run, check_no_run
@@ -45,11 +46,11 @@ def build_objective(config: TrainConfig) -> Objective:
 
 def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...]) -> ENFConfig:
     """Returns the configuration of a new flow: its sizes, compositions and scales are those of the data."""
-    shift, scale = data.feature_standardisation(config.type_scale) if config.features == "joint" else ((), ())
+    shift, scale = data.feature_standardisation(config.type_scale) if config.mode.types_flow else ((), ())
     return ENFConfig(
         features=config.features,
         species=species,
-        **_counts(data, config.features),
+        **_counts(data, config.mode),
         dimension=config.dimension,
         network=config.network,
         hidden=config.hidden,
@@ -101,7 +102,7 @@ def begin(
         config = dataclasses.replace(config, **model_fields(initial.config), **_context_fields(initial, config))
         species = initial.species
     else:
-        species = () if config.features == "none" else species_of(train_atoms)
+        species = species_of(train_atoms) if config.mode.knows_types else ()
     data, valid = _data_sets(config, train_atoms, valid_atoms, species)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
@@ -231,17 +232,17 @@ def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
     return {"condition": names or config.conditions, "graph": initial.config.graph or config.graph}
 
 
-def _counts(data: MoleculeSet, features: str) -> dict[str, Mapping[Any, int]]:
+def _counts(data: MoleculeSet, mode: FeatureMode) -> dict[str, Mapping[Any, int]]:
     """Returns how many atoms, and which compositions, the training set has how often."""
     return {
         "sizes": dict(sorted(Counter(data.sizes.tolist()).items())),
-        "compositions": dict(sorted(data.compositions.items())) if features == "given" else {},
+        "compositions": dict(sorted(data.compositions.items())) if mode.types_given else {},
     }
 
 
 def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
     """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
-    counts = _counts(data, initial.features)
+    counts = _counts(data, initial.config.mode)
     conditions = initial.config.conditions or conditions_of(config, data)
     known = dataclasses.replace(
         initial.config, path=training_path(config), **counts, conditions=conditions, graph=config.graph
@@ -272,7 +273,7 @@ def widened(state: Mapping[str, Tensor], before: ENFConfig, after: ENFConfig) ->
 
 def _check_same_data(config: TrainConfig, known: ENFConfig, data: MoleculeSet) -> None:
     """Makes sure that the data would give the model of the run again."""
-    counts = _counts(data, known.features)
+    counts = _counts(data, known.mode)
     expected = dataclasses.replace(known, **counts) if config.init_from else model_config(config, data, known.species)
     if not agree(dataclasses.asdict(expected), dataclasses.asdict(known)):
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from ase_enf.atoms.batch import check_whole
 from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.modes import MODES, FeatureMode, feature_mode
 from ase_enf.flow.parameterisation import PARAMETERISATIONS
 from ase_enf.nn.backends.choice import BACKENDS
 from ase_enf.training.objectives import OBJECTIVES, TIMES
@@ -92,6 +93,7 @@ class TrainConfig:
         "joint",
         'what the flow draws: "joint" (positions and elements: unconditional), "given" (positions, conditional on the '
         'composition) or "none" (positions only)',
+        one_of=tuple(MODES),
     )
     condition: str = setting(
         "",
@@ -232,7 +234,7 @@ class TrainConfig:
         """
         parameterisation, times, power = self.parameterisation, self.times, self.time_power
         if parameterisation == "auto":
-            molecules = self.features != "none" and self.network == "egnn" and self.objective == "flow_matching"
+            molecules = self.mode.knows_types and self.network == "egnn" and self.objective == "flow_matching"
             parameterisation = "denoising" if molecules else "velocity"
         if times == "auto":
             times = "power" if parameterisation == "velocity" else "beta"
@@ -242,6 +244,11 @@ class TrainConfig:
         return dataclasses.replace(
             self, parameterisation=parameterisation, times=times, time_power=power, optimizer=optimizer
         )
+
+    @property
+    def mode(self) -> FeatureMode:
+        """What flows, what conditions, and which terms the likelihood has."""
+        return feature_mode(self.features)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -261,7 +268,7 @@ class TrainConfig:
 
 _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
     (
-        lambda c: c.graph and not c.init_from and (c.features != "given" or c.network != "egnn"),
+        lambda c: c.graph and not c.init_from and not (c.mode.types_given and c.network == "egnn"),
         "graph=True conditions an EGNN of given types; use features='given' and network='egnn'",
     ),
     (
@@ -273,7 +280,7 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         "condition: the networks 'simple' and 'kernel' know no conditions; use 'egnn' or 'gnn'",
     ),
     (
-        lambda c: c.objective == "flow_matching" and c.dequantizer == "learned" and c.features == "joint",
+        lambda c: c.objective == "flow_matching" and c.dequantizer == "learned" and c.mode.types_flow,
         "dequantizer='learned' collapses under flow matching; use dequantizer='fixed' or objective='nll'",
     ),
     (
@@ -371,4 +378,4 @@ def model_fields(config: ENFConfig) -> dict[str, Any]:
         8
     """
     fields = {name: getattr(config, name) for name in MODEL_FIELDS}
-    return fields | ({"type_scale": config.feature_scale[0]} if config.features == "joint" else {})
+    return fields | ({"type_scale": config.feature_scale[0]} if config.types_flow else {})
