@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from ase.units import kB
 from numpy.typing import NDArray
 from scipy.optimize import brentq
@@ -40,7 +41,7 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
     pieces = open_work(folder, flow, seed=options.seed, piece=options.piece)
     log_q = scored(flow, test, pieces, options)
     gap = -test.energies[: len(log_q)] - log_q  # plus -ln Z: how far log q is from log p
-    result, sizes = reweighted(flow, pieces, options)
+    result, sizes, devices = reweighted(flow, pieces, options)
     table = pd.DataFrame(rows(log_q, gap, result, sizes, truth), columns=["what", "value", "samples"])
     about, used = flow.provenance, test.info["sha256"][:16]
     size = sum(parameter.numel() for parameter in flow.parameters())
@@ -49,7 +50,7 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
         f"Test samples: of chains of their own, sha256 {used}, the first {len(log_q)} scored. No clipping of weights; "
         f"{result.failed} energies failed, {result.redrawn} samples drawn again. ± of the effective sample size: over "
         f"{len(sizes)} repetitions of {options.piece} samples, and of all of them by leaving out one repetition after "
-        f"the other; neither knows of weights that no sample met. Measured on {options.device}."
+        f"the other; neither knows of weights that no sample met. Weights computed on: {', '.join(sorted(devices))}."
     )
     write_results(table, f"model_{options.system}", f"The model `{options.system}`", notes)
 
@@ -62,12 +63,12 @@ def scored(flow: ENF, test: Samples, pieces: Path, options: argparse.Namespace) 
     return table.log_likelihood.to_numpy()
 
 
-def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Reweighted, Array]:
-    """Returns weighted samples of the flow, drawing the pieces that are missing, and the ESS of each piece as a part.
+def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Reweighted, Array, set[str]]:
+    """Returns weighted samples of the flow, the ESS of each piece as a part, and the devices that computed them.
 
-    A piece has a seed of its own, so that pieces are repetitions.
+    What is missing is drawn; a piece has a seed of its own, so that pieces are repetitions.
     """
-    parts, failed, redrawn = [], 0, 0
+    parts, failed, redrawn, devices = [], 0, 0, set()
     for k in tqdm(range(max(options.n // options.piece, 1)), desc="reweighting", unit="piece", dynamic_ncols=True):
         path = pieces / f"weights_{k:03d}.npz"
         if not path.exists():
@@ -83,13 +84,21 @@ def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Re
                 )
             arrays = {name: getattr(found, name) for name in FIELDS}
             with atomic_write(path) as handle:
-                np.savez(handle, **arrays, counts=np.array([found.failed, found.redrawn]))
+                np.savez(
+                    handle, **arrays, counts=np.array([found.failed, found.redrawn]), device=np.array(device_of(flow))
+                )
         with np.load(path) as archive:
             parts.append([archive[name] for name in FIELDS])
+            devices.add(str(archive["device"]))
             failed, redrawn = failed + int(archive["counts"][0]), redrawn + int(archive["counts"][1])
     joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     whole = Reweighted([], *joined, temperature=1.0 / kB, failed=failed, redrawn=redrawn)
-    return whole, np.array([effective(part[0]) for part in parts])
+    return whole, np.array([effective(part[0]) for part in parts]), devices
+
+
+def device_of(flow: ENF) -> str:
+    """Returns the name of the device that computes."""
+    return torch.cuda.get_device_name() if flow.device.type == "cuda" else "CPU"
 
 
 def effective(log_weights: Array) -> float:

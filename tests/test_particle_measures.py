@@ -51,9 +51,10 @@ def test_the_error_of_the_effective_size_is_that_of_repetitions():
 def test_pieces_are_repetitions_and_are_kept(tmp_path):
     flow = ENF(ENFConfig(features="none", species=(), sizes={4: 1}, dimension=2, hidden=8, layers=1)).double()
     options = argparse.Namespace(system="dw4", n=12, piece=4, seed=2, batch=4)
-    whole, sizes = reweighted(flow, tmp_path, options)
+    whole, sizes, devices = reweighted(flow, tmp_path, options)
     direct = [ase_enf.reweight(flow, particles.DW4(), 4, 1 / kB, seed=2000 + k) for k in range(3)]
     assert np.array_equal(whole.log_weights, np.concatenate([part.log_weights for part in direct]))
     assert sizes.tolist() == pytest.approx([part.effective_sample_size / 4 for part in direct])
-    again, _ = reweighted(None, tmp_path, options)
+    assert devices == {"CPU"}
+    again, *_ = reweighted(None, tmp_path, options)
     assert np.array_equal(again.log_weights, whole.log_weights)
