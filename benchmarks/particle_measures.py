@@ -16,9 +16,11 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from tqdm import tqdm
 
+from ase_enf.atoms.batch import to_batch
 from ase_enf.atoms.files import atomic_write
 from ase_enf.data import particles
 from ase_enf.data.samples import Samples
+from ase_enf.flow.continuous import INTERVALS
 from ase_enf.flow.model import ENF
 from ase_enf.scoring.reweight import Reweighted, reweight
 from benchmarks.common import digest, open_work, score_in_pieces
@@ -38,7 +40,7 @@ FIELDS = ("log_weights", "energies", "log_prob", "log_prob_error")
 def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options: argparse.Namespace) -> None:
     """Scores test samples and reweights the flow's own, both against the truth, and writes the table."""
     folder = options.work / f"{options.system}_pieces_{digest(flow)}_seed{options.seed}"
-    pieces = open_work(folder, flow, seed=options.seed, piece=options.piece)
+    pieces = open_work(folder, flow, seed=options.seed, piece=options.piece, intervals=options.intervals)
     log_q = scored(flow, test, pieces, options)
     gap = -test.energies[: len(log_q)] - log_q  # plus -ln Z: how far log q is from log p
     result, sizes, devices = reweighted(flow, pieces, options)
@@ -50,7 +52,8 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
         f"Test samples: of chains of their own, sha256 {used}, the first {len(log_q)} scored. No clipping of weights; "
         f"{result.failed} energies failed, {result.redrawn} samples drawn again. ± of the effective sample size: over "
         f"{len(sizes)} repetitions of {options.piece} samples, and of all of them by leaving out one repetition after "
-        f"the other; neither knows of weights that no sample met. Weights computed on: {', '.join(sorted(devices))}."
+        f"the other; neither knows of weights that no sample met. Quadrature of the trace: {options.intervals} "
+        f"intervals. Weights computed on: {', '.join(sorted(devices))}."
     )
     write_results(table, f"model_{options.system}", f"The model `{options.system}`", notes)
 
@@ -58,9 +61,26 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
 def scored(flow: ENF, test: Samples, pieces: Path, options: argparse.Namespace) -> Array:
     """Returns the log-densities of the first test samples by the exact trace."""
     order = list(range(min(options.test, len(test))))
+    if options.intervals != INTERVALS:
+        return coarsely_scored(flow, test.positions[order], pieces, options)
     how = {"trace": "exact", "batch_size": min(options.batch, 64), "progress": False}
     table = score_in_pieces(flow, test.to_atoms(), order, options.seed, pieces, how)
     return table.log_likelihood.to_numpy()
+
+
+def coarsely_scored(flow: ENF, positions: Array, pieces: Path, options: argparse.Namespace) -> Array:
+    """Returns log-densities by a quadrature of fewer nodes, without the refinement of ``score``."""
+    found = []
+    for first in tqdm(range(0, len(positions), options.batch), desc="scores", unit="batch", dynamic_ncols=True):
+        path = pieces / f"scores_{first:05d}_{options.batch}.npy"
+        if not path.exists():
+            atoms = particles.to_atoms(options.system, positions[first : first + options.batch])
+            batch = to_batch(atoms, (), flow.config.dimension).to(flow.device, flow.dtype)
+            terms = flow.log_prob(batch, intervals=options.intervals, estimate_path_error=False)
+            with atomic_write(path) as handle:
+                np.save(handle, terms.log_prob.double().cpu().numpy())
+        found.append(np.load(path))
+    return np.concatenate(found)
 
 
 def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Reweighted, Array, set[str]]:
@@ -81,6 +101,7 @@ def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Re
                     1.0 / kB,
                     seed=1000 * options.seed + k,
                     batch_size=options.batch,
+                    intervals=options.intervals,
                 )
             arrays = {name: getattr(found, name) for name in FIELDS}
             with atomic_write(path) as handle:

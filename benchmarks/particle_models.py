@@ -21,6 +21,7 @@ from ase.cluster import Icosahedron
 import ase_enf
 from ase_enf.data import mcmc, particles, samples
 from ase_enf.data.samples import Samples
+from ase_enf.flow.continuous import INTERVALS
 from ase_enf.flow.model import ENF
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
@@ -64,6 +65,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of training and reweighting")
     parser.add_argument("--piece", type=int, default=1000, help="samples reweighted between two saves (default: 1000)")
     parser.add_argument("--batch", type=int, default=64, help="samples integrated together (default: 64)")
+    parser.add_argument(
+        "--intervals", type=int, default=INTERVALS, help=f"of the quadrature of the trace (default: {INTERVALS})"
+    )
     parser.add_argument("--device", default="cpu", help="where to measure (default: cpu)")
     options = parser.parse_args()
     if min(options.n, options.test, options.piece) < 2 or options.batch < 1:

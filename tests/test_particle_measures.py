@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from ase.units import kB
 
 import ase_enf
-from ase_enf.data import particles
+from ase_enf.data import particles, samples
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
-from benchmarks.particle_measures import bennett, effective, jackknife, reweighted
+from benchmarks.particle_measures import bennett, effective, jackknife, reweighted, scored
 
 WIDTH = 1.3
 LOG_Z = math.log(WIDTH) + 0.5 * math.log(2 * math.pi)  # of exp(-x² / 2 WIDTH²)
@@ -50,7 +51,7 @@ def test_the_error_of_the_effective_size_is_that_of_repetitions():
 
 def test_pieces_are_repetitions_and_are_kept(tmp_path):
     flow = ENF(ENFConfig(features="none", species=(), sizes={4: 1}, dimension=2, hidden=8, layers=1)).double()
-    options = argparse.Namespace(system="dw4", n=12, piece=4, seed=2, batch=4)
+    options = argparse.Namespace(system="dw4", n=12, piece=4, seed=2, batch=4, intervals=48)
     whole, sizes, devices = reweighted(flow, tmp_path, options)
     direct = [ase_enf.reweight(flow, particles.DW4(), 4, 1 / kB, seed=2000 + k) for k in range(3)]
     assert np.array_equal(whole.log_weights, np.concatenate([part.log_weights for part in direct]))
@@ -58,3 +59,14 @@ def test_pieces_are_repetitions_and_are_kept(tmp_path):
     assert devices == {"CPU"}
     again, *_ = reweighted(None, tmp_path, options)
     assert np.array_equal(again.log_weights, whole.log_weights)
+
+
+def test_fewer_nodes_give_the_same_scores_to_the_error_of_the_quadrature(tmp_path):
+    torch.manual_seed(0)
+    flow = ENF(ENFConfig(features="none", species=(), sizes={4: 1}, dimension=2, hidden=8, layers=1)).double()
+    test = samples.sample("dw4", 6, ladders=4, burn_in=20)
+    options = argparse.Namespace(system="dw4", batch=4, intervals=16, test=5, seed=0)
+    found = scored(flow, test, tmp_path, options)
+    expected = ase_enf.score(flow, test.to_atoms()[:5], trace="exact", progress=False).log_likelihood
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert np.array_equal(scored(None, test, tmp_path, options), found)
