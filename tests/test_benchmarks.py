@@ -14,7 +14,8 @@ from ase.build import molecule
 import ase_enf
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
-from benchmarks import calculator, common
+from benchmarks import common
+from benchmarks.accuracy import calculator
 from benchmarks.tables import qm9
 
 

@@ -14,8 +14,8 @@ from scipy.stats import special_ortho_group
 
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
-from benchmarks import conformers
-from benchmarks.conformers import (
+from benchmarks.models import conformers
+from benchmarks.models.conformers import (
     FLOW,
     HISTOGRAM,
     MMFF,

@@ -111,7 +111,7 @@ def test_command_line(arrays, tmp_path, capsys):
 
 @pytest.mark.skipif(not VECTORS.exists(), reason="needs the vectors of the published implementation")
 def test_parity_with_the_published_implementation():
-    released = pytest.importorskip("benchmarks.released_weights")
+    released = pytest.importorskip("benchmarks.accuracy.released_weights")
     deviations = list(released.compare(convert_en_flows(WEIGHTS).double(), VECTORS))
     exact = [item for item in deviations if item.quantity not in ("latent", "ode_ladj")]
     assert len(exact) == 25 and max(item.deviation for item in exact) < 1e-13

@@ -1,6 +1,6 @@
 """The theorem of stated errors: for every shipped model and solver, the true error is below three times the stated one.
 
-The truth is by two independent rules that agree to a tenth of the error under test (``benchmarks.reference``).
+The truth is by two independent rules that agree to a tenth of the error under test (``benchmarks.accuracy.reference``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ase_enf.flow import divergence
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
-from benchmarks.reference import reference
+from benchmarks.accuracy.reference import reference
 
 SOLVERS = {
     "own": None,

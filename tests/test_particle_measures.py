@@ -14,7 +14,7 @@ import ase_enf
 from ase_enf.data import particles, samples
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
-from benchmarks.particle_measures import bennett, effective, jackknife, reweighted, scored
+from benchmarks.models.particle_measures import bennett, effective, jackknife, reweighted, scored
 
 WIDTH = 1.3
 LOG_Z = math.log(WIDTH) + 0.5 * math.log(2 * math.pi)  # of exp(-x² / 2 WIDTH²)

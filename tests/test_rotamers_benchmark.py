@@ -11,7 +11,7 @@ from ase.build import molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
 
-from benchmarks.rotamers import internal, stationary
+from benchmarks.models.rotamers import internal, stationary
 
 K = 2.0  # eV / Å²
 

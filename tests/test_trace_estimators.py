@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.trace_estimators import ESTIMATORS
+from benchmarks.accuracy.trace_estimators import ESTIMATORS
 
 SIZE = 12
 

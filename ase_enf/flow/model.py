@@ -37,12 +37,12 @@ from ase_enf.geometry import subspace_dim
 # Likelihoods are integrated on a fixed grid, so that none depends on its batch mates; a step leads from node to node of
 # the quadrature. A bare velocity trained by flow matching changes fast near the data, and its nodes lie in u, t = u²;
 # all other flows take nodes in t. Along paths of qm9-small, u is better with 49 nodes and t with 65: two molecules do
-# not decide it (benchmarks/likelihood.py, quadrature).
+# not decide it (benchmarks/accuracy/likelihood.py, quadrature).
 LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
 MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
-# Renewed noise corrects many errors of a trained velocity (benchmarks/samplers.py).
+# Renewed noise corrects many errors of a trained velocity (benchmarks/accuracy/samplers.py).
 STOCHASTIC_SAMPLER = StochasticSampler()
 
 

@@ -10,7 +10,7 @@ D · M² · F tangents of the pairs is ever touched. At the two ends there is le
 * Last layer: the trace asks an atom's outputs for their dependence on that atom's own inputs only, so the few
   cotangents of each atom are pulled back through its own pairs and meet the tangents there.
 
-The cost is that of (L − 2) products of (D × M F) with (M F × M F); ``benchmarks/likelihood.py`` measures it.
+The cost is that of (L − 2) products of (D × M F) with (M F × M F); ``benchmarks/accuracy/likelihood.py`` measures it.
 """
 
 from __future__ import annotations

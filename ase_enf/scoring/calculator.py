@@ -147,7 +147,8 @@ class ENFCalculator(Calculator):
     default it is therefore that of smeared data. It is no force field even so: optimisers converge, but not always to
     a sound structure (``qm9-conditional`` took water, displaced by 0.05 Å, to O-H of 1.15 and 1.36 Å), and nothing
     makes a trajectory physical. On one core, an energy takes some two seconds and a call with forces a quarter to half
-    a minute for three to six atoms; both fall with ``steps``. ``benchmarks/calculator.py`` measures all of this.
+    a minute for three to six atoms; both fall with ``steps``. ``benchmarks/accuracy/calculator.py`` measures
+    all of this.
 
     ``results`` also hold ``log_likelihood`` (nats), which ASE's writers drop; ``ase_enf.annotate`` puts it in ``info``.
 

@@ -33,8 +33,8 @@ from ase_enf.training.distributed import process_group
 from ase_enf.training.environment import training_environment
 from ase_enf.training.folder import BEST_FILE, STATE_FILE, FolderLock
 from ase_enf.training.loop import complete, train
-from benchmarks.particle_measures import CALCULATORS, effective, figure, sem
-from benchmarks.particle_models import TRUTH, drawn
+from benchmarks.models.particle_measures import CALCULATORS, effective, figure, sem
+from benchmarks.models.particle_models import TRUTH, drawn
 from benchmarks.report import write_results
 from benchmarks.tables.alignment import AlignedFlowMatching
 from benchmarks.tables.table1.runs import ground

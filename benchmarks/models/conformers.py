@@ -1,4 +1,4 @@
-"""What the score of a conditional flow is good for: ``python -m benchmarks.conformers MODEL --data QM9.npz -n 100``.
+"""What the score of a flow is worth: ``python -m benchmarks.models.conformers MODEL --data QM9.npz -n 100``.
 
 MODEL is a shipped name or a .safetensors with ``features="given"``; its exact log p(x | types) is asked two questions
 about molecules of QM9's test split:

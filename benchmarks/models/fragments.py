@@ -1,4 +1,4 @@
-"""Completions of fragments: ``python -m benchmarks.fragments qm9-small --data qm9.npz -n 200``.
+"""Completions of fragments: ``python -m benchmarks.models.fragments qm9-small --data qm9.npz -n 200``.
 
 From molecules of the test split a functional group is cut off, its hydrogens included; what is left is the fragment,
 and the model draws as many atoms as were cut. Reported: how many completions are stable, against molecules of the same

@@ -1,4 +1,4 @@
-"""The figures of a model card: ``python -m benchmarks.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
+"""The figures of a model card: ``python -m benchmarks.models.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
 
 Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
 split. With ``--closed-shell``, molecules with an even number of electrons, in files of their own.

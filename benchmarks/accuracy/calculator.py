@@ -1,4 +1,4 @@
-"""What ENFCalculator is good for: ``python -m benchmarks.calculator [MODEL] [--molecules 98]``.
+"""What ENFCalculator is good for: ``python -m benchmarks.accuracy.calculator [MODEL] [--molecules 98]``.
 
 Molecules of ASE's g2 collection that the model knows, every atom displaced by 0.05 Å. Two tables:
 

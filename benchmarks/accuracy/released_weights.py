@@ -1,4 +1,4 @@
-"""The weights published with the paper: ``python -m benchmarks.released_weights WEIGHTS.npz --vectors VECTORS.npz``.
+"""The published weights: ``python -m benchmarks.accuracy.released_weights WEIGHTS.npz --vectors VECTORS.npz``.
 
 The vectors file holds what the published implementation computes in float64 for a few molecules; every quantity is
 compared, a line each with its largest deviation, and the exit code is 1 when one exceeds its bound.

@@ -1,4 +1,4 @@
-"""The shipped likelihood against the determinant of the whole map: ``python -m benchmarks.jacobian qm9``.
+"""The shipped likelihood against the determinant of the whole map: ``python -m benchmarks.accuracy.jacobian qm9``.
 
 log p is computed twice for a few small molecules with the mean of q, in float64: from ``slogdet`` of the Jacobian that
 autograd gives of the solved flow (no trace, no quadrature), and as the package does, at its default and at tight

@@ -1,8 +1,8 @@
 """Stochastic estimates of a trace from m products with the matrix, side by side.
 
 Each takes ``A`` (..., D, D), a number of products m and a generator, and returns estimates of shape (...). They are
-compared on Jacobians written out in full (``benchmarks.likelihood``), where a product costs nothing; in the flow each
-is one reverse pass.
+compared on Jacobians written out in full (``benchmarks.accuracy.likelihood``), where a product costs nothing; in the
+flow each is one reverse pass.
 """
 
 from __future__ import annotations

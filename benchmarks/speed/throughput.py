@@ -1,4 +1,4 @@
-"""How fast training, sampling, scoring and the metrics are: ``python -m benchmarks.speed``.
+"""How fast training, sampling, scoring and the metrics are: ``python -m benchmarks.speed.throughput``.
 
 Every figure is a rate over at least ``--seconds`` of work after a warm-up, in this process with this many threads.
 """

@@ -1,6 +1,6 @@
 """Trains and measures the small flows of DW4, LJ13 and LJ55.
 
-python -m benchmarks.particle_models dw4 --work FOLDER
+python -m benchmarks.models.particle_models dw4 --work FOLDER
 
 Samples and the truth (entropy and ln Z by quadrature for DW4, by replica exchange for the others) are found once,
 training and measuring go on where they stopped, and ``results/model_NAME`` compares with the truth: the test NLL, and
@@ -26,7 +26,7 @@ from ase_enf.flow.model import ENF
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
-from benchmarks.particle_measures import measure
+from benchmarks.models.particle_measures import measure
 from benchmarks.tables.table1.cells import SWEEPS
 from benchmarks.tables.table1.runs import ground
 

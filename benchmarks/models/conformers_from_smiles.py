@@ -1,4 +1,4 @@
-"""Conformers from SMILES: ``python -m benchmarks.conformers_from_smiles MODEL --data QM9.npz -n 100 --draws 50``.
+"""Conformers from SMILES: ``python -m benchmarks.models.conformers_from_smiles MODEL --data QM9.npz -n 100``.
 
 MODEL draws conformers of molecules of QM9's test split from their graphs alone. They are compared with the DFT
 geometry, and so are those of RDKit's ETKDG (version 3), as embedded and relaxed by MMFF94. Measured are

@@ -1,6 +1,6 @@
 """What makes flow matching learn QM9 quickly: one change at a time from the defaults, short runs.
 
-python -m benchmarks.ablations --data QM9.npz --work FOLDER [--only VARIANT ...]
+python -m benchmarks.models.ablations --data QM9.npz --work FOLDER [--only VARIANT ...]
 
 Runs of one batch size see the same molecules in the same order. Finished runs are kept in the folder, by all that they
 depend on; a table is written from those that are there.

@@ -1,4 +1,4 @@
-"""Stability against the number of evaluations, for every solver: ``python -m benchmarks.samplers MODEL -n 2000``.
+"""Stability against the number of evaluations: ``python -m benchmarks.accuracy.samplers MODEL -n 2000``.
 
 MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
 the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow whose

@@ -1,4 +1,4 @@
-"""Rotamers of ethanol by GFN2-xTB: ``python -m benchmarks.rotamers FOLDER [--frames N] [--temperature 300]``.
+"""Rotamers of ethanol by GFN2-xTB: ``python -m benchmarks.models.rotamers FOLDER [--frames N] [--temperature 300]``.
 
 Three answers to how much of the C–C–O–H torsion is trans, none of which needs a flow:
 

@@ -1,4 +1,4 @@
-"""Do molecules have the property that was asked for: ``python -m benchmarks.properties MODEL --data QM9.npz -n 200``.
+"""Do molecules have the property asked for: ``python -m benchmarks.models.properties MODEL --data QM9.npz -n 200``.
 
 The protocol of EDM (Hoogeboom et al. 2022): the train split is halved at random; a regressor learns properties from
 D_a, the generator was trained on D_b. Pairs of a size M and a property c are drawn as D_b has them, a molecule for

@@ -1,4 +1,4 @@
-"""Would it pay to drop a trajectory whose predicted end fails midway? ``python -m benchmarks.midway qm9-small -n 512``.
+"""Does it pay to drop a trajectory whose end fails midway? ``python -m benchmarks.models.midway qm9-small -n 512``.
 
 Every molecule is drawn to its end by the default stochastic sampler, and on the way its predicted end x_t − t v is
 looked at, as ``require="stable"`` looks at molecules. That is all that is needed to say what a filter after k of N

@@ -1,0 +1,1 @@
+"""How right the numbers are: likelihoods, quadratures, samplers, forces, published weights."""
