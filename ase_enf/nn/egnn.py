@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +49,7 @@ class EGCL(nn.Module):
         self.bound = bound
         self.radial = radial
         self.fused = False  # see EGNN.fuse
+        self.triton = False  # see EGNN.use_triton
         self.messages = Messages(features, 1 + radial + edge_features, gate)
         self.node = NodeUpdate(features) if update_features else None
         self.position_in = nn.Linear(features, features) if update_positions else None
@@ -61,10 +65,17 @@ class EGCL(nn.Module):
         a: Tensor | None,  # (B, M, M, k), of the input distances
         pair_mask: Tensor,  # (B, M, M)
         context: Tensor | None = None,  # (B, M, M, A), what else is known of each pair
+        on_gpu: bool = False,  # whether the Triton kernel computes the pairs
     ) -> tuple[Tensor, Tensor]:
         """Returns the updated h (B, M, F) and x (B, M, n)."""
         if self.uses_kernel(x):
-            m_sum, shift = self._fused_pairs(h, x, a, pair_mask, context)
+            m_sum, shift = self._fused_pairs(h, x, a, pair_mask, context, fused.pair_layer)
+            return (h if self.node is None else self.node(h, m_sum)), x + shift
+        if on_gpu:
+            from ase_enf.nn.backends.triton_pairs import pair_layer  # triton comes with CUDA only
+
+            kernel = functools.partial(pair_layer, products=self.messages.products)
+            m_sum, shift = self._fused_pairs(h, x, a, pair_mask, context, kernel)
             return (h if self.node is None else self.node(h, m_sum)), x + shift
         difference, squared = pair_differences(x)
         edges = pair_scalars(squared, self.radial)
@@ -91,7 +102,13 @@ class EGCL(nn.Module):
         return fused.fits(self.messages.edge_out.out_features, x.dtype)
 
     def _fused_pairs(
-        self, h: Tensor, x: Tensor, a: Tensor | None, pair_mask: Tensor, context: Tensor | None
+        self,
+        h: Tensor,
+        x: Tensor,
+        a: Tensor | None,
+        pair_mask: Tensor,
+        context: Tensor | None,
+        kernel: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         messages, width = self.messages, h.shape[-1]
         first, moves = messages.edge_in.weight, self.position_in is not None
@@ -109,7 +126,7 @@ class EGCL(nn.Module):
         target = F.linear(h, first[:, :width], messages.edge_in.bias)
         source = F.linear(h, first[:, width : 2 * width])
         extra = None if a is None else a[..., 0]
-        return fused.pair_layer(target, source, x, extra, pair_mask, self.radial, self.bound, weights, context)
+        return kernel(target, source, x, extra, pair_mask, self.radial, self.bound, weights, context)
 
 
 class EGNN(nn.Module):
@@ -180,6 +197,15 @@ class EGNN(nn.Module):
         for layer in self.layers:
             layer.fused = fused
 
+    def use_triton(self, triton: bool = True) -> None:
+        """Computes the pairs by the Triton kernel where it can, or not.
+
+        It serves float32 on CUDA devices, and gradients with respect to the weights: where one with respect to the
+        input is asked for, the plain layer computes it.
+        """
+        for layer in self.layers:
+            layer.triton = triton
+
     def forward(
         self,
         h: Tensor,  # (B, M, in_features)
@@ -200,12 +226,19 @@ class EGNN(nn.Module):
 
     def _evaluate(self, h: Tensor, x: Tensor, pair_mask: Tensor, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a = None
+        on_gpu = self._on_gpu(h, x)
         if self.input_distance:
-            expanded = 0 if self.layers[0].uses_kernel(x) else self.radial  # the kernel does it itself
+            expanded = 0 if on_gpu or self.layers[0].uses_kernel(x) else self.radial  # a kernel does it itself
             a = pair_scalars(pair_differences(x)[1], expanded)
         h = self.embed(h)
         for layer in self.layers:
-            h, x = layer(h, x, a, pair_mask, pairs)
+            h, x = layer(h, x, a, pair_mask, pairs, on_gpu)
         if self.out is None:
             return h[..., :0], x
         return self.out(h), x
+
+    def _on_gpu(self, h: Tensor, x: Tensor) -> bool:
+        """Whether the Triton kernel computes the pairs of this batch."""
+        if not self.layers[0].triton or x.device.type != "cuda" or x.dtype != torch.float32:
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or h.requires_grad))

@@ -7,6 +7,7 @@ weights. On other devices, and where graphs are not wanted, the same step runs w
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,26 +36,26 @@ class DeviceSet:
     Args:
         molecules: The set.
         device: Where.
-        widths: Padded sizes; the largest molecule must fit the last.
-
-    Raises:
-        ValueError: For molecules with conditions or graphs.
+        widths: Padded sizes, of which those that some molecule needs are kept; the largest molecule is one more.
     """
 
     def __init__(self, molecules: MoleculeSet, device: torch.device, widths: Sequence[int] = WIDTHS) -> None:
-        if molecules.conditions is not None or molecules.bonds is not None:
-            raise ValueError("captured steps know no conditions and no graphs; train such a flow by ase_enf.train")
         self.positions, self.types, self.charges, self.sizes, self.starts = (
             t.to(device)
             for t in (molecules.positions, molecules.types, molecules.charges, molecules.sizes, molecules.starts)
         )
+        self.conditions = None if molecules.conditions is None else molecules.conditions.to(device)
+        self.bonds = None if molecules.bonds is None else molecules.bonds.to(device)
+        self.bond_starts = None if molecules.bonds is None else molecules.bond_starts.to(device)
         largest = int(molecules.sizes.max())
-        self.widths = tuple(width for width in widths if width < largest) + (largest,)
-        lower = (0, *self.widths[:-1])
-        self.members = [
-            torch.nonzero((molecules.sizes > low) & (molecules.sizes <= width))[:, 0].to(device)
-            for low, width in zip(lower, self.widths, strict=True)
-        ]
+        self.widths: tuple[int, ...] = ()
+        self.members: list[Tensor] = []
+        for width in (*(width for width in widths if width < largest), largest):
+            low = self.widths[-1] if self.widths else 0
+            inside = torch.nonzero((molecules.sizes > low) & (molecules.sizes <= width))[:, 0]
+            if len(inside):
+                self.widths += (width,)
+                self.members.append(inside.to(device))
 
     def batch(self, index: Tensor, width: int) -> Batch:
         """Gathers the molecules ``index``, shape (B,), padded to ``width`` atoms, without reading anything back."""
@@ -63,7 +64,15 @@ class DeviceSet:
         mask = slots < sizes[:, None]
         atom = torch.where(mask, starts[:, None] + slots, starts[:, None])
         real = mask.unsqueeze(-1).to(self.positions.dtype)
-        return Batch(self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real, mask)
+        conditions = None if self.conditions is None else self.conditions[index]
+        atoms = (self.positions[atom] * real, self.types[atom] * real, self.charges[atom] * real)
+        return Batch(*atoms, mask, conditions, None if self.bonds is None else self._bonds(index, sizes, mask))
+
+    def _bonds(self, index: Tensor, sizes: Tensor, mask: Tensor) -> Tensor:
+        slots = torch.arange(mask.shape[1], device=index.device)
+        inside = mask.unsqueeze(2) & mask.unsqueeze(1)
+        place = self.bond_starts[index, None, None] + slots[:, None] * sizes[:, None, None] + slots
+        return torch.where(inside, self.bonds[torch.where(inside, place, 0)], 0)
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> list[tuple[int, Tensor]]:
         """Returns the batches of one epoch as (number of the width, index on the device), in random order.
@@ -103,7 +112,10 @@ class FlatOptimizer:
     ) -> None:
         self.learning_rate, self.matrix_rate, self.matrix_decay = learning_rate, matrix_rate, matrix_decay
         matrices = {id(matrix) for matrix in hidden_matrices(model.dynamics.network)}
-        named = sorted(model.named_parameters(), key=lambda item: id(item[1]) in matrices)  # matrices come last
+        # Matrices come last, those of one shape side by side: one slice is a stack of them.
+        named = sorted(
+            model.named_parameters(), key=lambda item: (True, *item[1].shape) if id(item[1]) in matrices else (False,)
+        )
         self.names = [name for name, _ in named]
         parameters = [parameter for _, parameter in named]
         self.shapes = [tuple(parameter.shape) for parameter in parameters]
@@ -118,12 +130,12 @@ class FlatOptimizer:
             parameter.grad = gradient.view_as(parameter)
         is_matrix = [id(parameter) in matrices for parameter in parameters]
         self.others = sum(size for size, matrix in zip(sizes, is_matrix, strict=True) if not matrix)
-        self.groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        stacks = Counter(shape for shape, matrix in zip(self.shapes, is_matrix, strict=True) if matrix)
+        self.groups: list[tuple[slice, tuple[int, ...]]] = []  # of the matrices' part
         start = 0
-        for shape, size, matrix in zip(self.shapes, sizes, is_matrix, strict=True):
-            if matrix:
-                self.groups.setdefault(shape, []).append((start, start + size))
-            start += size
+        for shape, count in stacks.items():
+            self.groups.append((slice(start, start + count * math.prod(shape)), (count, *shape)))
+            start += count * math.prod(shape)
         self.first, self.second = (torch.zeros_like(self.weights[: self.others]) for _ in range(2))
         self.momentum = torch.zeros_like(self.weights[self.others :])
         self.ema_decays = tuple(ema_decays)
@@ -169,12 +181,11 @@ class FlatOptimizer:
     def _muon(self, gradient: Tensor, rate: Tensor, finite: Tensor) -> None:
         self.momentum.copy_(torch.where(finite, torch.lerp(self.momentum, gradient, 1 - MOMENTUM), self.momentum))
         nesterov = torch.lerp(gradient, self.momentum, MOMENTUM)
-        for shape, places in self.groups.items():
-            stacked = torch.stack([nesterov[a - self.others : b - self.others].view(shape) for a, b in places])
-            step = orthogonal_factor(stacked) * (0.2 * math.sqrt(max(shape)) * self.matrix_rate)
-            for (a, b), change in zip(places, step, strict=True):
-                weight = self.weights[a:b]
-                weight.copy_(weight * (1 - self.matrix_rate * self.matrix_decay * rate) - rate * change.flatten())
+        matrices = self.weights[self.others :]
+        matrices.mul_(1 - self.matrix_rate * self.matrix_decay * rate)
+        for place, shape in self.groups:
+            step = orthogonal_factor(nesterov[place].view(shape)).flatten()
+            matrices[place].sub_(step * (rate * (0.2 * math.sqrt(max(shape[1:])) * self.matrix_rate)))
 
     def state(self, vector: Tensor | None = None) -> dict[str, Tensor]:
         """Returns a flat vector (by default the weights) as named tensors, copies on the CPU."""
@@ -218,7 +229,8 @@ class CapturedSteps:
         objective: Whose loss is minimised; draws its noise on the device.
         optimizer: Takes the steps.
         batch_size: Molecules a step.
-        compile: Compile the layers by ``torch.compile``, one shape at a time.
+        compile: Compile the layers by ``torch.compile``, one shape at a time; what follows the pairs only, where a
+            kernel computes those.
         capture: Whether to capture graphs; only on CUDA.
     """
 
@@ -238,7 +250,10 @@ class CapturedSteps:
         if compile:
             torch._dynamo.config.recompile_limit = 64
             for layer in model.dynamics.network.layers:
-                layer.compile(dynamic=False)
+                if not layer.triton:
+                    layer.compile(dynamic=False)
+                elif layer.node is not None:
+                    layer.node.compile(dynamic=False)
         if not capture:
             self.replays: list[Callable[[], Any]] = [
                 (lambda width=width: self._step(width)) for width in self.data.widths
