@@ -109,6 +109,7 @@ class Dynamics(nn.Module):
         chosen = choose_backend(backend, width, weight.dtype, weight.device, unfit)
         if isinstance(self.network, EGNN):
             self.network.fuse(chosen == "compiled")
+            self.network.use_triton(chosen == "triton")
         return chosen
 
     @staticmethod

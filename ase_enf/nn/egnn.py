@@ -123,8 +123,11 @@ class EGCL(nn.Module):
             "b3": self.position_in.bias if moves else None,
             "w4": self.position_out.weight[0] if moves else None,
         }
-        target = F.linear(h, first[:, :width], messages.edge_in.bias)
-        source = F.linear(h, first[:, width : 2 * width])
+        by_target, by_source = first[:, :width], first[:, width : 2 * width]
+        if h.device.type == "cuda":  # whose products are slow where rows begin off the grid
+            by_target, by_source = by_target.contiguous(), by_source.contiguous()
+        target = F.linear(h, by_target, messages.edge_in.bias)
+        source = F.linear(h, by_source)
         extra = None if a is None else a[..., 0]
         return kernel(target, source, x, extra, pair_mask, self.radial, self.bound, weights, context)
 
@@ -241,4 +244,10 @@ class EGNN(nn.Module):
         """Whether the Triton kernel computes the pairs of this batch."""
         if not self.layers[0].triton or x.device.type != "cuda" or x.dtype != torch.float32:
             return False
-        return not (torch.is_grad_enabled() and (x.requires_grad or h.requires_grad))
+        if torch.is_grad_enabled() and (x.requires_grad or h.requires_grad):
+            return False
+        from ase_enf.nn.backends.triton_pairs import unfit  # triton comes with CUDA only
+
+        messages = self.layers[0].messages
+        scalars = messages.edge_in.in_features - 2 * messages.features
+        return unfit(messages.features, x.shape[1], scalars, x.shape[2]) is None

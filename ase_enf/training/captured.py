@@ -229,8 +229,7 @@ class CapturedSteps:
         objective: Whose loss is minimised; draws its noise on the device.
         optimizer: Takes the steps.
         batch_size: Molecules a step.
-        compile: Compile the layers by ``torch.compile``, one shape at a time; what follows the pairs only, where a
-            kernel computes those.
+        compile: Compile the layers by ``torch.compile``, one shape at a time, but those whose pairs Triton computes.
         capture: Whether to capture graphs; only on CUDA.
     """
 
@@ -252,8 +251,6 @@ class CapturedSteps:
             for layer in model.dynamics.network.layers:
                 if not layer.triton:
                     layer.compile(dynamic=False)
-                elif layer.node is not None:
-                    layer.node.compile(dynamic=False)
         if not capture:
             self.replays: list[Callable[[], Any]] = [
                 (lambda width=width: self._step(width)) for width in self.data.widths

@@ -11,9 +11,23 @@ from ase_enf.nn.backends import fused
 Obstacle = Callable[[int, torch.dtype, torch.device], str | None]
 """Says why a backend cannot serve a network of some width in a dtype on a device; None if it can."""
 
+
+def _no_triton(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    try:
+        from ase_enf.nn.backends import triton_pairs  # triton comes with torch for CUDA
+    except ImportError:
+        return "the package triton is not installed"
+    if dtype != torch.float32:
+        return f"it computes in float32, not in {dtype}"
+    return triton_pairs.unfit(width)
+
+
 # In the order in which "auto" tries them.
 OBSTACLES: dict[str, Obstacle] = {
     "compiled": fused.unavailable,  # C++, for CPUs
+    "triton": _no_triton,  # for GPUs
     "torch": lambda width, dtype, device: None,
 }
 BACKENDS = ("auto", *OBSTACLES)

@@ -1,11 +1,11 @@
-"""The pairs of one EGCL in a Triton kernel for GPUs: nothing of a pair but what a gradient needs goes to memory.
+"""The pairs of one EGCL for GPUs: ordinary matrix products, and Triton kernels for all that lies between them.
 
-One program computes the pairs of one molecule, some targets i at a time: their distances and radial functions, the
-messages, the gates and the moves of eq. 4, 5 and 9 stay on the chip. The backward kernel computes them again and writes
-what the gradients of the two largest matrices need, which are ordinary products. The kernel knows first derivatives
-only, and none with respect to the second distance; whoever needs more uses the plain layer, which is the definition.
+What a pair needs, its distances and radial functions, gates, sums over neighbours and moves of eq. 4, 5 and 9, is
+computed in five kernels that read and write each large tensor once; the three products with the matrices of the layer
+are torch's. The kernels know first derivatives only, and none with respect to the second distance; whoever needs more
+uses the plain layer, which is the definition.
 
-Needs the package ``triton``, which comes with torch for CUDA; nothing else imports this module.
+Needs the package ``triton``, which comes with torch for CUDA; nothing imports this module on other devices.
 """
 
 from __future__ import annotations
@@ -18,134 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from ase_enf.nn.radial import DISTANCE_EPSILON
 
-WIDTHS = (16, 32, 64, 128, 256)
-# Rows of pairs that a program holds at a time, and how many warps share them: (rows, forward warps, backward warps).
-SHAPES = {16: (64, 4, 4), 32: (64, 4, 4), 64: (64, 4, 4), 128: (64, 4, 8), 256: (64, 8, 8)}
-TYPES = {None: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LARGEST_WIDTH = 256
+LARGEST_MOLECULE = 128
+LARGEST_SCALARS = 64
+LARGEST_TENSOR = 2**31  # places are 32-bit numbers
+# Pairs and features that a program of the first kernel holds.
+ROWS, CHUNK = 64, 64
 _EPSILON = tl.constexpr(DISTANCE_EPSILON)
 _WEIGHTS = ("by_scalar", "w2", "b2", "gate", "gate_bias", "w3", "b3", "w4")
-
-
-def fits(width: int, atoms: int, scalars: int) -> bool:
-    """Whether the kernel knows networks of this width, molecules of so many atoms and so many scalars of a pair."""
-    return width in WIDTHS and atoms <= 64 and scalars <= 64
-
-
-@triton.jit
-def _dot(a, b, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a.to(PRODUCTS), b.to(PRODUCTS), input_precision=PRECISION)
-
-
-@triton.jit
-def _select(r, M: tl.constexpr, SLOTS: tl.constexpr, BY_SOURCE: tl.constexpr):
-    """One where row r belongs to the slot, shape (slots, rows): a sum over rows is a product with this matrix."""
-    slot = tl.arange(0, SLOTS)[:, None]
-    return slot == ((r % M) if BY_SOURCE else (r // M))[None, :]
-
-
-@triton.jit
-def _geometry(x, mask, b, i, j, inside, M: tl.constexpr, DIM: tl.constexpr):
-    """Differences of the positions, and whether both atoms of a pair are there and different."""
-    at_i, at_j = (b * M + i) * DIM, (b * M + j) * DIM
-    d0 = tl.load(x + at_i, inside, 0.0) - tl.load(x + at_j, inside, 0.0)
-    d1 = d0 * 0.0
-    d2 = d0 * 0.0
-    if DIM > 1:
-        d1 = tl.load(x + at_i + 1, inside, 0.0) - tl.load(x + at_j + 1, inside, 0.0)
-    if DIM > 2:
-        d2 = tl.load(x + at_i + 2, inside, 0.0) - tl.load(x + at_j + 2, inside, 0.0)
-    real = tl.load(mask + (b * M + i) * M + j, inside, 0.0)
-    return d0, d1, d2, real
-
-
-@triton.jit
-def _radial(squared, column, K: tl.constexpr):
-    """d² in column 0 and the radial functions in columns 1 to K, shape (rows, columns); zero in the others."""
-    distance = tl.sqrt(squared + _EPSILON)[:, None]
-    centre = (column - 1).to(tl.float32) * (1.0 / max(K - 1, 1))
-    off = (tl.exp(-distance) - centre) * (2.0 * K / 3.0)
-    bell = tl.where((column >= 1) & (column <= K), tl.exp(-off * off), 0.0)
-    return tl.where(column == 0, squared[:, None], bell)
-
-
-@triton.jit
-def _radial_slopes(squared, column, K: tl.constexpr):
-    """Derivatives of the columns of :func:`_radial` with respect to d²."""
-    distance = tl.sqrt(squared + _EPSILON)[:, None]
-    root: tl.constexpr = 2.0 * K / 3.0
-    off = (tl.exp(-distance) - (column - 1).to(tl.float32) * (1.0 / max(K - 1, 1))) * root
-    slope = root * off * tl.exp(-off * off) * tl.exp(-distance) / distance
-    return tl.where(column == 0, 1.0, tl.where((column >= 1) & (column <= K), slope, 0.0))
-
-
-@triton.jit
-def _scalars(
-    squared, extra, context, b, i, j, inside,
-    M: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr, EXTRA: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """What the messages see of a pair, shape (rows, columns): distances, then what is given."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    pair = (b * M + i) * M + j
-    out = _radial(squared, column, K)
-    first = 1 + K
-    if EXTRA:
-        out += _radial(tl.load(extra + pair, inside, 0.0), column - first, K)
-        first = 2 + 2 * K
-    if GIVEN > 0:
-        known = (column >= first) & (column < first + GIVEN)
-        out += tl.load(context + pair[:, None] * GIVEN + (column - first), known & inside[:, None], 0.0)
-    return out
-
-
-@triton.jit
-def _forward(
-    target, source, x, mask, extra, context, by_scalar, w2, b2, gate, gate_bias, w3, b3, w4, messages, shift, bound,
-    M: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr, EXTRA: tl.constexpr,
-    COLUMNS: tl.constexpr, TARGETS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
-    MOVES: tl.constexpr, BOUNDED: tl.constexpr, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    b, tile = tl.program_id(0), tl.program_id(1)
-    r, f = tl.arange(0, ROWS), tl.arange(0, F)
-    column = tl.arange(0, COLUMNS)
-    i, j = tile * TARGETS + r // M, r % M
-    inside = (r < TARGETS * M) & (i < M)
-    d0, d1, d2, real = _geometry(x, mask, b, i, j, inside, M, DIM)
-    squared = d0 * d0 + d1 * d1 + d2 * d2
-    slot = tl.arange(0, SLOTS)
-    owner = tile * TARGETS + slot
-    written = (slot < TARGETS) & (owner < M)
-    here = messages + (b * M + owner)[:, None] * F + f[None, :]
-    if tl.max(real, axis=0) == 0.0:  # a molecule with fewer atoms
-        tl.store(here, tl.zeros((SLOTS, F), tl.float32), written[:, None])
-        if MOVES:
-            for n in tl.static_range(DIM):
-                tl.store(shift + (b * M + owner) * DIM + n, tl.zeros((SLOTS,), tl.float32), written)
-        return
-    edges = _scalars(squared, extra, context, b, i, j, inside, M, K, GIVEN, EXTRA, COLUMNS)
-    w_e = tl.load(by_scalar + column[:, None] * F + f[None, :])
-    hidden = tl.dot(edges, w_e, input_precision=PRECISION)
-    hidden += tl.load(target + (b * M + i)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    hidden += tl.load(source + (b * M + j)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    u = hidden * tl.sigmoid(hidden)
-    # Weights are stored as (out, in): the transposed matrix is read.
-    out = _dot(u, tl.load(w2 + f[None, :] * F + f[:, None]), PRODUCTS, PRECISION) + tl.load(b2 + f)[None, :]
-    m = out * tl.sigmoid(out)
-    weight = real
-    if GATE:
-        weight *= tl.sigmoid(tl.sum(m * tl.load(gate + f)[None, :], axis=1) + tl.load(gate_bias))
-    m *= weight[:, None]
-    by_target = _select(r, M, SLOTS, False)
-    tl.store(here, _dot(by_target.to(tl.float32), m, PRODUCTS, PRECISION), written[:, None])
-    if MOVES:
-        inner = _dot(m, tl.load(w3 + f[None, :] * F + f[:, None]), PRODUCTS, PRECISION) + tl.load(b3 + f)[None, :]
-        phi = tl.sum(inner * tl.sigmoid(inner) * tl.load(w4 + f)[None, :], axis=1)
-        if BOUNDED:
-            phi = (2.0 * tl.sigmoid(2.0 * phi) - 1.0) * bound
-        w = phi * real / (tl.sqrt(squared + _EPSILON) + 1.0)
-        for n in tl.static_range(DIM):
-            move = w * (d0 if n == 0 else (d1 if n == 1 else d2))
-            moved = tl.sum(tl.where(by_target, move[None, :], 0.0), axis=1)
-            tl.store(shift + (b * M + owner) * DIM + n, moved, written)
 
 
 @triton.jit
@@ -155,141 +35,256 @@ def _slope(v, s):
 
 
 @triton.jit
-def _sum_rows(weight, values, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Weighted sum of rows by a product with a matrix of which the first row counts."""
-    first = tl.arange(0, 16)[:, None] == 0
-    return tl.sum(_dot(tl.where(first, weight[None, :], 0.0), values, PRODUCTS, PRECISION), axis=0)
+def _difference(x, at_i, at_j, n: tl.constexpr, DIM: tl.constexpr, inside):
+    """One component of x_i − x_j; zero beyond the dimension."""
+    if n < DIM:
+        return tl.load(x + at_i * DIM + n, inside, 0.0) - tl.load(x + at_j * DIM + n, inside, 0.0)
+    return at_j.to(tl.float32) * 0.0
 
 
 @triton.jit
-def _backward_messages(
-    target, source, x, mask, extra, context, by_scalar, w2, b2, gate, gate_bias, w3, b3, w4, bound, g_messages, g_shift,
-    sums, gate_sums, g2_rows, m_rows, g3_rows, scalars,
-    M: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr, EXTRA: tl.constexpr,
-    COLUMNS: tl.constexpr, TARGETS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
-    MOVES: tl.constexpr, BOUNDED: tl.constexpr, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr,
+def _geometry(x, at_i, at_j, DIM: tl.constexpr, inside):
+    """The three components of x_i − x_j and its square."""
+    d0 = _difference(x, at_i, at_j, 0, DIM, inside)
+    d1 = _difference(x, at_i, at_j, 1, DIM, inside)
+    d2 = _difference(x, at_i, at_j, 2, DIM, inside)
+    return d0, d1, d2, d0 * d0 + d1 * d1 + d2 * d2
+
+
+@triton.jit
+def _off_centre(squared, column, K: tl.constexpr):
+    """√β (e^{−d} − μ_k) of every column k + 1, and d, shapes (rows, columns) and (rows, 1); see ``nn.radial``."""
+    distance = tl.sqrt(squared + _EPSILON)[:, None]
+    centre = (column - 1).to(tl.float32) * (1.0 / max(K - 1, 1))
+    return (tl.exp(-distance) - centre) * (2.0 * K / 3.0), distance
+
+
+@triton.jit
+def _radial(squared, column, K: tl.constexpr):
+    """d² in column 0 and the radial functions in columns 1 to K; zero in the others."""
+    off, _ = _off_centre(squared, column, K)
+    bell = tl.where((column >= 1) & (column <= K), tl.exp(-off * off), 0.0)
+    return tl.where(column == 0, squared[:, None], bell)
+
+
+@triton.jit
+def _radial_slopes(squared, column, K: tl.constexpr):
+    """Derivatives of the columns of :func:`_radial` with respect to d²."""
+    off, distance = _off_centre(squared, column, K)
+    slope = (2.0 * K / 3.0) * off * tl.exp(-off * off) * tl.exp(-distance) / distance
+    return tl.where(column == 0, 1.0, tl.where((column >= 1) & (column <= K), slope, 0.0))
+
+
+@triton.jit
+def _first(
+    target, source, x, extra, context, by_scalar, u_out, slope_out, edges_out, total,
+    M: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr,
+    EXTRA: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what follows the second matrix; per row also φ_x / (d + 1) and what d² gets from 1 / (d + 1)."""
-    b, tile = tl.program_id(0), tl.program_id(1)
-    program = b * tl.num_programs(1) + tile
-    r, f = tl.arange(0, ROWS), tl.arange(0, F)
-    column = tl.arange(0, COLUMNS)
-    i, j = tile * TARGETS + r // M, r % M
-    inside = (r < TARGETS * M) & (i < M)
-    d0, d1, d2, real = _geometry(x, mask, b, i, j, inside, M, DIM)
-    squared = d0 * d0 + d1 * d1 + d2 * d2
-    edges = _scalars(squared, extra, context, b, i, j, inside, M, K, GIVEN, EXTRA, COLUMNS)
-    hidden = tl.dot(edges, tl.load(by_scalar + column[:, None] * F + f[None, :]), input_precision=PRECISION)
-    hidden += tl.load(target + (b * M + i)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    hidden += tl.load(source + (b * M + j)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    u = (hidden * tl.sigmoid(hidden)).to(PRODUCTS)
-    out = _dot(u, tl.load(w2 + f[None, :] * F + f[:, None]), PRODUCTS, PRECISION) + tl.load(b2 + f)[None, :]
-    sigmoid = tl.sigmoid(out)
-    m = (out * sigmoid).to(PRODUCTS)
-    slope = _slope(out, sigmoid).to(PRODUCTS)
-    weight = real
+    """u = silu(A h_i + B h_j + C a_ij + b) of every pair; and, to save, its slope and a_ij."""
+    p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = p < total
+    at_i = p // M
+    at_j = p // (M * M) * M + p % M
+    _, _, _, squared = _geometry(x, at_i, at_j, DIM, inside)
+    edges = _radial(squared, column, K)
+    first: tl.constexpr = (2 + 2 * K) if EXTRA else (1 + K)
+    if EXTRA:
+        edges += _radial(tl.load(extra + p, inside, 0.0), column - (1 + K), K)
+    if GIVEN > 0:
+        known = (column >= first) & (column < first + GIVEN)
+        edges += tl.load(context + p[:, None] * GIVEN + (column - first), known & inside[:, None], 0.0)
+    here = inside[:, None] & (f < F)
+    row = p[:, None] * F + f
+    c = tl.load(by_scalar + tl.arange(0, COLUMNS)[:, None] * F + f, f < F, 0.0)
+    hidden = tl.dot(edges, c, input_precision=PRECISION)
+    hidden += tl.load(target + at_i[:, None] * F + f, here, 0.0)
+    hidden += tl.load(source + at_j[:, None] * F + f, here, 0.0)
+    s = tl.sigmoid(hidden)
+    tl.store(u_out + row, (hidden * s).to(u_out.dtype.element_ty), here)
+    if SAVE:
+        tl.store(slope_out + row, _slope(hidden, s).to(slope_out.dtype.element_ty), here)
+        if tl.program_id(1) == 0:
+            place = edges_out + p[:, None] * COLUMNS + column
+            tl.store(place, edges.to(edges_out.dtype.element_ty), inside[:, None])
+
+
+@triton.jit
+def _messages(out, b2, gate, gate_bias, real, j, rows, f, M: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr):
+    """Second pre-activation with its bias, its sigmoid, the message, and the soft edge, of the pairs of one atom."""
+    here = (j < M)[:, None] & (f < F)
+    v = tl.load(out + rows, here, 0.0).to(tl.float32) + tl.load(b2 + f, f < F, 0.0)
+    s = tl.sigmoid(v)
+    m = v * s
     e = real
     if GATE:
-        gate_row = tl.load(gate + f)[None, :]
-        e = tl.sigmoid(tl.sum(m.to(tl.float32) * gate_row, axis=1) + tl.load(gate_bias))
-        weight = real * e
-    row = (program * ROWS + r)[:, None] * F + f[None, :]
-    g_m = tl.zeros((ROWS, F), tl.float32)
-    if MOVES:
-        gated = (m.to(tl.float32) * weight[:, None]).to(PRODUCTS)
-        tl.store(m_rows + row, gated)
-        inner = _dot(gated, tl.load(w3 + f[None, :] * F + f[:, None]), PRODUCTS, PRECISION)
-        inner += tl.load(b3 + f)[None, :]
-        last = tl.load(w4 + f)[None, :]
-        phi = tl.sum(inner * tl.sigmoid(inner) * last, axis=1)
-        rate = real / (tl.sqrt(squared + _EPSILON) + 1.0)
-        g_w = tl.load(g_shift + (b * M + i) * DIM, inside, 0.0) * d0
-        if DIM > 1:
-            g_w += tl.load(g_shift + (b * M + i) * DIM + 1, inside, 0.0) * d1
-        if DIM > 2:
-            g_w += tl.load(g_shift + (b * M + i) * DIM + 2, inside, 0.0) * d2
-        g_phi = g_w * rate
-        if BOUNDED:
-            tanh = 2.0 * tl.sigmoid(2.0 * phi) - 1.0
-            g_phi *= bound * (1.0 - tanh * tanh)
-            phi = tanh * bound
-        w = phi * rate
-        tl.store(scalars + (program * 2) * ROWS + r, w)
-        tl.store(scalars + (program * 2 + 1) * ROWS + r, -g_w * w * rate / (2.0 * tl.sqrt(squared + _EPSILON)))
-        tl.store(sums + (program * 4 + 3) * F + f, _sum_rows(g_phi, inner * tl.sigmoid(inner), PRODUCTS, PRECISION))
-        rounded = (g_phi[:, None] * tl.load(w4 + f)[None, :] * _slope(inner, tl.sigmoid(inner))).to(PRODUCTS)
-        tl.store(sums + (program * 4 + 1) * F + f, _sum_rows(real, rounded, PRODUCTS, PRECISION))
-        tl.store(g3_rows + row, rounded)
-        g_m += _dot(rounded, tl.load(w3 + f[:, None] * F + f[None, :]), PRODUCTS, PRECISION)
-    g_m += tl.load(g_messages + (b * M + i)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    g2 = g_m * weight[:, None]
-    if GATE:
-        g_score = tl.sum(g_m * m.to(tl.float32), axis=1) * weight * (1.0 - e)
-        g2 += g_score[:, None] * tl.load(gate + f)[None, :]
-        tl.store(sums + (program * 4 + 2) * F + f, _sum_rows(g_score, m, PRODUCTS, PRECISION))
-        tl.store(gate_sums + program, tl.sum(g_score, axis=0))
-    g2 *= slope.to(tl.float32)
-    rounded = g2.to(PRODUCTS)
-    tl.store(g2_rows + row, rounded)
-    tl.store(sums + program * 4 * F + f, _sum_rows(real, rounded, PRODUCTS, PRECISION))
+        e = real * tl.sigmoid(tl.sum(m * tl.load(gate + f, f < F, 0.0), axis=1) + tl.load(gate_bias))
+    return v, s, m, e
 
 
 @triton.jit
-def _backward_pairs(
-    target, source, x, mask, extra, context, by_scalar, w2, g_shift, g2_rows, scalars,
-    u_rows, g_target, g_source, g_x, g_scalar,
-    M: tl.constexpr, F: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr, EXTRA: tl.constexpr,
-    COLUMNS: tl.constexpr, TARGETS: tl.constexpr, SLOTS: tl.constexpr, SOURCES: tl.constexpr, ROWS: tl.constexpr,
-    MOVES: tl.constexpr, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, FOR_X: tl.constexpr,
+def _gate(
+    out, b2, gate, gate_bias, mask, gated_out, sum_out,
+    M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, GATE: tl.constexpr,
+    MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of nodes, scalars and positions, from those behind the second matrix; what sources get by the tile."""
-    b, tile = tl.program_id(0), tl.program_id(1)
-    program = b * tl.num_programs(1) + tile
-    r, f = tl.arange(0, ROWS), tl.arange(0, F)
-    column, slot, place = tl.arange(0, COLUMNS), tl.arange(0, SLOTS), tl.arange(0, SOURCES)
-    i, j = tile * TARGETS + r // M, r % M
-    inside = (r < TARGETS * M) & (i < M)
-    d0, d1, d2, real = _geometry(x, mask, b, i, j, inside, M, DIM)
-    squared = d0 * d0 + d1 * d1 + d2 * d2
-    edges = _scalars(squared, extra, context, b, i, j, inside, M, K, GIVEN, EXTRA, COLUMNS)
-    hidden = tl.dot(edges, tl.load(by_scalar + column[:, None] * F + f[None, :]), input_precision=PRECISION)
-    hidden += tl.load(target + (b * M + i)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    hidden += tl.load(source + (b * M + j)[:, None] * F + f[None, :], inside[:, None], 0.0)
-    sigmoid = tl.sigmoid(hidden)
-    row = (program * ROWS + r)[:, None] * F + f[None, :]
-    tl.store(u_rows + row, (hidden * sigmoid).to(PRODUCTS))
-    slope = _slope(hidden, sigmoid).to(PRODUCTS)
-    g = _dot(tl.load(g2_rows + row), tl.load(w2 + f[:, None] * F + f[None, :]), PRODUCTS, PRECISION)
-    g *= slope.to(tl.float32)
-    rounded = g.to(PRODUCTS)
-    owner = tile * TARGETS + slot
-    written = (slot < TARGETS) & (owner < M)
-    by_target, by_source = _select(r, M, SLOTS, False), _select(r, M, SOURCES, True)
-    own = _dot(by_target.to(PRODUCTS), rounded, PRODUCTS, PRECISION)
-    tl.store(g_target + (b * M + owner)[:, None] * F + f[None, :], own, written[:, None])
-    others = _dot(by_source.to(PRODUCTS), rounded, PRODUCTS, PRECISION)
-    tl.store(g_source + (program * M + place)[:, None] * F + f[None, :], others, (place < M)[:, None])
-    of_scalars = tl.dot(tl.trans(edges), g, input_precision=PRECISION)
-    tl.store(g_scalar + (program * COLUMNS + column)[:, None] * F + f[None, :], of_scalars)
-    if FOR_X:
-        # Columns beyond d² and its functions have no slope.
-        back = tl.dot(g, tl.load(by_scalar + column[None, :] * F + f[:, None]), input_precision=PRECISION)
-        g_squared = tl.sum(back * _radial_slopes(squared, column[None, :], K), axis=1)
-        w = squared * 0.0
+    """Gated messages to one atom, and their sum."""
+    at_i = tl.program_id(0)
+    j, f = tl.arange(0, SOURCES), tl.arange(0, WIDTH)[None, :]
+    real = tl.load(mask + at_i * M + j, j < M, 0.0)
+    rows = (at_i * M + j)[:, None] * F + f
+    _, _, m, e = _messages(out, b2, gate, gate_bias, real, j, rows, f, M, F, GATE)
+    m *= e[:, None]
+    if MOVES:
+        tl.store(gated_out + rows, m.to(gated_out.dtype.element_ty), (j < M)[:, None] & (f < F))
+    tl.store(sum_out + at_i * F + tl.arange(0, WIDTH), tl.sum(m, axis=0), tl.arange(0, WIDTH) < F)
+
+
+@triton.jit
+def _phi(inner, b3, w4, real, rows, j, f, squared, bound, M: tl.constexpr, F: tl.constexpr, BOUNDED: tl.constexpr):
+    """Third pre-activation, its sigmoid, φ_x, its derivative by the sum, and 1 / (d + 1) of real pairs."""
+    v = tl.load(inner + rows, (j < M)[:, None] & (f < F), 0.0).to(tl.float32) + tl.load(b3 + f, f < F, 0.0)
+    s = tl.sigmoid(v)
+    phi = tl.sum(v * s * tl.load(w4 + f, f < F, 0.0), axis=1)
+    slope = real
+    if BOUNDED:
+        tanh = 2.0 * tl.sigmoid(2.0 * phi) - 1.0
+        slope = real * bound * (1.0 - tanh * tanh)
+        phi = tanh * bound
+    return v, s, phi, slope, real / (tl.sqrt(squared + _EPSILON) + 1.0)
+
+
+@triton.jit
+def _move(
+    inner, b3, w4, x, mask, shift, bound,
+    M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, DIM: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """How far its pairs move one atom."""
+    at_i = tl.program_id(0)
+    j, f = tl.arange(0, SOURCES), tl.arange(0, WIDTH)[None, :]
+    real = tl.load(mask + at_i * M + j, j < M, 0.0)
+    at_j = at_i // M * M + j
+    d0, d1, d2, squared = _geometry(x, at_i + 0 * j, at_j, DIM, j < M)
+    rows = (at_i * M + j)[:, None] * F + f
+    _, _, phi, _, rate = _phi(inner, b3, w4, real, rows, j, f, squared, bound, M, F, BOUNDED)
+    w = phi * rate
+    for n in tl.static_range(DIM):
+        tl.store(shift + at_i * DIM + n, tl.sum(w * (d0 if n == 0 else (d1 if n == 1 else d2)), axis=0))
+
+
+@triton.jit
+def _move_backward(
+    inner, b3, w4, x, mask, g_shift, g_inner, g_pairs, sums, bound,
+    M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, DIM: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what :func:`_move` did: of the third pre-activation, of b3 and w4, and through 1 / (d + 1)."""
+    at_i = tl.program_id(0)
+    j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
+    f = k[None, :]
+    real = tl.load(mask + at_i * M + j, j < M, 0.0)
+    at_j = at_i // M * M + j
+    d0, d1, d2, squared = _geometry(x, at_i + 0 * j, at_j, DIM, j < M)
+    rows = (at_i * M + j)[:, None] * F + f
+    v, s, phi, slope, rate = _phi(inner, b3, w4, real, rows, j, f, squared, bound, M, F, BOUNDED)
+    g_w = tl.load(g_shift + at_i * DIM) * d0
+    if DIM > 1:
+        g_w += tl.load(g_shift + at_i * DIM + 1) * d1
+    if DIM > 2:
+        g_w += tl.load(g_shift + at_i * DIM + 2) * d2
+    w = phi * rate
+    pair = g_pairs + (at_i * M + j) * 2
+    tl.store(pair, w, j < M)
+    tl.store(pair + 1, -g_w * w * rate / (2.0 * tl.sqrt(squared + _EPSILON)), j < M)
+    g_phi = (g_w * slope * rate)[:, None]
+    g = g_phi * tl.load(w4 + f, f < F, 0.0) * _slope(v, s)
+    tl.store(g_inner + rows, g.to(g_inner.dtype.element_ty), (j < M)[:, None] & (f < F))
+    tl.store(sums + at_i * 2 * F + k, tl.sum(g, axis=0), k < F)
+    tl.store(sums + (at_i * 2 + 1) * F + k, tl.sum(v * s * g_phi, axis=0), k < F)
+
+
+@triton.jit
+def _gate_backward(
+    out, b2, gate, gate_bias, mask, g_gated, g_sum, g_out, sums, gate_sums,
+    M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, GATE: tl.constexpr,
+    MOVES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what :func:`_gate` did: of the second pre-activation, of b2 and of the gate."""
+    at_i = tl.program_id(0)
+    j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
+    f = k[None, :]
+    real = tl.load(mask + at_i * M + j, j < M, 0.0)
+    rows = (at_i * M + j)[:, None] * F + f
+    here = (j < M)[:, None] & (f < F)
+    v, s, m, e = _messages(out, b2, gate, gate_bias, real, j, rows, f, M, F, GATE)
+    g_m = tl.load(g_sum + at_i * F + f, f < F, 0.0)
+    if MOVES:
+        g_m += tl.load(g_gated + rows, here, 0.0).to(tl.float32)
+    g = g_m * e[:, None]
+    if GATE:
+        # d(real sigmoid) = e (1 − e) wherever the pair is real
+        score = tl.sum(g_m * m, axis=1) * e * (1.0 - e)
+        g += score[:, None] * tl.load(gate + f, f < F, 0.0)
+        tl.store(sums + (at_i * 2 + 1) * F + k, tl.sum(m * score[:, None], axis=0), k < F)
+        tl.store(gate_sums + at_i, tl.sum(score, axis=0))
+    g *= _slope(v, s)
+    tl.store(g_out + rows, g.to(g_out.dtype.element_ty), here)
+    tl.store(sums + at_i * 2 * F + k, tl.sum(g, axis=0), k < F)
+
+
+@triton.jit
+def _first_backward(g_u, slope, g_target, M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr):
+    """Gradient of the first pre-activation, in place of that of u, and its sum over the sources of one atom."""
+    at_i = tl.program_id(0)
+    j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
+    f = k[None, :]
+    rows = (at_i * M + j)[:, None] * F + f
+    here = (j < M)[:, None] & (f < F)
+    g = tl.load(g_u + rows, here, 0.0).to(tl.float32) * tl.load(slope + rows, here, 0.0).to(tl.float32)
+    tl.store(g_u + rows, g.to(g_u.dtype.element_ty), here)
+    tl.store(g_target + at_i * F + k, tl.sum(g, axis=0), k < F)
+
+
+@triton.jit
+def _positions_backward(
+    g_edges, g_pairs, g_shift, x, g_difference,
+    M: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
+    MOVES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x_i − x_j of every pair, through its distance and its move."""
+    at_i = tl.program_id(0)
+    j, column = tl.arange(0, SOURCES), tl.arange(0, COLUMNS)[None, :]
+    inside = j < M
+    d0, d1, d2, squared = _geometry(x, at_i + 0 * j, at_i // M * M + j, DIM, inside)
+    p = at_i * M + j
+    g = tl.load(g_edges + p[:, None] * COLUMNS + column, inside[:, None], 0.0).to(tl.float32)
+    g_squared = tl.sum(g * _radial_slopes(squared, column, K), axis=1)
+    w = squared * 0.0
+    if MOVES:
+        w = tl.load(g_pairs + p * 2, inside, 0.0)
+        g_squared += tl.load(g_pairs + p * 2 + 1, inside, 0.0)
+    for n in tl.static_range(DIM):
+        g_d = 2.0 * g_squared * (d0 if n == 0 else (d1 if n == 1 else d2))
         if MOVES:
-            w = tl.load(scalars + (program * 2) * ROWS + r)
-            g_squared += tl.load(scalars + (program * 2 + 1) * ROWS + r)
-        for n in tl.static_range(DIM):
-            d = d0 if n == 0 else (d1 if n == 1 else d2)
-            g_d = 2.0 * g_squared * d
-            if MOVES:
-                g_d += tl.load(g_shift + (b * M + i) * DIM + n, inside, 0.0) * w
-            of_target = tl.sum(tl.where(by_target, g_d[None, :], 0.0), axis=1)
-            of_source = tl.sum(tl.where(by_source, g_d[None, :], 0.0), axis=1)
-            # Each program has its own row of positions: what targets get, then what sources lose.
-            at = g_x + (program * 2 * M) * DIM + n
-            tl.store(at + (slot * DIM), of_target, slot < TARGETS)
-            tl.store(at + (M + place) * DIM, of_source, place < M)
+            g_d += tl.load(g_shift + at_i * DIM + n) * w
+        tl.store(g_difference + p * DIM + n, g_d, inside)
+
+
+def unfit(width: int, atoms: int = 0, scalars: int = 0, dimension: int = 0) -> str | None:
+    """Returns why the kernels do not serve a network, None if they do."""
+    limits = {
+        "width": (width, LARGEST_WIDTH),
+        "number of atoms": (atoms, LARGEST_MOLECULE),
+        "number of scalars of a pair": (scalars, LARGEST_SCALARS),
+        "dimension": (dimension, 3),
+    }
+    for name, (value, most) in limits.items():
+        if value > most:
+            return f"the {name} {value} is above {most}"
+    return None
 
 
 def pair_layer(
@@ -322,15 +317,16 @@ def pair_layer(
         Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
 
     Raises:
-        ValueError: For what :func:`fits` refuses.
+        ValueError: For what :func:`unfit` refuses.
     """
-    columns = (1 + radial) * (1 if extra is None else 2) + (0 if context is None else context.shape[-1])
-    if not fits(target.shape[-1], target.shape[1], columns) or x.shape[-1] > 3:
+    scalars = (1 + radial) * (1 if extra is None else 2) + (0 if context is None else context.shape[-1])
+    if reason := unfit(target.shape[-1], target.shape[1], scalars, x.shape[-1]):
+        raise ValueError(f"the Triton kernels cannot be used: {reason}")
+    if target.numel() * target.shape[1] >= LARGEST_TENSOR:
         raise ValueError(
-            f"the Triton kernel knows widths {WIDTHS}, up to 64 atoms, 64 scalars of a pair and 3 dimensions; "
-            f"got {target.shape[-1]}, {target.shape[1]}, {columns} and {x.shape[-1]}"
+            f"{len(target)} molecules of up to {target.shape[1]} atoms are too many at once; use smaller batches"
         )
-    settings = (radial, bound, products)
+    settings = (radial, bound, products, torch.is_grad_enabled())
     return _PairLayer.apply(settings, pair_mask, context, extra, target, source, x, *(weights[n] for n in _WEIGHTS))
 
 
@@ -338,111 +334,111 @@ def _power_of_two(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def _plan(target: Tensor, x: Tensor, weights: dict[str, Tensor | None], extra, context, settings) -> dict:  # noqa: ANN001
-    """Returns the constants that a kernel is compiled for."""
-    radial, bound, products = settings
-    _, atoms, width = target.shape
-    rows = max(SHAPES[width][0], triton.next_power_of_2(atoms))
-    most = rows // atoms
-    tiles = -(-atoms // most)
-    targets = -(-atoms // tiles)
-    given = 0 if context is None else context.shape[-1]
-    precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
-    return {
-        "M": atoms,
-        "F": width,
-        "DIM": x.shape[-1],
-        "K": radial,
-        "GIVEN": given,
-        "EXTRA": extra is not None,
-        "COLUMNS": _power_of_two(len(weights["by_scalar"])),
-        "TARGETS": targets,
-        "SLOTS": _power_of_two(targets),
-        "ROWS": rows,
-        "GATE": weights["gate"] is not None,
-        "MOVES": weights["w3"] is not None,
-        "BOUNDED": bound is not None,
-        "PRODUCTS": TYPES[products],
-        "PRECISION": precision,
-    }
-
-
-def _prepare(weights: dict[str, Tensor | None], columns: int, products: torch.dtype | None) -> list[Tensor | None]:
-    """Returns the weights as the kernels read them: rounded products by rounded matrices, scalars padded by zeros."""
-    out = []
-    for name in _WEIGHTS:
-        weight = weights[name]
-        if name in ("w2", "w3") and weight is not None and products is not None:
-            weight = weight.to(products)
-        if name == "by_scalar":
-            padded = weight.new_zeros(columns, weight.shape[1])
-            padded[: len(weight)] = weight
-            weight = padded
-        out.append(None if weight is None else weight.contiguous())
-    return out
+def _warps(sources: int, width: int) -> int:
+    """Returns the warps that share the pairs of one atom: 16 numbers a thread leave room for others beside them."""
+    return min(max(sources * width // 512, 1), 16)
 
 
 class _PairLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, pair_mask, context, extra, target, source, x, *weights):  # noqa: ANN001, ANN002, ANN205
-        named = dict(zip(_WEIGHTS, weights, strict=True))
-        plan = _plan(target, x, named, extra, context, settings)
-        kept = _prepare(named, plan["COLUMNS"], settings[2])
+        radial, bound, products, with_grad = settings
+        by_scalar, w2, b2, gate, gate_bias, w3, b3, w4 = (None if w is None else w.contiguous() for w in weights)
+        size, atoms, width = target.shape
+        n, moves, pairs = x.shape[-1], w3 is not None, size * atoms * atoms
+        dtype = products or target.dtype
+        save = with_grad and any(ctx.needs_input_grad)
         pair_mask, target, source, x = (t.contiguous() for t in (pair_mask, target, source, x))
         context = None if context is None else context.to(target.dtype).contiguous()
         extra = None if extra is None else extra.contiguous()
-        messages, shift = torch.empty_like(target), torch.zeros_like(x) if not plan["MOVES"] else torch.empty_like(x)
-        tiles = -(-plan["M"] // plan["TARGETS"])
-        bound = 0.0 if settings[1] is None else float(settings[1])
-        inputs = (target, source, x, pair_mask, extra, context, *kept)
-        _forward[(len(target), tiles)](
-            *inputs, messages, shift, bound, **plan, num_warps=SHAPES[plan["F"]][1], num_stages=1
-        )
-        ctx.save_for_backward(*inputs)
-        ctx.plan, ctx.bound, ctx.tiles, ctx.scalars = plan, bound, tiles, len(named["by_scalar"])
-        ctx.products = settings[2]
+        columns = _power_of_two(len(by_scalar))
+        padded = by_scalar.new_zeros(columns, width)
+        padded[: len(by_scalar)] = by_scalar
+        by_atom = {"M": atoms, "F": width, "WIDTH": _power_of_two(width), "SOURCES": _power_of_two(atoms)}
+        warps = _warps(by_atom["SOURCES"], by_atom["WIDTH"])
+        u = target.new_empty(pairs, width, dtype=dtype)
+        slope = torch.empty_like(u) if save else u
+        edges = target.new_empty(pairs, columns, dtype=dtype) if save else u
+        chunk = min(_power_of_two(width), CHUNK)
+        _first[(triton.cdiv(pairs, ROWS), triton.cdiv(width, chunk))](
+            target, source, x, extra, context, padded, u, slope, edges, pairs,
+            M=atoms, F=width, CHUNK=chunk, DIM=n, K=radial, GIVEN=0 if context is None else context.shape[-1], EXTRA=extra is not None,
+            COLUMNS=columns, ROWS=ROWS, SAVE=save, PRECISION=_precision(), num_warps=8,
+        )  # fmt: skip
+        rounded = [None if w is None else w.to(dtype) for w in (w2, w3)]
+        out = u @ rounded[0].T
+        gated = torch.empty_like(u) if moves else u
+        messages = torch.empty_like(target)
+        _gate[(size * atoms,)](
+            out, b2, gate, gate_bias, pair_mask, gated, messages,
+            **by_atom, GATE=gate is not None, MOVES=moves, num_warps=warps,
+        )  # fmt: skip
+        inner, shift = None, torch.zeros_like(x)
+        if moves:
+            inner = gated @ rounded[1].T
+            _move[(size * atoms,)](
+                inner, b3, w4, x, pair_mask, shift, 0.0 if bound is None else float(bound),
+                **by_atom, DIM=n, BOUNDED=bound is not None, num_warps=warps,
+            )  # fmt: skip
+        if save:
+            kept = (u, slope, edges, out, gated, inner, x, pair_mask, padded, *rounded, b2, gate, gate_bias, b3, w4)
+            ctx.save_for_backward(*kept)
+            ctx.settings, ctx.by_atom, ctx.warps, ctx.scalars = settings, by_atom, warps, len(by_scalar)
         return messages, shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
         if ctx.needs_input_grad[3]:
-            raise RuntimeError("the Triton kernel gives no gradient with respect to the second distance")
-        inputs, plan, tiles = ctx.saved_tensors, ctx.plan, ctx.tiles
-        target, source, x, mask, extra, context, by_scalar, w2 = inputs[:8]
-        size, atoms, width = target.shape
-        programs, rows, n = size * tiles, plan["ROWS"], x.shape[-1]
-        dtype, moves = ctx.products or target.dtype, plan["MOVES"]
-        g_messages, g_shift = g_messages.contiguous(), g_shift.contiguous()
-        u, g2 = (target.new_empty(programs * rows, width, dtype=dtype) for _ in range(2))
-        m, g3 = (torch.empty_like(u) for _ in range(2)) if moves else (u, g2)
-        sums, gate_sums = target.new_empty(programs, 4, width), target.new_empty(programs)
-        scalars = target.new_empty(programs, 2, rows)
-        common = {key: value for key, value in plan.items() if key not in ("GATE", "BOUNDED")}
-        options = {"num_warps": SHAPES[width][2], "num_stages": 1}
-        _backward_messages[(size, tiles)](
-            *inputs, ctx.bound, g_messages, g_shift, sums, gate_sums, g2, m, g3, scalars, **plan, **options
+            raise RuntimeError("the Triton kernels give no gradient with respect to the second distance")
+        u, slope, edges, out, gated, inner, x, pair_mask, padded, w2, w3, b2, gate, gate_bias, b3, w4 = (
+            ctx.saved_tensors
         )
-        for_x = ctx.needs_input_grad[6]
-        g_target = torch.empty_like(target)
-        g_source = target.new_empty(size, tiles, atoms, width)
-        g_x = target.new_empty(size, tiles, 2, atoms, n)
-        g_scalar = target.new_empty(programs, plan["COLUMNS"], width)
-        _backward_pairs[(size, tiles)](
-            target, source, x, mask, extra, context, by_scalar, w2, g_shift, g2, scalars,
-            u, g_target, g_source, g_x, g_scalar,
-            **common, SOURCES=_power_of_two(atoms), FOR_X=for_x, **options,
+        radial, bound, _, _ = ctx.settings
+        size, atoms, n = x.shape
+        width, moves = u.shape[1], w3 is not None
+        single = g_messages.dtype
+        g_messages, g_shift = g_messages.contiguous(), g_shift.contiguous()
+        grid, by_atom, warps = (size * atoms,), ctx.by_atom, ctx.warps
+        g_pairs = g_gated = g_w3 = g_b3 = g_w4 = None
+        if moves:
+            g_inner = torch.empty_like(inner)
+            g_pairs = x.new_empty(size * atoms * atoms, 2)
+            sums = x.new_empty(size * atoms, 2, width)
+            _move_backward[grid](
+                inner, b3, w4, x, pair_mask, g_shift, g_inner, g_pairs, sums, 0.0 if bound is None else float(bound),
+                **by_atom, DIM=n, BOUNDED=bound is not None, num_warps=warps,
+            )  # fmt: skip
+            g_gated = g_inner @ w3
+            g_w3 = (g_inner.T @ gated).to(single)
+            g_b3, g_w4 = sums.sum(dim=0)
+        g_out = torch.empty_like(out)
+        sums, gate_sums = x.new_empty(size * atoms, 2, width), x.new_empty(size * atoms)
+        _gate_backward[grid](
+            out, b2, gate, gate_bias, pair_mask, g_gated, g_messages, g_out, sums, gate_sums,
+            **by_atom, GATE=gate is not None, MOVES=moves, num_warps=warps,
         )  # fmt: skip
-        own = g_x[:, :, 0, : plan["TARGETS"]].flatten(1, 2)[:, :atoms]
-        rest, gate = sums.sum(dim=0), plan["GATE"]
+        g_b2, g_gate = sums.sum(dim=0)
+        g = g_out @ w2
+        g_w2 = (g_out.T @ u).to(single)
+        g_target = torch.empty_like(g_messages)
+        _first_backward[grid](g, slope, g_target, **by_atom, num_warps=warps)
+        g_source = g.view(size, atoms, atoms, width).sum(dim=1, dtype=single)
+        g_scalar = (edges.T @ g)[: ctx.scalars].to(single)
+        g_x = None
+        if ctx.needs_input_grad[6]:
+            g_difference = x.new_empty(size, atoms, atoms, n)
+            _positions_backward[grid](
+                g @ padded.to(g.dtype).T, g_pairs, g_shift, x, g_difference, M=atoms, DIM=n, K=radial,
+                COLUMNS=len(padded), SOURCES=by_atom["SOURCES"], MOVES=moves, num_warps=1,
+            )  # fmt: skip
+            g_x = g_difference.sum(dim=2) - g_difference.sum(dim=1)
+        known = gate is not None
         return (
-            None, None, None, None, g_target, g_source.sum(dim=1), own - g_x[:, :, 1].sum(dim=1) if for_x else None,
-            g_scalar.sum(dim=0)[: ctx.scalars],
-            (g2.mT @ u).to(target.dtype),
-            rest[0],
-            rest[2] if gate else None,
-            gate_sums.sum(dim=0, keepdim=True) if gate else None,
-            (g3.mT @ m).to(target.dtype) if moves else None,
-            rest[1] if moves else None,
-            rest[3] if moves else None,
+            None, None, None, None, g_target, g_source, g_x, g_scalar, g_w2, g_b2, g_gate if known else None,
+            gate_sums.sum(dim=0, keepdim=True) if known else None, g_w3, g_b3, g_w4,
         )  # fmt: skip
+
+
+def _precision() -> str:
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
