@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from ase.build import molecule
@@ -68,11 +69,24 @@ def test_batches_of_the_device_are_those_of_the_set(data):
     assert here[4:] == there[4:] == (None,) * len(here[4:])  # no conditions
 
 
-def test_molecules_with_conditions_are_refused(data):
-    known = copy.copy(data)
-    known.conditions = torch.zeros(len(data), 1)
-    with pytest.raises(ValueError, match="know no conditions and no graphs; train such a flow by ase_enf.train"):
-        DeviceSet(known, torch.device("cpu"))
+def test_batches_of_the_device_know_conditions_and_graphs():
+    atoms = [molecule(name) for name in ("H2O", "CH4", "CH3OH")]
+    bonds = [np.arange(len(item) ** 2).reshape(len(item), -1) % 5 for item in atoms]
+    known = MoleculeSet(
+        atoms, ("H", "C", "O"), 3, conditions=np.array([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]]), bonds=bonds
+    )
+    index = torch.tensor([2, 0])
+    here = DeviceSet(known, torch.device("cpu"), (5,)).batch(index, 9)
+    there = known.batch(index)
+    width = there.mask.shape[1]
+    torch.testing.assert_close(here.conditions, there.conditions, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(here.bonds[:, :width, :width], there.bonds)
+    assert not here.bonds[:, width:].any() and not here.bonds[:, :, width:].any()
+
+
+def test_widths_that_no_molecule_needs_are_left_out(data):
+    device_set = DeviceSet(data, torch.device("cpu"), (2, 3, 4, 5))
+    assert device_set.widths == (3, 5, 8) and all(len(members) for members in device_set.members)
 
 
 def test_an_epoch_has_every_molecule_at_most_once_and_of_its_width(data):

@@ -198,7 +198,7 @@ def test_where_the_kernel_cannot_serve() -> None:
         flow.use_backend("compiled")
     with pytest.raises(ValueError, match="of an EGNN only, not of GNN"):
         ENF(ENFConfig(network="gnn", hidden=16, layers=1)).use_backend("compiled")
-    with pytest.raises(ValueError, match="backend 'fast' is unknown; choose one of auto, compiled, torch"):
+    with pytest.raises(ValueError, match="backend 'fast' is unknown; choose one of auto, compiled, triton, torch"):
         flow.use_backend("fast")
     with pytest.raises(TypeError, match="use_kernel is now called use_backend"):
         flow.use_kernel(kernel="fused")

@@ -48,7 +48,9 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     command.add_argument("--dtype", default="float32", help="float32 or float64")
     command.add_argument(
-        "--backend", default="auto", help="of an EGNN's pairs: compiled (a C++ kernel, on a CPU), torch, or auto"
+        "--backend",
+        default="auto",
+        help="of an EGNN's pairs: compiled (a C++ kernel, on a CPU), triton (on a GPU), torch, or auto",
     )
     add_renamed(command, "--kernel", "--backend")
 

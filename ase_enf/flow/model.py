@@ -167,19 +167,20 @@ class ENF(nn.Module):
         return next(self.parameters()).dtype
 
     def use_backend(self, backend: str = "auto") -> str:
-        """Chooses what computes the pairs of an EGNN: torch, or on a CPU, faster, a compiled kernel.
+        """Chooses what computes the pairs of an EGNN: torch, a compiled kernel on a CPU, or Triton kernels on a GPU.
 
-        Both give the same numbers to rounding. The kernel is compiled by the system's C++ compiler at first use, and
-        has no second derivatives (for training by ``objective="nll"``).
+        All give the same numbers to rounding. The compiled kernel is made by the system's C++ compiler at first use and
+        has no second derivatives (for training by ``objective="nll"``); where gradients with respect to the input are
+        asked for on a GPU, torch computes.
 
         Args:
-            backend: "compiled", "torch", or "auto": compiled where that is possible.
+            backend: "compiled", "triton", "torch", or "auto": the first of them that is possible.
 
         Returns:
-            "compiled" or "torch".
+            "compiled", "triton" or "torch".
 
         Raises:
-            ValueError: For an unknown name, or "compiled" where that is impossible, with the reason.
+            ValueError: For an unknown name, or a backend that cannot be used, with the reason.
 
         Example:
             >>> ENF(ENFConfig(hidden=16, layers=1)).use_backend("torch")

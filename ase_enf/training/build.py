@@ -287,9 +287,11 @@ def _assemble(
     """Puts model, objective and optimizers together, on the device."""
     device = ranks.device(config.device)
     model = model.to(device).requires_grad_(True).train()
-    torch_only = config.objective == "nll" or config.compile or config.precision != "float32"
-    # The threads of the kernel and those of torch's own operations get in each other's way.
-    torch_only = torch_only or (config.backend == "auto" and torch.get_num_threads() > 1)
+    torch_only = config.objective == "nll" or config.compile
+    if device.type == "cpu":
+        # The threads of the kernel and those of torch's own operations get in each other's way.
+        crowded = config.backend == "auto" and torch.get_num_threads() > 1
+        torch_only = torch_only or crowded or config.precision != "float32"
     model.use_backend("torch" if torch_only else config.backend)
     objective = build_objective(config)
     averages = tuple(moving_average(model, decay) for decay in config.ema_decays)  # copies, exact in every product

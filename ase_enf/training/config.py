@@ -200,8 +200,9 @@ class TrainConfig:
     compile: bool = setting(False, "compile the network by torch.compile (flow matching only; needs a C++ compiler)")
     backend: str = setting(
         "auto",
-        'how a CPU computes an EGNN: "compiled" (a C++ kernel, for flow matching in float32, three quarters of the '
-        'time on one thread), "torch", or "auto": compiled where one thread computes (torchrun gives each process one)',
+        'what computes the pairs of an EGNN: "compiled" (a C++ kernel for CPUs, for flow matching in float32, three '
+        'quarters of the time on one thread), "triton" (kernels for GPUs, for flow matching), "torch", or "auto": '
+        "compiled where one thread computes (torchrun gives each process one), triton on a GPU",
         one_of=BACKENDS,
     )
 
@@ -299,6 +300,10 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         lambda c: c.backend == "compiled" and (c.objective == "nll" or c.compile or c.precision != "float32"),
         "backend='compiled' has no second derivatives (objective='nll'), no other precision than float32 and no "
         "compile=True; use backend='torch'",
+    ),
+    (
+        lambda c: c.backend == "triton" and (c.objective == "nll" or c.compile),
+        "backend='triton' has no second derivatives (objective='nll') and no compile=True; use backend='torch'",
     ),
     (
         lambda c: c.schedule == "constant" and not (c.steps or c.time_limit or c.out),

@@ -336,12 +336,12 @@ def _power_of_two(count: int) -> int:
 
 def _warps(sources: int, width: int) -> int:
     """Returns the warps that share the pairs of one atom: 16 numbers a thread leave room for others beside them."""
-    return min(max(sources * width // 512, 1), 16)
+    return min(max(sources * width // 512, 1), 8)
 
 
 class _PairLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, pair_mask, context, extra, target, source, x, *weights):  # noqa: ANN001, ANN002, ANN205
+    def forward(ctx, settings, pair_mask, context, extra, target, source, x, *weights):
         radial, bound, products, with_grad = settings
         by_scalar, w2, b2, gate, gate_bias, w3, b3, w4 = (None if w is None else w.contiguous() for w in weights)
         size, atoms, width = target.shape
@@ -362,7 +362,8 @@ class _PairLayer(torch.autograd.Function):
         chunk = min(_power_of_two(width), CHUNK)
         _first[(triton.cdiv(pairs, ROWS), triton.cdiv(width, chunk))](
             target, source, x, extra, context, padded, u, slope, edges, pairs,
-            M=atoms, F=width, CHUNK=chunk, DIM=n, K=radial, GIVEN=0 if context is None else context.shape[-1], EXTRA=extra is not None,
+            M=atoms, F=width, CHUNK=chunk, DIM=n, K=radial, EXTRA=extra is not None,
+            GIVEN=0 if context is None else context.shape[-1],
             COLUMNS=columns, ROWS=ROWS, SAVE=save, PRECISION=_precision(), num_warps=8,
         )  # fmt: skip
         rounded = [None if w is None else w.to(dtype) for w in (w2, w3)]
@@ -388,7 +389,7 @@ class _PairLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
+    def backward(ctx, g_messages, g_shift):
         if ctx.needs_input_grad[3]:
             raise RuntimeError("the Triton kernels give no gradient with respect to the second distance")
         u, slope, edges, out, gated, inner, x, pair_mask, padded, w2, w3, b2, gate, gate_bias, b3, w4 = (
