@@ -261,7 +261,9 @@ assert sorted(m for m in sys.modules if m.startswith("ase_enf")) == ["ase_enf"]
 
 
 def test_importing_every_module_changes_no_setting():
-    names = ["ase_enf" if module == "__init__" else f"ase_enf.{module}" for module in MODULES]
+    # What needs a package that only torch for CUDA brings is loaded on a GPU alone.
+    here = [module for module in MODULES if module != "nn.backends.triton_pairs"]
+    names = ["ase_enf" if module == "__init__" else f"ase_enf.{module}" for module in here]
     code = f"""
 import importlib, os, warnings
 import ase, ase.io, numpy as np, pandas, safetensors.torch, scipy, torch, torchdiffeq, torch.distributed, tqdm

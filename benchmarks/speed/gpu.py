@@ -685,7 +685,7 @@ def write_table(path: Path) -> None:
     write_results(pd.DataFrame(rows), "gpu", "Minutes of a GPU", notes)
     checks = [line for line in lines if line["stage"] == "check"]
     if checks:
-        columns = {key: key.removesuffix("_error").replace("_", " ") for key in checks[-1] if key.endswith("_error")}
+        columns = {key: key.removesuffix("_error").replace("_", " ") for key in checks[0] if key.endswith("_error")}
         table = [
             {"backend": line.get("backend", "torch"), "products": line["products"]}
             | {name: f"{line[key]:.1e}" if key in line else "" for key, name in columns.items()}
