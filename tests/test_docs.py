@@ -23,6 +23,7 @@ RUNS = (
     ("tutorials/likelihood.md",),
     ("howto/files.md",),
     ("howto/conditions.md",),
+    ("howto/fragments.md",),
     ("howto/several_gpus.md",),
     ("howto/calculator.md",),
     ("howto/reweight.md",),
@@ -32,6 +33,7 @@ COMMANDS_ONLY = (("howto/files.md",),)
 # What a page says → what is run by default.
 SMALLER = [
     ("generate(flow, 12, formula", "generate(flow, 2, formula"),
+    ("(flow, 5, fragment", "(flow, 1, steps=8, fragment"),
     ("steps=300)", "steps=30)"),
     ("n=800, seed", "n=40, seed"),
     ("n=100, seed", "n=8, seed"),

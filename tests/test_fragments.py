@@ -19,6 +19,7 @@ from ase_enf.flow.stochastic import StochasticSampler, sample_stochastic
 from ase_enf.geometry import center
 from ase_enf.sampling.fragments import BoundFragment, Fragment
 from ase_enf.sampling.generate import generate
+from ase_enf.sampling.particles import Particles
 
 QUICK = StochasticSampler(steps=6, churn=50.0)
 
@@ -123,6 +124,48 @@ def test_gaussian_data_are_completed_by_their_conditional(churn):
     assert x.mean(dim=1).abs().max() < 1e-12
     away = (x[:, 3] - x[:, kept].mean(dim=1)) / (s * (1 + 1 / 2) ** 0.5)
     assert kstest(away.flatten().numpy(), "norm").pvalue > 1e-3
+
+
+def test_particles_find_the_molecule_that_the_fragment_is_of():
+    """Data in two molecules: two atoms of one are kept. Alone, most completions are of the other, more frequent one."""
+    data = torch.tensor([[[1.5, 0, 0], [-1.0, 0, 0], [0, 2.0, 0]], [[1.5, 0, 0], [-1.2, 0, 0], [0, -2.0, 0]]])
+    data = (data - data.mean(dim=1, keepdim=True)).double()
+    prior, molecules, count = torch.tensor([0.2, 0.8]).double(), 200, 16
+
+    def velocity(t, x, h):
+        apart = (x[:, None] - (1 - t) * data[None]).square().sum(dim=(2, 3))
+        weights = torch.softmax(prior.log() - apart / (2 * t**2), dim=1)
+        return (x - torch.einsum("bk,kin->bin", weights, data)) / t, h
+
+    def share(count, select=None):
+        noise = noise_of(torch.zeros(molecules * count, 3, 3, dtype=torch.float64), seed=2)
+        x, _ = sample_stochastic(own.looking(velocity), *noise(), noise, sampler, own.corrected, 1.0, select)
+        return x
+
+    own = BoundFragment(data[0], data[0, :, :0], torch.tensor([0, 1]), None)
+    sampler = StochasticSampler(steps=40, churn=2.0)
+    particles = Particles(own.misfit, count, [np.random.default_rng(k) for k in range(molecules)])
+    alone = (share(1)[:, 2, 1] > 0).double().mean()
+    together = (share(count, particles.select)[particles.last()][:, 2, 1] > 0).double().mean()
+    assert alone < 0.5 and together > 0.9
+
+
+def test_particles_go_on_by_their_weights_and_independent_of_batch_mates():
+    generators = [np.random.default_rng(3) for _ in range(2)]
+    misfits = iter([[0.0] * 8, [0.0, 1.0, 60.0, 60.0] + [0.0] * 4, [0.0] * 8])
+    particles = Particles(lambda t, x, h: torch.tensor(next(misfits)), 4, generators, until=0.1)
+    assert particles.select(0.9, None, None) is None
+    places = particles.select(0.5, None, None).tolist()
+    assert places[4:] == [4, 5, 6, 7]  # whose weights are equal
+    assert set(places[:4]) == {0, 1} and places[:4].count(0) in (2, 3)  # 4 / (1 + 1/e) = 2.9
+    assert particles.select(0.05, None, None) is None  # too late to be looked at
+
+
+def test_particles_that_are_not_finite_are_replaced():
+    misfits = iter([[0.0] * 4, [np.nan, np.inf, np.nan, 3.0]])
+    particles = Particles(lambda t, x, h: torch.tensor(next(misfits)), 4, [np.random.default_rng(0)])
+    particles.select(0.9, None, None)
+    assert particles.select(0.8, None, None).tolist() == [3] * 4
 
 
 def test_strength_says_how_far_a_structure_is_varied(matched):

@@ -14,6 +14,7 @@ from scipy.stats import binomtest, chi
 from ase_enf import metrics
 from ase_enf.cli.inputs import read_structures
 from ase_enf.flow.continuous import Solver
+from ase_enf.sampling import compositions
 from ase_enf.sampling.generate import generate, igenerate
 from ase_enf.sampling.requirements import REASONS, Requirements
 from ase_enf.sampling.sampler import GenerationError
@@ -122,3 +123,43 @@ def test_the_command_reports_what_passed(here, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == f"ase-enf: 5 of {attempts} drawn passed closed_shell ({5 / attempts:.1%})"
     assert "require='odd': is unknown" in error_of(capsys, *words, "-o", tmp_path / "n.extxyz", "--require", "odd")
+
+
+@pytest.fixture
+def waters(make_flow, monkeypatch):
+    """A joint flow that draws H2 or not, as if a shipped flow had seen the same set."""
+    flow = make_flow("joint", layers=1, sizes={2: 4, 3: 100})
+    header = {"features": "given", "species": ["H", "C", "O"], "sizes": {"2": 4, "3": 100}, "name": "twin"}
+    seen = {"H2": 2, "HO": 2, "H2O": 99, "HO2": 1}
+    monkeypatch.setattr(compositions, "shipped", lambda: ["twin"])
+    monkeypatch.setattr(compositions, "shipped_path", lambda name: name)
+    monkeypatch.setattr(compositions, "read_header", lambda path: {"config": header | {"compositions": seen}})
+    return flow
+
+
+def test_a_flow_that_draws_types_has_a_formula_by_rejection(waters):
+    atoms = generate(waters, 6, seed=1, formula="H2", solver=ONE_STEP)
+    assert {a.get_chemical_formula() for a in atoms} == {"H2"}
+    assert {a.info["enf_require"] for a in atoms} == {"formula"}
+    attempts = sum(a.info["enf_attempts"] for a in atoms)
+    assert attempts > 6 and atoms[-1].info["enf_acceptance"] == 6 / attempts
+    free = generate(waters, 200, seed=1, n_atoms=2, solver=ONE_STEP)
+    share = np.mean([a.get_chemical_formula() == "H2" for a in free])
+    assert binomtest(6, attempts, share).pvalue > 1e-3
+    first = next(a for a in free if a.info["enf_index"] == 0)
+    assert atoms[0].info["enf_attempts"] > 1 or np.array_equal(first.positions, atoms[0].positions)
+
+
+def test_a_formula_that_is_unlikely_is_refused_with_the_remedy(waters, tmp_path, capsys):
+    about = r"^formula='HO2': this model has features='joint' and draws types itself; 1 of 100 training molecules of 3 "
+    with pytest.raises(ValueError, match=about + ".*such as twin, or raise max_attempts to 500$"):
+        generate(waters, 1, formula="HO2")
+    with pytest.raises(ValueError, match="; 0 of 0 training molecules of 4 atoms had .*, such as twin$"):
+        generate(waters, 1, formula="H3O")
+    with pytest.raises(ValueError, match="^formula='H2' has 2 atoms, but n_atoms=3; leave one of them out$"):
+        generate(waters, 1, formula="H2", n_atoms=3)
+    with pytest.raises(ValueError, match=r"^formula='NH3': element\(s\) N unknown to this model"):
+        generate(waters, 1, formula="NH3")
+    waters.save(tmp_path / "flow.safetensors")
+    said = error_of(capsys, "generate", tmp_path / "flow.safetensors", "--formula", "HO2", "-o", tmp_path / "m.xyz")
+    assert "such as twin" in said

@@ -32,7 +32,9 @@ def add_generate(commands: Any) -> None:
     command.add_argument("-o", "--output", default="molecules.extxyz", help=".extxyz, .db or any ending ASE writes")
     add_replacing(command, ".extxyz, .xyz, .db, .traj")
     command.add_argument("--n-atoms", type=int, default=None, help="atoms of every molecule")
-    command.add_argument("--formula", default=None, help="composition such as C7H10O2, for models with given types")
+    command.add_argument(
+        "--formula", default=None, help="composition such as C7H10O2; models that draw types try until it comes"
+    )
     command.add_argument("--smiles", default=None, help="molecular graph such as CCO, for models of graphs")
     add_property(command, "NAME=VALUE or NAME=LOW:HIGH", "what the molecules are to have, for models with conditions")
     command.add_argument(

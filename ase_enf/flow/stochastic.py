@@ -21,6 +21,8 @@ from ase_enf.flow.divergence import Velocity
 Noise = Callable[[], tuple[Tensor, Tensor]]
 # Puts what is known of the data into predicted positions (B, M, n) and features (B, M, F).
 Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# At a time t, chooses by predicted positions and features which molecules go on: places (B,), None for all as they are.
+Selection = Callable[[float, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def sample_stochastic(
     sampler: StochasticSampler,
     correct: Correction | None = None,
     begin: float = 1.0,
+    select: Selection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Takes latent to data space along x_t = (1 − t) x + t z, with renewed noise ε, to second order in the steps.
 
@@ -94,6 +97,7 @@ def sample_stochastic(
         sampler: Steps and churn.
         correct: What becomes of D before it is used.
         begin: Time t of x and h, in (0, 1]; those of the steps that are later are left out.
+        select: Which molecules go on at each step, some of them several times, by D before it is corrected.
 
     Returns:
         Positions and features at t = 0.
@@ -113,6 +117,9 @@ def sample_stochastic(
     for start, end in pairwise([begin, *(t for t in sampler.times() if t < begin)]):
         rates = velocity(torch.full((), start, dtype=x.dtype, device=x.device), x, h)
         data = tuple(state - start * rate for state, rate in zip((x, h), rates, strict=True))
+        if select is not None and (places := select(start, *data)) is not None:
+            x, h, data = x[places], h[places], tuple(mean[places] for mean in data)
+            before = tuple(mean[places] for mean in before)
         if correct is not None:
             data = correct(*data)
         if end == 0.0:

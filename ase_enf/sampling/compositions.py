@@ -1,15 +1,21 @@
-"""Compositions: which a flow of given types draws, and how often."""
+"""Compositions: which a flow of given types draws and how often, and one that a flow of drawn types is asked for."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
 
 import numpy as np
 from ase.data import chemical_symbols
 
 from ase_enf.atoms.batch import formula_numbers
 from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import read_header, shipped, shipped_path
 from ase_enf.sampling.requirements import open_shell
+
+# A formula is waited for if so many molecules that have it are expected in as many attempts as one may take.
+EXPECTED = 5
 
 
 def drawn_compositions(
@@ -17,33 +23,13 @@ def drawn_compositions(
 ) -> tuple[list[str], np.ndarray] | None:
     """Returns the formulas to draw from and their weights, None when the types are not given."""
     if not flow.config.types_given:
-        if formula is not None:
-            does = "generates types itself" if flow.config.types_flow else "knows no types"
-            raise ValueError(
-                f"formula={formula!r}: this model has features={flow.features!r} and {does}; "
-                "use a model with features='given'"
-            )
         return None
     if formula is not None:
-        numbers = formula_numbers(formula)
-        unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
-        if unknown:
-            raise ValueError(
-                f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "
-                f"which knows {', '.join(flow.species)}"
-            )
-        if n_atoms is not None and n_atoms != len(numbers):
-            raise ValueError(
-                f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out"
-            )
-        if len(numbers) < 2:
-            raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
+        numbers = _checked(flow, n_atoms, formula, closed_shell)
         if len(numbers) > (largest := max(flow.size_prior.counts)):
             warnings.warn(
                 f"formula={formula!r} has {len(numbers)} atoms; this model saw at most {largest}", stacklevel=2
             )
-        if closed_shell and open_shell(numbers):
-            raise ValueError(f"formula={formula!r} has an odd number of electrons; leave closed_shell out")
         return [str(formula)], np.ones(1)
     known = flow.config.compositions
     kept = {f: c for f, c in known.items() if n_atoms is None or len(formula_numbers(f)) == n_atoms}
@@ -54,3 +40,78 @@ def drawn_compositions(
     if closed_shell and not (kept := {f: c for f, c in kept.items() if not open_shell(formula_numbers(f))}):
         raise ValueError("closed_shell=True: this model saw no such composition with an even number of electrons")
     return list(kept), np.array(list(kept.values())) / sum(kept.values())
+
+
+def awaited_composition(
+    flow: ENF, n_atoms: int | None, formula: str | None, closed_shell: bool, max_attempts: int
+) -> np.ndarray | None:
+    """Returns the atomic numbers that a flow which draws types itself is asked for; None where none are.
+
+    Such a flow has them by rejection, where P(formula | M) of its training set lets ``max_attempts`` suffice.
+
+    Raises:
+        ValueError: For a formula that the flow cannot have, is too unlikely to draw, or does not know how likely.
+    """
+    if formula is None or flow.config.types_given:
+        return None
+    numbers = _checked(flow, n_atoms, formula, closed_shell) if flow.config.types_flow else formula_numbers(formula)
+    remedy = f"use a model with features='given'{_given_model(numbers)}"
+    does = "draws types itself" if flow.config.types_flow else "knows no types"
+    about = f"formula={formula!r}: this model has features={flow.features!r} and {does}"
+    seen = _training_compositions(flow)
+    if not seen:
+        raise ValueError(f"{about}; {remedy}")
+    wanted, size = Counter(numbers.tolist()), len(numbers)
+    same_size = {f: n for f, n in seen.items() if len(formula_numbers(f)) == size}
+    total = sum(same_size.values())
+    count = sum(n for f, n in same_size.items() if Counter(formula_numbers(f).tolist()) == wanted)
+    if count * max_attempts < EXPECTED * total or not count:
+        more = f", or raise max_attempts to {math.ceil(EXPECTED * total / count):,}" if count else ""
+        share = f"{count:,} of {total:,} training molecules of {size} atoms had this composition, too few to wait for"
+        raise ValueError(f"{about}; {share}: {remedy}{more}")
+    return numbers
+
+
+def _checked(flow: ENF, n_atoms: int | None, formula: str, closed_shell: bool) -> np.ndarray:
+    """Returns the atomic numbers of a formula that the flow can have."""
+    numbers = formula_numbers(formula)
+    unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
+    if unknown:
+        raise ValueError(
+            f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "
+            f"which knows {', '.join(flow.species)}"
+        )
+    if n_atoms is not None and n_atoms != len(numbers):
+        raise ValueError(f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out")
+    if len(numbers) < 2:
+        raise ValueError(f"formula={formula!r}: has one atom; a density on centred positions needs at least 2")
+    if closed_shell and open_shell(numbers):
+        raise ValueError(f"formula={formula!r} has an odd number of electrons; leave closed_shell out")
+    return numbers
+
+
+def _training_compositions(flow: ENF) -> dict[str, int]:
+    """Returns how often each formula was in the training set of a flow that draws types; empty where that is unknown.
+
+    A flow of given types knows it; one that draws types takes it of a shipped flow which saw the same set, as its
+    counts of every size say.
+    """
+    if not flow.config.types_flow:
+        return {}
+    for config in _shipped_given():
+        if {int(size): count for size, count in config["sizes"].items()} == dict(flow.config.sizes):
+            return dict(config["compositions"])
+    return {}
+
+
+def _given_model(numbers: np.ndarray) -> str:
+    """Returns ", such as NAME" of a shipped flow of given types that knows these elements, "" where there is none."""
+    symbols = {chemical_symbols[z] for z in numbers}
+    names = [config["name"] for config in _shipped_given() if symbols <= set(config["species"])]
+    return f", such as {names[0]}" if names else ""
+
+
+def _shipped_given() -> list[dict]:
+    """Returns the configurations, with names, of the shipped flows that draw molecules of a composition."""
+    configs = [read_header(shipped_path(name))["config"] | {"name": name} for name in shipped()]
+    return [config for config in configs if config["features"] == "given" and not config.get("graph")]

@@ -62,7 +62,8 @@ def generate(
         n: How many.
         seed: Non-negative.
         n_atoms: Fixed size M; drawn from p_M when None.
-        formula: Composition such as "C7H10O2", for ``features="given"``; drawn from the training set's when None.
+        formula: Composition such as "C7H10O2". ``features="given"`` takes it as it is, and draws from those of the
+            training set when None; "joint" draws until a molecule has it, if the training set makes that likely.
         solver: How to draw: a ``Solver`` or the name of a method for the flow itself, or a ``StochasticSampler``; that
             of ``ENF.sampling_solver`` when None.
         steps: Number of steps, when ``solver`` is a name or None.

@@ -1,4 +1,4 @@
-"""What a molecule must pass to be kept: electron parity, connectedness, stability, validity."""
+"""What a molecule must pass to be kept: electron parity, connectedness, stability, validity, a composition."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ REASONS = {
     "stable": "had an atom that is not stable",
     "valid": "was not valid",
 }
+# What a formula that was asked for is called among them; nobody requires it by this name.
+FORMULA = "formula"
 
 
 class Requirements(NamedTuple):
@@ -33,14 +35,16 @@ class Requirements(NamedTuple):
     """
 
     names: tuple[str, ...] = ()
+    composition: tuple[int, ...] | None = None  # atomic numbers in ascending order, where "formula" is a name
 
     @classmethod
-    def of(cls, flow: ENF, require: str | Iterable[str]) -> Requirements:
+    def of(cls, flow: ENF, require: str | Iterable[str], composition: np.ndarray | None = None) -> Requirements:
         """Returns what a user asks for, checked.
 
         Args:
             flow: A flow.
             require: Names, or a text of them with commas between.
+            composition: Atomic numbers that a molecule must have, in any order.
 
         Raises:
             ValueError: For an unknown name, or anything asked of a flow that knows no elements.
@@ -56,7 +60,10 @@ class Requirements(NamedTuple):
             raise ValueError(f"require={name!r}: is unknown; choose among {', '.join(REASONS)}")
         if asked and not flow.config.knows_types:
             raise ValueError(f"require={', '.join(sorted(asked))}: this model knows no elements; leave it out")
-        return cls(tuple(name for name in REASONS if name in asked))
+        names = tuple(name for name in REASONS if name in asked)
+        if composition is None:
+            return cls(names)
+        return cls((FORMULA, *names), tuple(sorted(composition.tolist())))
 
     def __str__(self) -> str:
         return ", ".join(self.names)
@@ -69,7 +76,16 @@ class Requirements(NamedTuple):
             >>> Requirements(("closed_shell", "stable")).unmet([molecule("CH4"), molecule("CH3")])
             [None, 'closed_shell']
         """
-        return [next((name for name in self.names if not CHECKS[name](atoms)), None) for atoms in molecules]
+        return [next((name for name in self.names if not self._meets(name, atoms)), None) for atoms in molecules]
+
+    def reason(self, name: str) -> str:
+        """Returns what is said of a molecule that does not meet this requirement."""
+        return "had another composition" if name == FORMULA else REASONS[name]
+
+    def _meets(self, name: str, atoms: Atoms) -> bool:
+        if name == FORMULA:
+            return tuple(sorted(atoms.numbers.tolist())) == self.composition
+        return CHECKS[name](atoms)
 
 
 def open_shell(numbers: np.ndarray) -> bool:

@@ -20,12 +20,13 @@ from ase_enf.flow.continuous import Solver, SolverError
 from ase_enf.flow.devices import resolve_device
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
-from ase_enf.sampling.compositions import drawn_compositions
-from ase_enf.sampling.fragments import requested_fragment
+from ase_enf.sampling.compositions import awaited_composition, drawn_compositions
+from ase_enf.sampling.fragments import LAST_LOOK, Fragment, requested_fragment
 from ase_enf.sampling.graphs import graph_info, requested_graph
 from ase_enf.sampling.noise import Drawing, noise_source
+from ase_enf.sampling.particles import Particles
 from ase_enf.sampling.properties import PropertyRequest
-from ase_enf.sampling.requirements import REASONS, Requirements, strict_smiles
+from ase_enf.sampling.requirements import Requirements, strict_smiles
 
 # How often the integration of one molecule may fail.
 MAX_ATTEMPTS = 10
@@ -33,6 +34,8 @@ MAX_ATTEMPTS = 10
 MAX_REJECTIONS = 100
 # Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
 WINDOW_BATCHES = 8
+# Last part of the name of the generator that chooses particles; 1 is that of renewed noise.
+PARTICLE_KEY = 2
 
 
 class GenerationError(RuntimeError):
@@ -48,6 +51,10 @@ class Draft(NamedTuple):
     numbers: np.ndarray | None  # (M,), the composition for "given"
     conditions: np.ndarray | None = None  # (C,), NaN where unknown
     failures: int = 0  # of the attempts before, those that could not be integrated; others were rejected
+
+    def particles(self, count: int) -> list[Draft]:
+        """Returns so many trials of this draft, each with noise of its own."""
+        return [self._replace(attempt=self.attempt * count + k) for k in range(count)]
 
     @property
     def drawing(self) -> Drawing:
@@ -83,13 +90,20 @@ class Sampler:
         self.seed = seed
         self.source = noise_source(seed, flow)
         self.solver = solver
-        self.batch_size = batch_size
         self.fragment = requested_fragment(flow, fragment, strength, solver, n_atoms)
+        # Particles are integrated as molecules are.
+        self.batch_size = max(1, batch_size // self.fragment.particles) if self.fragment else batch_size
         n_atoms = (self.fragment and self.fragment.size) or n_atoms
         self.n_atoms = n_atoms
         check_whole("max_attempts", max_attempts, 1)
         self.max_attempts = max_attempts
-        self.require = Requirements.of(flow, require)
+        asked = Requirements.of(flow, require)
+        awaited = awaited_composition(flow, n_atoms, formula, "closed_shell" in asked.names, max_attempts)
+        self.require = asked if awaited is None else Requirements.of(flow, require, awaited)
+        if awaited is not None:
+            n_atoms = self.n_atoms = len(awaited)
+            if self.fragment:
+                self.fragment.compositions([str(formula)], np.ones(1))
         self.with_smiles = with_smiles
         if with_smiles and not flow.config.knows_types:
             raise ValueError("with_smiles=True: this model knows no elements; leave it out")
@@ -173,7 +187,7 @@ class Sampler:
         """Raises ``GenerationError`` if a draft that is rejected was the last one."""
         if draft.attempt + 1 - draft.failures < self.max_attempts:
             return
-        what = REASONS[unmet] if len(self.require.names) == 1 else f"did not pass {self.require}"
+        what = self.require.reason(unmet) if len(self.require.names) == 1 else f"did not pass {self.require}"
         raise GenerationError(
             f"molecule {draft.index} (seed {self.seed}) {what} {self.max_attempts} times; leave "
             f"{unmet} out, choose another n_atoms, or raise max_attempts"
@@ -237,20 +251,31 @@ class Sampler:
 
     def sample(self, drafts: list[Draft]) -> Batch:
         """Takes drafts of one size to data; molecules that are not finite are drawn again."""
-        noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
         if self.fragment:
-            return self._completed(*self.latents(drafts), noise)
+            return self._completed(drafts, self.fragment)
+        noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
         return self.flow.sample(*self.latents(drafts), self.solver, noise)
 
-    def _completed(
-        self, z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | Context | None, noise: Noise
-    ) -> Batch:
-        """Takes latent molecules to data around the fragment."""
-        own = self.fragment.bound(self.flow, z_x)
+    def _completed(self, drafts: list[Draft], fragment: Fragment) -> Batch:
+        """Takes drafts of one size to data around the fragment, the best of several particles each."""
+        several = [trial for draft in drafts for trial in draft.particles(fragment.particles)]
+        z_x, z_h, mask, context = self.latents(several)
+        own = fragment.bound(self.flow, z_x)
+        names = [(draft.index, draft.attempt, PARTICLE_KEY) for draft in drafts]
+        generators = [np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=name)) for name in names]
+        count = fragment.particles
+        particles = Particles(own.misfit, count, generators, LAST_LOOK) if count > 1 else None
         with torch.no_grad():
-            velocity, start = self.flow.velocity(mask, context), own.started(z_x, z_h)
-            ended = sample_stochastic(velocity, *start, noise, self.solver, own.corrected, own.start)
-            return self.flow.decode(*ended, mask, context)
+            velocity, start = own.looking(self.flow.velocity(mask, context)), own.started(z_x, z_h)
+            select = None if particles is None else particles.select
+            ended = sample_stochastic(
+                velocity, *start, self.noise(several), self.solver, own.corrected, own.start, select
+            )
+            batch = self.flow.decode(*ended, mask, context)
+        if particles is None:
+            return batch
+        places = particles.last()
+        return Batch(*(None if part is None else part[places] for part in batch))
 
     def latents(self, drafts: list[Draft]) -> tuple[Tensor, Tensor, Tensor, Tensor | Context | None]:
         """Returns z_x (B, M, n), z_h (B, M, F), mask (B, M) and the context of drafts of one size."""
