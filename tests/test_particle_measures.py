@@ -11,9 +11,10 @@ import torch
 from ase.units import kB
 
 import ase_enf
-from ase_enf.data import particles, samples
+from ase_enf.data import mcmc, particles, samples
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
+from benchmarks.models import particle_models
 from benchmarks.models.particle_measures import bennett, effective, jackknife, reweighted, scored
 
 WIDTH = 1.3
@@ -70,3 +71,26 @@ def test_fewer_nodes_give_the_same_scores_to_the_error_of_the_quadrature(tmp_pat
     expected = ase_enf.score(flow, test.to_atoms()[:5], trace="exact", progress=False).log_likelihood
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert np.array_equal(scored(None, test, tmp_path, options), found)
+
+
+def test_sets_of_a_liquid_are_of_different_chains(monkeypatch):
+    monkeypatch.setattr(particle_models, "CHAINS", {"train": 5, "test": 3})
+    settings = {"sweeps": 80, "ladders": 8, "burn_in": 100, "thin": 20}
+    run = mcmc.run("lj13", 3, **settings)
+    sets = particle_models.split_chains("lj13", run, settings)
+    assert {name: set(part.ladder.tolist()) for name, part in sets.items()} == {
+        "train": {0, 1, 2, 3, 4},
+        "test": {5, 6, 7},
+    }
+    for part in sets.values():
+        assert part.energies == pytest.approx(particles.resolve("lj13").evaluate(part.positions).energy)
+        for chain in set(part.ladder.tolist()):
+            mine = part.positions[part.ladder == chain]
+            assert sorted(mine[:, 0, 0]) == sorted(run.positions[:, chain, 0, 0])
+
+
+def test_chains_that_have_not_mixed_are_refused(monkeypatch):
+    run = mcmc.run("lj13", 3, sweeps=80, ladders=8, burn_in=100, thin=20)
+    drifting = run._replace(energy=run.energy + np.linspace(0, 100, 80)[:, None])
+    with pytest.raises(SystemExit, match="no samples of exp"):
+        particle_models.split_chains("lj13", drifting, {})
