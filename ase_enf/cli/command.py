@@ -62,7 +62,9 @@ def _run(options: argparse.Namespace) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
-            full = _out_of_memory(error)
+            from ase_enf.flow.devices import out_of_memory
+
+            full = out_of_memory(error)
             if not (full or isinstance(error, _user_errors())):
                 raise
             say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
@@ -140,15 +142,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory was not enough; torch has a class of its own for that on a GPU, and only words on a CPU."""
-    from torch import OutOfMemoryError
-
-    return isinstance(error, MemoryError | OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""Devices and floating types by their names."""
+"""Devices and floating types by their names, and memory that is full."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in known:
         raise ValueError(f"dtype {dtype!r} is unknown; choose float32 or float64")
     return known[name]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was not enough; torch has a class of its own for that on a GPU, and only words on a CPU.
+
+    Example:
+        >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+        True
+    """
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ase_enf.flow.context import Condition
 from ase_enf.flow.model import ENF
+from ase_enf.flow.weights import read_header, shipped, shipped_path
 
 # Key in ``info``, before the name, of the value that conditioned a molecule.
 CONDITION_KEY = "enf_condition_"
@@ -43,7 +44,7 @@ class PropertyRequest:
         self.ranges: dict[str, tuple[float, float]] = {}
         for name, asked in dict(properties or {}).items():
             if name not in known:
-                raise ValueError(f"property {name!r}: {_knows(flow)}")
+                raise ValueError(f"property {name!r}: {_knows(flow, name)}")
             self.ranges[name] = read_range(name, asked)
             known[name].check(*self.ranges[name])
 
@@ -118,8 +119,15 @@ def read_properties(items: list[str] | None) -> dict[str, str]:
     return properties
 
 
-def _knows(flow: ENF) -> str:
+def _knows(flow: ENF, name: str) -> str:
     if not flow.config.conditions:
-        return "this model has no conditions; train one with --condition and the name of the property"
+        models = [model for model in shipped() if name in _conditions_of(model)]
+        other = f", or use {models[0]}" if models else ""
+        return f"this model has no conditions; train one with --condition {name}{other}"
     known = (f"{c.name} ({c.unit})" if c.unit else c.name for c in flow.config.conditions)
     return f"is unknown to this model, which knows {', '.join(known)}"
+
+
+def _conditions_of(model: str) -> list[str]:
+    """Returns the names of what conditions a shipped flow."""
+    return [condition["name"] for condition in read_header(shipped_path(model))["config"].get("conditions", ())]

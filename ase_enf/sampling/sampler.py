@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
 from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import Solver, SolverError
-from ase_enf.flow.devices import resolve_device
+from ase_enf.flow.devices import out_of_memory, resolve_device
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.sampling.compositions import awaited_composition, drawn_compositions
@@ -232,13 +232,33 @@ class Sampler:
         return sorted(batches, key=lambda batch: batch[0].index)
 
     def _integrate(self, drafts: list[Draft]) -> list[Atoms | None]:
-        """Returns a molecule for each draft, None where the integration failed."""
+        """Returns a molecule for each draft, None where the integration failed; in halves where memory is full."""
         try:
             batch = self.sample(drafts)
         except SolverError:
             if len(drafts) == 1:
                 return [None]
-            return [atoms for draft in drafts for atoms in self._integrate([draft])]  # one failed: find it
+            parts = [[draft] for draft in drafts]  # one failed: find it
+        except Exception as error:
+            if len(drafts) == 1 or not out_of_memory(error):
+                raise
+            parts = self._halved(drafts)
+        else:
+            return self._finished(batch, drafts)
+        return [atoms for part in parts for atoms in self._integrate(part)]
+
+    def _halved(self, drafts: list[Draft]) -> list[list[Draft]]:
+        """Returns the halves of a batch that memory does not hold; those to come are no larger."""
+        half = (len(drafts) + 1) // 2
+        if half < self.batch_size:
+            warnings.warn(
+                f"memory is not enough for {len(drafts)} molecules together; goes on with {half}", stacklevel=2
+            )
+        self.batch_size = min(self.batch_size, half)
+        return [drafts[:half], drafts[half:]]
+
+    def _finished(self, batch: Batch, drafts: list[Draft]) -> list[Atoms | None]:
+        """Returns the molecules of a batch, None where one is not finite or has atoms on one point."""
         both = torch.cat([batch.positions, batch.charges], dim=2)
         finite = torch.isfinite(both).all(dim=2).all(dim=1).tolist()
         safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # only to convert; failures are discarded

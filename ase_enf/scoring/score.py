@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ase_enf.atoms.batch import canonical_order, check_atoms, check_whole, one_or_many
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
-from ase_enf.flow.devices import resolve_device
+from ase_enf.flow.devices import out_of_memory, resolve_device
 from ase_enf.flow.divergence import Divergence, Field
 from ase_enf.flow.likelihood import LogProb
 from ase_enf.flow.model import ENF, check_flow
@@ -236,6 +236,7 @@ class Scorer:
         self.draws = draws
         self.tolerance = tolerance
         self.batch_size = batch_size
+        self.together = batch_size  # less where memory was not enough
         self.solver = flow.likelihood_solver
         self.properties: Mapping[str, float] | None = None
 
@@ -264,10 +265,25 @@ class Scorer:
         results: dict[int, Estimate] = {}
         with tqdm(total=len(rows), disable=not progress, unit="structure", dynamic_ncols=True) as bar:
             for group in self._groups(rows):
-                for row, estimate in zip(group, self._estimate(group), strict=True):
+                for row, estimate in zip(group, self._within_memory(group), strict=True):
                     results[row.index] = estimate
                 bar.update(len(group))
         return [results[index] for index in range(len(rows))]
+
+    def _within_memory(self, rows: list[Row]) -> list[Estimate]:
+        """Scores a batch, in parts that memory holds."""
+        estimates: list[Estimate] = []
+        while len(estimates) < len(rows):
+            part = rows[len(estimates) :][: self.together]
+            try:
+                estimates += self._estimate(part)
+            except Exception as error:
+                if len(part) == 1 or not out_of_memory(error):
+                    raise
+                self.together = (len(part) + 1) // 2
+                words = f"memory is not enough for {len(part)} structures together; goes on with {self.together}"
+                warnings.warn(words, stacklevel=2)
+        return estimates
 
     def _rank(self, atoms: Atoms) -> np.ndarray:
         """Returns the order in which noise is attached; any where there is none."""

@@ -1,7 +1,8 @@
-"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill``.
+"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill memory``.
 
 ``fuzz`` tries malformed inputs, ``--each`` of every kind; ``kill`` ends commands by SIGKILL at ``--kills`` random
-moments each, and goes on with them. What went wrong is listed with the seed that repeats it.
+moments each, and goes on with them; ``memory`` measures the peak of long requests. What went wrong is listed with the
+seed that repeats it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pandas as pd
 
 from benchmarks.reliability.fuzz import KINDS, SECONDS, fuzz
 from benchmarks.reliability.kill import VERBS, kill
+from benchmarks.reliability.memory import peaks
 from benchmarks.report import write_results
 
 
@@ -25,7 +27,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill"))
+    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "memory"))
     parser.add_argument("--each", type=int, default=400, help="malformed inputs of each kind (default: 400)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--kills", type=int, default=100, help="of each command (default: 100)")
@@ -37,6 +39,8 @@ def main() -> None:
         write_fuzz(options)
     if "kill" in options.stages:
         write_kills(options)
+    if "memory" in options.stages:
+        write_memory()
 
 
 def write_fuzz(options: argparse.Namespace) -> None:
@@ -55,6 +59,19 @@ def write_fuzz(options: argparse.Namespace) -> None:
     listed = [f"* {f.kind}, seed {f.seed}: {f.tried}: {f.happened}" for f in wrong]
     table = pd.DataFrame(rows).fillna(0).astype({name: int for name in ("inputs", "done", "refused", "wrong")})
     write_results(table, "reliability_fuzz", "Malformed inputs", "\n".join([notes, *([""] if listed else []), *listed]))
+
+
+def write_memory() -> None:
+    """Measures the memory of long requests."""
+    table = pd.DataFrame(
+        [(peak.request, f"{peak.molecules:,}", f"{peak.mib:.0f}") for peak in peaks()],
+        columns=["request", "molecules", "peak of the process, MiB"],
+    )
+    notes = (
+        "A flow of 4 atoms and a few weights, so that what is kept of molecules is seen, not the network. `generate`: "
+        "`igenerate`, molecule by molecule; `score`: a list of structures, and the table of all of them."
+    )
+    write_results(table, "reliability_memory", "Memory of long requests", notes)
 
 
 def write_kills(options: argparse.Namespace) -> None:

@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.units import Hartree
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ase_enf.atoms.batch import Batch
 from ase_enf.atoms.dataset import MoleculeSet
 from ase_enf.chem.bonds import bond_orders, stable_atoms
-from ase_enf.data.properties import UNITS
+from ase_enf.data.properties import HARTREE, UNITS
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.context import Condition
 from ase_enf.flow.continuous import Solver
@@ -99,7 +100,10 @@ def read_split(folder: Path, recipe: Recipe, code: int) -> MoleculeSet:
             data.bonds = torch.from_numpy(table["bonds"][np.repeat(chosen, sizes**2)])
             data.bond_starts = data.sizes.square().cumsum(0) - data.sizes.square()
         if recipe.conditions:
-            values = np.stack([table[name][chosen] for name in recipe.conditions], axis=1)
+            in_unit = [
+                Hartree if name in HARTREE else 1.0 for name in recipe.conditions
+            ]  # the file's are published ones
+            values = np.stack([table[name][chosen] for name in recipe.conditions], axis=1) * in_unit
             data.conditions = torch.from_numpy(values).float()
         return data
 
