@@ -148,7 +148,7 @@ def _truth(double: ENF, molecules: list[Atoms], answers: Sequence[pd.Series]) ->
     scorer = Scorer(double, "exact", 1, 1, math.inf, 1)
     batch = to_batch(molecules, double.species, double.config.dimension, dtype=torch.float64)
     noise = torch.zeros(*batch.mask.shape, double.config.flow_features, dtype=torch.float64)
-    if double.features == "joint":
+    if not double.config.mode.exact:
         for k, item in enumerate(molecules):
             noise[k, : len(item)] = scorer.noise([Row(0, item, canonical_order(item), 0)], noise.shape[-1])[0]
     value, gap = reference(double, batch, noise, lambda index: divergence.exact, enough)
@@ -168,11 +168,9 @@ def _spread(error: pd.Series | np.ndarray) -> str:
 def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
     """Returns log p by the exact trace inside dopri5 at 1e-5, with the noise of ``score``, and the evaluations."""
     scorer = Scorer(flow, "exact", 1, 1, math.inf, 1)
-    noise = (
-        scorer.noise([Row(0, item, canonical_order(item), 0)], flow.config.flow_features)
-        if flow.features == "joint"
-        else None
-    )
+    noise = None
+    if not flow.config.mode.exact:
+        noise = scorer.noise([Row(0, item, canonical_order(item), 0)], flow.config.flow_features)
     data = flow.encode(to_batch([item], flow.species, flow.config.dimension, dtype=flow.dtype), noise)
     velocity, n = flow.velocity(data.mask, data.context), flow.config.dimension
     evaluations = 0

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder that keeps geometries and scores")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
-    if flow.features != "given":
+    if not flow.config.types_given:
         raise SystemExit(f"{options.model}: features={flow.features!r}; conformers are scored by a 'given' model")
     flow.use_backend("auto")
     with tempfile.TemporaryDirectory() as folder:
