@@ -91,8 +91,9 @@ def test_stated_errors_cover_the_true_ones_of_many(name, kind):
     check(name, COUNTS[name], SOLVERS if kind == "exact" else FEW, kind)
 
 
-# References of molecules are expensive: few of them, the smallest, and no tight solver.
-MOLECULES = {"qm9-small": 5, "qm9-conditional": 3, "qm9": 2}
+# References of molecules are expensive: the smallest ones, and no tight solver. Those of the larger networks are open
+# but for the few above.
+MOLECULES = {"qm9-small": 5}
 COARSE = ("own", "rk4", "midpoint", "euler", "dopri5", "dopri5, loose")
 
 
