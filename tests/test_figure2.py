@@ -7,7 +7,7 @@ import pytest
 from ase.build import molecule
 
 from ase_enf.plot.animation import seen_broadside
-from benchmarks.figure2 import nearest, panels
+from benchmarks.tables.figure2 import nearest, panels
 
 
 def way(times: tuple[float, ...]) -> list:

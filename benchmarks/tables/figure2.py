@@ -1,6 +1,6 @@
 """Figure 2 of the paper: molecules on the way from noise to data, as panels.
 
-python -m benchmarks.figure2 qm9 --indices 0 1 2
+python -m benchmarks.tables.figure2 qm9 --indices 0 1 2
 
 Rows are molecules of a seed, columns times of the flow itself (``churn=0``), whose elements are those that decoding
 would give there.
