@@ -1,8 +1,8 @@
-"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill memory``.
+"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill memory load``.
 
 ``fuzz`` tries malformed inputs, ``--each`` of every kind; ``kill`` ends commands by SIGKILL at ``--kills`` random
-moments each, and goes on with them; ``memory`` measures the peak of long requests. What went wrong is listed with the
-seed that repeats it.
+moments each, and goes on with them; ``memory`` measures the peak of long requests, ``load`` time and memory
+of loading damaged weights. What went wrong is listed with the seed that repeats it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.reliability.fuzz import KINDS, SECONDS, fuzz
+from benchmarks.reliability.hostile import loads
 from benchmarks.reliability.kill import VERBS, kill
 from benchmarks.reliability.memory import peaks
 from benchmarks.report import write_results
@@ -27,7 +28,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "memory"))
+    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "memory", "load"))
     parser.add_argument("--each", type=int, default=400, help="malformed inputs of each kind (default: 400)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--kills", type=int, default=100, help="of each command (default: 100)")
@@ -41,6 +42,8 @@ def main() -> None:
         write_kills(options)
     if "memory" in options.stages:
         write_memory()
+    if "load" in options.stages:
+        write_load(options)
 
 
 def write_fuzz(options: argparse.Namespace) -> None:
@@ -72,6 +75,24 @@ def write_memory() -> None:
         "`igenerate`, molecule by molecule; `score`: a list of structures, and the table of all of them."
     )
     write_results(table, "reliability_memory", "Memory of long requests", notes)
+
+
+def write_load(options: argparse.Namespace) -> None:
+    """Measures how damaged weights are refused."""
+    found = loads(options.each, options.seed)
+    row = {
+        "files": found.files,
+        "loaded": found.loaded,
+        "refused": found.refused,
+        "wrong": found.files - found.loaded - found.refused,
+        "slowest, s": f"{found.longest:.2f}",
+        "memory that was added, MiB": f"{found.more:.0f}",
+    }
+    notes = (
+        "Weights of `dw4` with flipped bits, cut off, with noise, text or repetition inside, or with a header of "
+        f"absurd values. Loaded: what is left is whole weights. Seeds {options.seed} to {options.seed + options.each - 1}."
+    )
+    write_results(pd.DataFrame([row]), "reliability_load", "Damaged weights", notes)
 
 
 def write_kills(options: argparse.Namespace) -> None:
