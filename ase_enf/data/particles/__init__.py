@@ -27,7 +27,9 @@ name               <U>               ln Z              entropy
 ``lj13-factor2``   −42.977 ± 0.032   59.905 ± 0.026    16.927 ± 0.031
 =================  ================  ================  ================
 
-Of ``lj55-factor2`` <U> alone is known, −324.2 ± 0.4 by 300 sweeps of 4 ladders; ln Z takes hours of a core.
+Of ``lj55-factor2`` <U> alone is known: −325.58 ± 0.13 by 64 chains of 4000 sweeps that began in the icosahedron and
+melted (<x·∇U> is 162.2 ± 0.4 there, 162 by equipartition; ``of_liquid`` in the benchmarks, nine minutes of a core), and
+−324.2 ± 0.4 by 300 sweeps of 4 ladders from hot starts, an error of four values. ln Z takes hours of a core.
 """
 
 from __future__ import annotations
