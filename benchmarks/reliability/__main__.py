@@ -90,7 +90,8 @@ def write_load(options: argparse.Namespace) -> None:
     }
     notes = (
         "Weights of `dw4` with flipped bits, cut off, with noise, text or repetition inside, or with a header of "
-        f"absurd values. Loaded: what is left is whole weights. Seeds {options.seed} to {options.seed + options.each - 1}."
+        "absurd values. Loaded: what is left is whole weights. "
+        f"Seeds {options.seed} to {options.seed + options.each - 1}."
     )
     write_results(pd.DataFrame([row]), "reliability_load", "Damaged weights", notes)
 
