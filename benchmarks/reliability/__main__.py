@@ -56,7 +56,8 @@ def write_fuzz(options: argparse.Namespace) -> None:
         print(rows[-1], *found, sep="\n", flush=True)
     notes = (
         "Calls that were done, refused in one line (exit code 2 of the command line; ValueError, TypeError or OSError "
-        f"in Python), and wrong: a traceback, another exception or exit code, or no end within {SECONDS} s. Seeds "
+        f"in Python), and wrong: a traceback, another exception or exit code, or no end within {SECONDS} s of the "
+        "processor. Seeds "
         f"{options.seed} to {options.seed + options.each - 1} of each kind."
     )
     listed = [f"* {f.kind}, seed {f.seed}: {f.tried}: {f.happened}" for f in wrong]
