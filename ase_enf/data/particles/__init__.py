@@ -17,7 +17,8 @@ Units are reduced: lengths in r_m, energies in kT = 1. ASE reads the numbers as 
 which the densities ``exp(−U)`` hold is 1 eV / k_B = 11604.5 K.
 
 On the zero-mean subspace, in nats (``dw4`` by ``quadrature``, the others by ``ase_enf.data.mcmc.free_energy`` with
-5000 and 4000 sweeps of 64 ladders, LJ55 with fewer); the entropy is the lowest negative log-likelihood that a model can reach:
+5000 and 4000 sweeps of 64 ladders, LJ55 with fewer); the entropy is the lowest negative log-likelihood that a model
+can reach:
 
 =================  ================  ================  ================
 name               <U>               ln Z              entropy
@@ -29,8 +30,8 @@ name               <U>               ln Z              entropy
 =================  ================  ================  ================
 
 ``lj55-factor2`` is of 1500 sweeps of 8 ladders from hot starts, nine minutes of a core; thermodynamic integration of
-the same run has ln Z = 383.82 ± 0.09. 64 chains that began in the icosahedron and melted (``of_liquid`` in the benchmarks)
-have <U> = −325.58 ± 0.13, and <x·∇U> = 162.2 ± 0.4 where equipartition asks for 162.
+the same run has ln Z = 383.82 ± 0.09. 64 chains that began in the icosahedron and melted (``of_liquid`` in the
+benchmarks) have <U> = −325.58 ± 0.13, and <x·∇U> = 162.2 ± 0.4 where equipartition asks for 162.
 """
 
 from __future__ import annotations
