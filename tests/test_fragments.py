@@ -184,8 +184,9 @@ def test_strength_says_how_far_a_structure_is_varied(matched):
         spread.append(np.mean([np.abs(atoms.positions - ethanol.positions).mean() for atoms in drawn]))
     assert spread[0] < spread[1] < spread[2]
     ethanol.set_constraint(FixAtoms([0, 1]))
-    drawn = generate(flow, 1, fragment=ethanol, strength=0.5, solver=QUICK)[0]
-    assert np.array_equal(drawn.positions[:2], ethanol.positions[:2])
+    for strength in (0.5, 0.01):  # the latter is too late for particles to be compared
+        drawn = generate(flow, 1, fragment=ethanol, strength=strength, solver=QUICK)[0]
+        assert np.array_equal(drawn.positions[:2], ethanol.positions[:2])
 
 
 def test_latent_at_the_start_is_the_path():

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 # (t, predicted positions (B, M, n), predicted features (B, M, F)) → misfit U of each, shape (B,).
@@ -47,48 +46,45 @@ class Particles:
         self, misfit: Misfit, count: int, generators: Sequence[np.random.Generator], until: float = 0.0
     ) -> None:
         self.misfit, self.count, self.generators, self.until = misfit, count, generators, until
-        self._log_weights = np.zeros((len(generators), count))
-        self._before: NDArray[np.float64] | None = None
+        self._log_weights: Tensor | None = None  # (G, P) of G molecules
+        self._before: Tensor | None = None  # U at the last look, (G, P)
 
     def select(self, t: float, x: Tensor, h: Tensor) -> Tensor | None:
-        """Returns places in the batch of the particles that go on, None for all as they are."""
+        """Returns places in the batch of the particles that go on, None for all as they are; nothing is read back."""
         if t < self.until:
             return None
-        now = self.misfit(t, x, h).double().cpu().numpy().reshape(self._log_weights.shape)
-        now = np.nan_to_num(now, nan=LOST, posinf=LOST)
-        if self._before is not None:
-            self._log_weights += self._before - now
-        self._before = now
-        weights = self._weights()
-        few = 1.0 / np.square(weights).sum(axis=1) < self.count / 2
-        if not few.any():
+        now = self.misfit(t, x, h).double().view(len(self.generators), self.count)
+        now = torch.nan_to_num(now, nan=LOST, posinf=LOST)
+        if self._before is None:
+            self._log_weights, self._before = torch.zeros_like(now), now
             return None
-        own = np.tile(np.arange(self.count), (len(weights), 1))
-        for row in np.flatnonzero(few):
-            own[row] = _systematic(weights[row], self.generators[row])
-            self._log_weights[row] = 0.0
-        self._before = np.take_along_axis(now, own, axis=1)
-        return self._places(own)
+        log_weights = self._log_weights + self._before - now
+        weights = torch.softmax(log_weights, dim=1)
+        few = (1.0 / weights.square().sum(dim=1, keepdim=True)) < self.count / 2
+        places = torch.arange(self.count, device=now.device)
+        own = torch.where(few, _places(weights, (self._uniform(now) + places) / self.count), places)
+        self._log_weights = torch.where(few, 0.0, log_weights)
+        self._before = now.gather(1, own)
+        return self._in_batch(own)
 
     def last(self) -> Tensor:
         """Returns the place of one particle a molecule, drawn by the weights at the end."""
-        drawn = [
-            generator.choice(self.count, p=weights)
-            for generator, weights in zip(self.generators, self._weights(), strict=True)
-        ]
-        return self._places(np.array(drawn)[:, None])
+        if self._log_weights is None:  # nothing was looked at: they are all alike
+            return self._in_batch(torch.zeros(len(self.generators), 1, dtype=torch.long))
+        weights = torch.softmax(self._log_weights, dim=1)
+        return self._in_batch(_places(weights, self._uniform(weights)))
 
-    def _weights(self) -> NDArray[np.float64]:
-        relative = np.exp(self._log_weights - self._log_weights.max(axis=1, keepdims=True))
-        return relative / relative.sum(axis=1, keepdims=True)
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Draws a number in [0, 1) for each molecule, shape (G, 1)."""
+        drawn = [[generator.random()] for generator in self.generators]
+        return torch.tensor(drawn, dtype=like.dtype, device=like.device)
 
-    def _places(self, own: NDArray[np.int64]) -> Tensor:
-        first = self.count * np.arange(len(own))
-        return torch.from_numpy((own + first[:, None]).ravel())
+    def _in_batch(self, own: Tensor) -> Tensor:
+        first = self.count * torch.arange(len(own), device=own.device)
+        return (own + first.unsqueeze(1)).flatten()
 
 
-def _systematic(weights: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.int64]:
-    """Draws as many places as there are weights, each w P times to the next whole number up or down."""
-    count = len(weights)
-    ticks = (generator.random() + np.arange(count)) / count
-    return np.minimum(np.searchsorted(np.cumsum(weights), ticks), count - 1)
+def _places(weights: Tensor, ticks: Tensor) -> Tensor:
+    """Returns in which share of (0, 1) each tick lies, shares w (G, P) side by side and ticks (G, T); shape (G, T)."""
+    below = ticks.unsqueeze(2) > weights.cumsum(dim=1).unsqueeze(1)
+    return below.sum(dim=2).clamp(max=weights.shape[1] - 1)
