@@ -1,7 +1,7 @@
 """The pairs of one EGCL for GPUs: ordinary matrix products, and Triton kernels for all that lies between them.
 
 What a pair needs, its distances and radial functions, gates, sums over neighbours and moves of eq. 4, 5 and 9, is
-computed in five kernels that read and write each large tensor once; the three products with the matrices of the layer
+computed in seven kernels that read and write each large tensor once; the products with the matrices of the layer
 are torch's. The kernels know first derivatives only, and none with respect to the second distance; whoever needs more
 uses the plain layer, which is the definition.
 
