@@ -1,6 +1,6 @@
 """E(n) equivariant normalizing flows for ``ase.Atoms``: generate, score and train.
 
-Names are loaded when they are first used: ``import ase_enf`` imports neither torch nor rdkit.
+Names are loaded on first use: ``import ase_enf`` imports neither torch nor RDKit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PUBLIC = {
     "score": "scoring.score",
     "train": "training.loop",
 }
-# Public name → module that it is.
+# Public name → module it stands for.
 _MODULES = {"data": "data", "metrics": "metrics", "molecules": "atoms.batch"}
 
 __all__ = [*_PUBLIC, *_MODULES]  # noqa: PLE0604 (names are strings of the tables above)
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
         try:
             value = metadata.version("ase-enf")
-        except metadata.PackageNotFoundError:  # a source tree that is not installed
+        except metadata.PackageNotFoundError:  # an uninstalled source tree
             value = "unknown"
     else:
         raise AttributeError(f"module 'ase_enf' has no attribute {name!r}")

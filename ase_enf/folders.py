@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make or fetch again."""
+"""The folder for files that this package can make or download again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from platformdirs import user_cache_path
 
 
 def cache_folder() -> Path:
-    """Returns the folder of downloads, compact copies and compiled kernels, which need not exist.
+    """Returns the folder for downloads, compact copies and compiled kernels, which need not exist yet.
 
-    It is the one that ``ASE_ENF_CACHE`` names, or else the platform's cache folder (``$XDG_CACHE_HOME/ase-enf`` or
-    ``~/.cache/ase-enf`` on Linux).
+    The environment variable ``ASE_ENF_CACHE`` sets it; otherwise it is the cache folder of the platform
+    (``$XDG_CACHE_HOME/ase-enf`` or ``~/.cache/ase-enf`` on Linux).
 
     Example:
         >>> cache_folder().is_absolute()

@@ -9,11 +9,11 @@ from torch import Tensor
 def subspace_dim(mask: Tensor, n: int) -> Tensor:
     """Returns the dimension of the zero-centre-of-mass subspace, ``(M − 1) n``.
 
-    Every normaliser and every scaling of positions counts with this number (eq. 10-11).
+    Normalisers of densities and volumes of scalings use this number (eq. 10-11).
 
     Args:
         mask: True for real atoms, shape (B, M).
-        n: The dimension of space.
+        n: Dimension of space.
 
     Returns:
         Dimensions, shape (B,), dtype int64.
@@ -89,11 +89,12 @@ def random_rotations(
 ) -> Tensor:
     """Draws Haar-distributed rotations by the QR decomposition of Gaussian matrices.
 
-    The signs of R's diagonal are moved into Q, without which QR is not Haar (Mezzadri 2007, math-ph/0609050).
+    The signs of the diagonal of R are moved into Q, which is not Haar-distributed otherwise (Mezzadri 2007,
+    math-ph/0609050).
 
     Args:
-        count: How many.
-        n: The dimension of space.
+        count: Number of rotations.
+        n: Dimension of space.
         generator: Source of randomness, on the CPU.
         dtype: Floating type, torch's default when None.
 
@@ -102,5 +103,5 @@ def random_rotations(
     """
     q, r = torch.linalg.qr(torch.randn(count, n, n, generator=generator, dtype=dtype))
     q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    # A reflection becomes a rotation by turning one column around.
+    # Changing the sign of one column turns a reflection into a rotation.
     return torch.cat([q[..., :1] * torch.linalg.det(q).sign()[:, None, None], q[..., 1:]], dim=-1)

@@ -1,4 +1,4 @@
-"""Work side by side on the CPU: independent pieces in threads of their own beat many threads inside each operation."""
+"""Parallel work on a CPU: one thread for each independent piece is faster than many threads in each operation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ Result = TypeVar("Result")
 
 
 def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Returns ``[work(item) for item in items]``, computed by as many threads as torch uses, without a graph.
+    """Returns ``[work(item) for item in items]``, computed by as many threads as torch uses, without gradients.
 
-    Each thread runs its operations alone; torch's number of threads is 1 meanwhile and then what it was.
+    Operations inside each thread use one thread only; torch's number of threads is restored afterwards.
+
+    Args:
+        work: A function of one item.
+        items: Independent items.
 
     Example:
         >>> map_threads(lambda k: k * k, range(4))
@@ -36,7 +40,12 @@ def map_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[R
 
 
 def share_out(size: int, work: Callable[[int, int, int], None]) -> None:
-    """Calls ``work(k, first, last)`` on equal shares of ``size`` items, side by side; for work that leaves Python."""
+    """Calls ``work(k, first, last)`` for equal shares of ``size`` items in parallel; for work that releases the GIL.
+
+    Args:
+        size: Number of items.
+        work: Function of the number k of the share, its first item, and the item after its last one.
+    """
     count = shares(size)
     bounds = [size * k // count for k in range(count + 1)]
     pool = _plain_pool(torch.get_num_threads() - 1) if count > 1 else None
@@ -47,7 +56,7 @@ def share_out(size: int, work: Callable[[int, int, int], None]) -> None:
 
 
 def shares(size: int) -> int:
-    """Returns in how many shares :func:`share_out` takes ``size`` items."""
+    """Returns the number of shares into which :func:`share_out` divides ``size`` items."""
     return max(1, min(torch.get_num_threads(), size))
 
 

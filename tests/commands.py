@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a folder of inputs, and commands as a shell would run them."""
+"""Helpers for tests of the command line: a folder of inputs, and commands run as by a shell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = ["--hidden", "8", "--layers", "1", "--batch-size", "8", "--validation-siz
 
 FAST = ["--steps", "3"]
 
-SCORE = ["score", "joint.safetensors", "good.extxyz", "--draws", 2, *FAST]
+SCORE = ["score", "joint.safetensors", "good.extxyz", "--importance-samples", 2, *FAST]
 
 GENERATE = ["generate", "joint.safetensors", "-o", "out.extxyz"]
 
@@ -69,7 +69,7 @@ def fill_workshop(folder: Path) -> Path:
 
 
 def run(*words: object) -> int:
-    """The exit code, as a shell would see it."""
+    """Runs a command and returns its exit code."""
     try:
         return main([str(word) for word in words])
     except SystemExit as stop:
@@ -77,7 +77,7 @@ def run(*words: object) -> int:
 
 
 def error_of(capsys, *words: object) -> str:
-    """The one line that a mistake gives."""
+    """Runs a command that fails, and returns its one line on standard error."""
     capsys.readouterr()
     assert run(*words) == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Options and fixtures that every test may use; what needs torch imports it inside."""
+"""Options and fixtures for all tests; those that need torch import it inside."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def tolerance(dtype):
-    """Absolute and relative tolerance of "to rounding"."""
+    """Absolute and relative tolerance for equality up to rounding."""
     import torch
 
     return {"atol": 1e-10, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 2e-4, "rtol": 2e-4}
@@ -44,7 +44,7 @@ def tolerance(dtype):
 def reproducible():
     """Seeds the global generators, and fails a test that leaves another default dtype behind."""
     np.random.seed(0)
-    torch = sys.modules.get("torch")  # never the reason why torch is imported
+    torch = sys.modules.get("torch")  # does not import torch itself
     if torch is None:
         yield
         return
@@ -73,7 +73,7 @@ def ethanol() -> Atoms:
 
 @pytest.fixture
 def stir():
-    """Gives a module weights of ordinary size: the small start of a flow would make most theorems true of anything."""
+    """Gives a module weights of ordinary size: with the small initial ones of a flow, most theorems hold trivially."""
     import torch
 
     def shake(module, scale: float = 0.5, seed: int = 1):

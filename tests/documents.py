@@ -1,7 +1,7 @@
-"""Runs the code of Markdown pages: python blocks in one namespace, shell blocks command by command, in one folder.
+"""Runs the code of Markdown pages in one folder: Python blocks in one namespace, shell blocks command by command.
 
-A block is left out only by a comment on the line before it: ``<!-- not run: reason -->``, or ``<!-- needs: module -->``
-where that module is not installed. Commands that set up an environment are left out by ``ENVIRONMENT``.
+A block is skipped only by a comment on the line before it: ``<!-- not run: reason -->``, or ``<!-- needs: module -->``
+if that module is not installed. Commands in ``ENVIRONMENT``, which set up an environment, are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-# Commands that make an environment; the environment of this test is there already.
+# Commands that set up an environment, which the test already has.
 ENVIRONMENT = re.compile(
     r"^(python3? -m (venv|pip|pytest)|pip install|git clone|cd |source \S*activate|\. \S*activate)\b"
 )
@@ -50,7 +50,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def _reason(comment: str) -> str | None:
-    """Why the block after a line is left out, if it is."""
+    """Returns why the block after a line is skipped, or None."""
     if said := re.fullmatch(r"<!--\s*not run:\s*(.+?)\s*-->", comment):
         return said.group(1)
     needs = re.fullmatch(r"<!--\s*needs:\s*(\w+)\s*-->", comment)
@@ -69,7 +69,7 @@ def commands(block: Block) -> list[str]:
 
 
 def smaller(code: str, table: list[tuple[str, str]]) -> str:
-    """The code with the substitutions of a table."""
+    """Returns code with the substitutions of a table."""
     for said, done in table:
         code = code.replace(said, done)
     return code
@@ -89,9 +89,9 @@ def run_all(
         text: The page.
         folder: Where commands run; also the current folder of the test.
         table: Substitutions, see :func:`smaller`.
-        name: Of the page, for tracebacks.
-        namespace: Of the python blocks; pages that share one go on with each other's names.
-        timeout: Seconds for one command.
+        name: Name of the page, for tracebacks.
+        namespace: Namespace of the Python blocks, which several pages may share.
+        timeout: Time limit of one command, seconds.
     """
     namespace = {} if namespace is None else namespace
     namespace.setdefault("__name__", "__page__")

@@ -1,4 +1,4 @@
-"""Aligned noise lies nearer to its data, in the same orbit."""
+"""Aligned noise is nearer to its data, and in the same orbit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_round_brings_noise_nearer_to_its_data(dimension):
 
 
 def test_aligned_noise_is_of_the_same_orbit():
-    """The sorted distances of all pairs tell orbits apart."""
+    """Sorted pair distances identify an orbit."""
     x, z = configurations(2), configurations(3)
     distances = [torch.cdist(y, y).flatten(1).sort(dim=1).values for y in (z, aligned(x, z))]
     assert torch.allclose(*distances, atol=1e-10)

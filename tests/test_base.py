@@ -1,4 +1,4 @@
-"""The base distributions are normalised on their own spaces, and sampling matches the density."""
+"""Base distributions: normalised on their own spaces; samples agree with the density."""
 
 from __future__ import annotations
 

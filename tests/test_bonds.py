@@ -1,4 +1,4 @@
-"""Bonds and stability: the published table, and what must not change its verdict."""
+"""Bonds and stability: the published table, and invariances of its verdict."""
 
 from __future__ import annotations
 

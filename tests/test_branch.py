@@ -1,4 +1,4 @@
-"""Runs without an end: a constant learning rate, two averages, and branches that cool down beside the trunk."""
+"""Open-ended runs: a constant learning rate, two averages, and branches whose rate falls while the trunk continues."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_trunk_has_a_constant_rate_and_no_end_of_its_own(trunk, tmp_path):
 
 
 def test_where_a_trunk_pauses_makes_no_difference(trunk, tmp_path):
-    """Neither a pause nor a number of steps that is raised later; the validation at the pause is one more."""
+    """Neither a pause nor raising the number of steps later has an effect, except one more validation at the pause."""
     config = trunk_config(out=tmp_path / "run", steps=None, time_limit=1e-9)
     train(config, TRAIN, VALID)
     train(dataclasses.replace(config, steps=12, time_limit=None), TRAIN, VALID, resume=True)
@@ -95,7 +95,7 @@ def test_a_trunk_goes_on_as_if_it_had_no_branches(trunk, tmp_path):
 
 
 def test_a_branch_starts_from_the_weights_of_its_trunk(trunk, tmp_path):
-    """With rates of zero the branch stays where the trunk was."""
+    """With a learning rate of zero, a branch keeps the weights of its trunk."""
     copied = shutil.copytree(trunk, tmp_path / "run")
     state = state_of(copied)
     still = {"learning_rate": 1e-30, "muon_learning_rate": 1e-30}
@@ -128,7 +128,7 @@ def test_a_branch_leaves_from_a_plateau_only(tmp_path):
     with pytest.raises(ValueError, match="has done 1 steps, and its warm-up takes 2"):
         train(early, TRAIN, VALID, branch_of=falling.out)
     train(falling, TRAIN, VALID, resume=True)
-    with pytest.raises(ValueError, match="falls already, at step 8"):
+    with pytest.raises(ValueError, match="is falling already at step 8"):
         train(early, TRAIN, VALID, branch_of=falling.out)
     with pytest.raises(ValueError, match="choose one of them"):
         train(early, TRAIN, VALID, resume=True, branch_of=falling.out)
@@ -140,7 +140,7 @@ def test_a_branch_leaves_from_a_plateau_only(tmp_path):
 
 
 def test_two_averages_are_those_of_their_decays(monkeypatch):
-    """Against averages that are made beside the run; both have the same short memory in the first steps."""
+    """Compared with averages computed outside the run; both have the same short memory in the first steps."""
     from ase_enf.training import loop
 
     plain, beside = loop.train_step, []
@@ -190,7 +190,7 @@ def test_a_branch_by_the_command_resumes_like_any_run(tmp_path, monkeypatch, cap
     words = ["train", "--data", "data.extxyz", "--valid", "data.extxyz", *small]
     assert cli.main([*words, "--out", "trunk", "--schedule", "constant", "--time-limit", "1e-9"]) == 0
     said = capsys.readouterr().err
-    assert "stopped by the time limit at step 1; go on with ase-enf train --resume trunk" in said
+    assert "stopped by the time limit at step 1; continue with ase-enf train --resume trunk" in said
     assert cli.main(["train", "--resume", "trunk", "--steps", "10"]) == 0
     assert cli.main(["train", "--resume", "trunk", "--cool-down", "0.2"]) == 2
     assert "makes a branch; add --out" in capsys.readouterr().err

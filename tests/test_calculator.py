@@ -1,4 +1,4 @@
-"""The calculator: its forces are the derivative of its energy, which is a function of the shape of a molecule alone."""
+"""The calculator: forces are derivatives of the energy, which depends on the shape of a molecule only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from scipy.spatial.transform import Rotation
 import ase_enf.scoring.calculator as module
 from ase_enf.atoms.batch import to_batch
 from ase_enf.flow.continuous import INTERVALS, Solver
+from ase_enf.flow.loading import load
 from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.scoring.calculator import DEFAULT_SMEAR, ENFCalculator, log_likelihood_gradient, smeared_log_likelihood
 
@@ -42,7 +43,7 @@ def energy(flow, atoms: Atoms, **options) -> float:
 
 
 def slope(flow, atoms: Atoms, direction: np.ndarray, d: float = 1e-3) -> float:
-    """Derivative of the energy along a direction, by central differences of fourth order."""
+    """Returns the derivative of the energy along a direction, by central differences of fourth order."""
     values = {}
     for step in (-2, -1, 1, 2):
         moved = atoms.copy()
@@ -60,6 +61,24 @@ def test_forces_are_the_derivative_of_the_energy(float64_flow):
     assert (atoms.get_forces() * direction).sum() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_forces_do_not_depend_on_where_they_are_asked_for(make_flow, tmp_path, without):
+    make_flow("given", layers=1).save(tmp_path / "flow.safetensors")
+    atoms, found = rattled(), []
+
+    def forces() -> np.ndarray:
+        atoms.calc = ENFCalculator(load(tmp_path / "flow.safetensors", device="cpu"), kT=1.0, steps=STEPS)
+        return atoms.get_forces()
+
+    found.append(forces())
+    with without():
+        found.append(forces())
+        outside = ENFCalculator(load(tmp_path / "flow.safetensors", device="cpu"), kT=1.0, steps=STEPS)
+    atoms.calc = outside
+    found.append(atoms.get_forces())
+    assert all(np.array_equal(found[0], others) for others in found[1:])
+
+
 def test_forces_agree_with_those_of_ase(make_flow):
     from ase.calculators.fd import calculate_numerical_forces
 
@@ -70,7 +89,7 @@ def test_forces_agree_with_those_of_ase(make_flow):
 
 
 def test_forces_of_a_network_that_is_not_invariant_are_derivatives_too(make_flow):
-    """Positions are centred before the network sees them, which the gradient must know."""
+    """Positions are centred before the network sees them, which the gradient must include."""
     flow = make_flow("given", network="gnn", layers=1).double()
     atoms, direction = rattled(), np.random.default_rng(4).standard_normal((3, 3))
     expected = -slope(flow, atoms, direction)
@@ -118,7 +137,7 @@ def test_log_likelihood_is_that_of_score(make_flow, features):
     import ase_enf
 
     flow, solver, atoms = make_flow(features).double(), Solver("rk4", steps=16, warp=2.0), rattled()
-    row = ase_enf.score(flow, atoms, trace="exact", solver=solver, tolerance=math.inf).iloc[0]
+    row = ase_enf.score(flow, atoms, trace="exact", solver=solver, max_stderr=math.inf).iloc[0]
     ours = log_likelihood_gradient(flow, atoms, solver, intervals=INTERVALS)  # as score starts
     assert ours.log_likelihood == pytest.approx(row.log_likelihood, abs=1e-9)
 
@@ -179,10 +198,11 @@ def test_parameters_are_json_scalars(make_flow):
     [
         ({"solver": "dopri5"}, "'dopri5' is adaptive"),
         ({"solver": Solver()}, "'dopri5' is adaptive"),
-        ({"solver": StochasticSampler(churn=2.0)}, "churn 2: renewed noise has no likelihood"),
+        ({"solver": StochasticSampler(churn=2.0)}, "churn 2: has no likelihood; give a Solver"),
         ({"kT": 0.0}, "kT=0"),
         ({"kT": -1.0}, "kT=-1"),
         ({"kT": math.nan}, "kT=nan"),
+        ({"smear": 10**400}, "int too large"),
     ],
 )
 def test_bad_settings(make_flow, options, words):
@@ -255,7 +275,7 @@ def test_the_cost_falls_with_the_steps(make_flow, monkeypatch, asked):
 
 
 def matched(make_flow, features: str = "given"):
-    """A flow that says that flow matching trained it."""
+    """Returns a flow configured as trained by flow matching."""
     flow = make_flow(features, layers=1, scale=0.5).double()
     flow.config = dataclasses.replace(flow.config, path="linear")
     return flow
@@ -274,7 +294,7 @@ def test_smeared_forces_are_the_derivative_of_the_smeared_energy(make_flow, feat
 
 @pytest.mark.parametrize("smear", [0.0, 0.2, 0.7])
 def test_smeared_data_of_a_gaussian_are_a_wider_gaussian(make_flow, smear):
-    """The flow of x_t = (1 − t) x + t z for Gaussian data of width w: log p_σ is that of width √(w² + σ²)."""
+    """For the flow of x_t = (1 − t) x + t z with Gaussian data of width w, p_σ is a Gaussian of width √(w² + σ²)."""
     flow = make_flow("none", layers=1, position_scale=1.4, sizes={3: 1}).double()
     flow.config = dataclasses.replace(flow.config, path="linear")
     width = 0.3  # of the data, in units of the flow

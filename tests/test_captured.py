@@ -1,4 +1,4 @@
-"""The step that a GPU captures does what the trainer's optimizers do, skips what is not finite, and pads nothing in."""
+"""The captured training step: equal to the trainer's optimizers, skips non-finite steps, independent of padding."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ def test_a_step_that_is_not_finite_changes_nothing(make_flow):
     after = flat.tensors()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert after["skipped"] == 1 and after["count"] == 1
+
+
+def test_a_gradient_of_zero_does_not_clip_those_that_follow(make_flow):
+    flow = make_flow("given", hidden=8, layers=2).float()
+    flat = FlatOptimizer(flow)
+    flat.step(torch.tensor(1.0))  # the gradient is zero
+    before = flat.weights.clone()
+    flat.gradient.fill_(1e-3)
+    flat.step(torch.tensor(1.0))
+    assert flat.first.norm() > 0 and not torch.equal(flat.weights[: flat.others], before[: flat.others])
+    assert flat.recent_norms() == [pytest.approx(float(flat.norm))]
 
 
 def test_batches_of_the_device_are_those_of_the_set(data):
@@ -138,7 +149,7 @@ def test_rounded_products_change_velocities_little(make_flow):
 @pytest.mark.parametrize("features", ["joint", "given", "none"])
 @pytest.mark.parametrize("products", [None, torch.bfloat16])
 def test_a_step_never_waits_for_the_host(make_flow, data, features, products):
-    """The device "meta" has no values: a read by the host, or a tensor of another device, fails there."""
+    """Reading a value, or mixing devices, fails on the device "meta", which has no values."""
     meta = torch.device("meta")
     flow = make_flow(features, species=("H", "C", "O") if features != "none" else ()).float()
     flow = ENF(dataclasses.replace(flow.config, parameterisation="denoising")).to(meta)
@@ -149,4 +160,4 @@ def test_a_step_never_waits_for_the_host(make_flow, data, features, products):
     steps(0, torch.zeros(4, dtype=torch.long, device=meta))
     assert steps.loss_sum.is_meta and optimizer.weights.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(steps.loss_sum)  # and such a read would have been noticed
+        float(steps.loss_sum)  # such a read would have been noticed

@@ -1,4 +1,4 @@
-"""``ase-enf boltzmann`` from a file to a report, and again."""
+"""``ase-enf boltzmann``: from a file to a report, and resumed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,25 @@ def test_from_a_file_to_a_report(tmp_path, monkeypatch, capsys):
         warnings.simplefilter("ignore")
         code = main(words)
         said = capsys.readouterr()
-        # Two steps of training may or may not give a molecule among forty draws; either way it is said.
+        # After two training steps, forty draws may or may not hold the molecule; both cases are reported.
         assert code in (0, 2)
         assert ("# H2O at 400 K" in said.out) if code == 0 else ("none of 40 draws is the molecule" in said.err)
         assert (tmp_path / "out" / "thermal.extxyz").exists()
         assert main(words) == code
         assert main([*words, "--seed", "1"]) == 2
     assert "holds a run with seed=0, not 1; name another file" in capsys.readouterr().err
+
+
+def test_turns_reach_the_walkers(tmp_path, monkeypatch, capsys):
+    from ase_enf.ensemble import study
+
+    asked = {}
+
+    def boltzmann(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise ValueError("enough is known")
+
+    monkeypatch.setattr(study, "boltzmann", boltzmann)
+    write(tmp_path / "ethanol.xyz", molecule("CH3CH2OH"))
+    assert main(["boltzmann", str(tmp_path / "ethanol.xyz"), "-o", "new", "--turn", "1", "2", "--turn", "0", "1"]) == 2
+    assert asked["sampling"] == {"turn": [[1, 2], [0, 1]]} and "enough is known" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+from ase.build import molecule
+from ase.io import write
 from commands import FAST, SCORE, error_of, process, run
 
 from ase_enf.cli import progress
@@ -29,8 +31,18 @@ def test_an_unknown_option_points_at_the_help_of_its_command(here, capsys):
         assert said == f"ase-enf {command[0]}: {expected}"
 
 
+def test_processes_of_torchrun_do_not_write_the_same_files(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in ([*SCORE, "-o", "scores.csv"], ["evaluate", "good.extxyz", "-o", "report.json"],
+                  ["boltzmann", "good.extxyz", "-o", "study"],
+                  ["convert-en-flows", "weights.npz", "-o", "weights.safetensors"]):  # fmt: skip
+        assert f"{words[0]} is for one process; leave torchrun out" in error_of(capsys, *words)
+        assert not (here / words[-1]).exists()
+    assert run("info", "dw4") == 0
+
+
 def test_nothing_is_overwritten_silently(here, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr(ENF, "sample")  # said before anything is computed
+    monkeypatch.delattr(ENF, "sample")  # before anything is computed
     monkeypatch.delattr(ENF, "log_prob")
     generate, evaluate = ["generate", "joint.safetensors", "-n", 2], ["evaluate", "good.extxyz"]
     pictured = [*generate, "-o", tmp_path / "n.traj", "--gallery"]
@@ -43,7 +55,7 @@ def test_nothing_is_overwritten_silently(here, tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_text("mine")
         said = error_of(capsys, *words, tmp_path / name)
         added = ", --append adds to it" if name in ("m.extxyz", "m.db", "s.csv", "s.extxyz") else ""
-        assert f"{tmp_path / name}: is there already; --overwrite replaces it{added}, or name another" in said
+        assert f"{tmp_path / name}: already exists; --overwrite replaces it{added}, or name another" in said
         assert (tmp_path / name).read_text() == "mine"
     assert "choose one" in error_of(capsys, *generate, "-o", tmp_path / "m.extxyz", "--append", "--overwrite")
     assert "is no ASE database; nothing can be added" in error_of(
@@ -55,12 +67,75 @@ def test_nothing_is_overwritten_silently(here, tmp_path, capsys, monkeypatch):
     assert "good.extxyz holds 2 structures" in error_of(capsys, *SCORE, "--start", 2)
 
 
+@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db", "traj", "csv"])
+def test_a_file_that_is_there_says_how_the_command_that_left_it_goes_on(here, tmp_path, capsys, monkeypatch, ending):
+    path = tmp_path / f"out.{ending}"
+    words = SCORE if ending == "csv" else ["generate", "joint.safetensors", "-n", 5, "--start", 3, *FAST]
+    assert run(*words, *(() if ending == "csv" else ("-n", 2)), "-o", path) == 0
+    monkeypatch.delattr(ENF, "sample")
+    monkeypatch.delattr(ENF, "log_prob")
+    done, go_on = ("2 scores", "--start 2") if ending == "csv" else ("2 molecules", "--start 5 -n 3")
+    end = f"; if this command wrote it and ended after {done}, --append {go_on} continues it\n"
+    assert error_of(capsys, *words, "-o", path).endswith(end)
+    if ending != "csv":  # the file is complete
+        assert error_of(capsys, *words, "-n", 2, "-o", path).endswith("or name another file\n")
+    for content in (b"", b"mine", path.read_bytes()[:50]):  # the number of structures cannot be determined
+        path.write_bytes(content)
+        assert error_of(capsys, *words, "-o", path).endswith("or name another file\n")
+        assert path.read_bytes() == content
+
+
+def test_what_a_command_reads_is_not_replaced_by_what_it_writes(here, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(ENF, "sample")
+    fragment, listed, study = tmp_path / "fragment.extxyz", tmp_path / "listed.json", tmp_path / "study"
+    study.mkdir()
+    for path in (fragment, listed, study / "thermal.extxyz"):
+        write(path, molecule("H2O"))
+    (tmp_path / "link.extxyz").symlink_to(fragment)
+    before = {path: path.read_bytes() for path in (fragment, listed, study / "thermal.extxyz")}
+    generate = ["generate", "joint.safetensors", "--fragment", fragment, "--overwrite"]
+    for words in (
+        [*generate, "-o", fragment],
+        [*generate, "-o", tmp_path / "link.extxyz"],
+        [*generate, "-o", tmp_path / "m.extxyz", "--trajectory", fragment],
+        ["evaluate", listed, "-o", listed, "--overwrite"],
+        ["evaluate", "good.extxyz", "--reference", listed, "-o", listed, "--overwrite"],
+        ["boltzmann", study / "thermal.extxyz", "-o", study],
+    ):
+        assert "is what this command reads, and it would be lost" in error_of(capsys, *words)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     assert run("generate", "joint.safetensors", "-n", 3, "-o", tmp_path / "m.extxyz", *FAST) == 0
     assert capsys.readouterr().err.splitlines()[:2] == ["ase-enf: 1 of 3 molecules", "ase-enf: 2 of 3 molecules"]
     assert run(*SCORE, "--batch-size", 1) == 0
-    assert capsys.readouterr().err == "ase-enf: 1 of 2 structures\n"
+    assert capsys.readouterr().err == "ase-enf: 1 of 2 structures, about 1 minute left\n"
+
+
+def test_an_interruption_does_not_hide_the_error_before_it(here, tmp_path, capsys, monkeypatch):
+    """For instance when torchrun ends a process that has just lost another one."""
+
+    def lost(*_, **__):
+        try:
+            raise ConnectionError("process 0 of 2 lost another one")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ase_enf.flow.loading.load", lost)
+    assert run("generate", "joint.safetensors", "-n", 1, "-o", tmp_path / "m.xyz") == 130
+    assert capsys.readouterr().err == "ase-enf: interrupted; process 0 of 2 lost another one\n"
+
+
+def test_an_interruption_while_an_error_is_said_ends_in_one_line(here, tmp_path, capsys, monkeypatch):
+    def cut(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ase_enf.flow.devices.out_of_memory", cut)
+    assert run("generate", "no-such-model", "-n", 1, "-o", tmp_path / "m.xyz") == 130
+    said = capsys.readouterr().err
+    assert said.startswith("ase-enf: interrupted; ") and "no-such-model" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["evaluate", "good.extxyz", "--reference"], ["score", "qm9"]])

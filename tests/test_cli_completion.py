@@ -1,4 +1,4 @@
-"""``ase-enf --completion``: what Tab offers in bash."""
+"""``ase-enf --completion``: completions in bash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def offered(tmp_path_factory):
-    """Returns what Tab offers behind some words."""
+    """Returns the completions after some words."""
     pytest.importorskip("shtab")
     if shutil.which("bash") is None:
         pytest.skip("there is no bash")

@@ -39,7 +39,7 @@ def test_properties_from_training_to_scores(structures, tmp_path):
     scores = []
     for words in ([], ["--property", "gap=5.5"]):
         table = tmp_path / f"scores{len(words)}.csv"
-        assert run("score", weights, structures, "-o", table, "--draws", 1, "--steps", 4, *words) == 0
+        assert run("score", weights, structures, "-o", table, "--importance-samples", 1, "--steps", 4, *words) == 0
         scores.append(pd.read_csv(table).log_likelihood)
     assert np.isfinite(scores).all() and (scores[0] != scores[1]).any()
 

@@ -28,6 +28,8 @@ def test_evaluate(here, tmp_path, capsys, reference):
     assert (tmp_path / "h.png").exists() == (reference == "methane.xyz")
     said = capsys.readouterr()
     assert "molecule_stability" in said.out and said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 100
+    assert all(f"\n{row['metric']}: " in said.out for row in rows)  # what each counts
 
 
 def test_evaluate_draws_a_gallery(here, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""``ase-enf generate``: what it writes, what is kept of work that ends early, and how it goes on."""
+"""``ase-enf generate``: its output, what is saved if it ends early, and how it continues."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_generate_options(here, tmp_path):
     assert run("generate", "joint.safetensors", "-n", 9, "-o", tmp_path / "closed.extxyz", "--closed-shell", *FAST) == 0
     closed = read(tmp_path / "closed.extxyz", index=":")
     assert not any(atoms.numbers.sum() % 2 for atoms in closed)
-    assert any(atoms.info["enf_attempts"] > 1 for atoms in closed)  # without, there would be radicals
+    assert any(atoms.info["enf_attempts"] > 1 for atoms in closed)  # without it, there would be radicals
 
 
 def test_torchrun_shares_the_work_and_the_devices(monkeypatch):
@@ -96,7 +96,7 @@ def test_a_request_goes_on_where_it_was_interrupted(here, tmp_path, capsys, monk
         assert run(*words, "-n", 30, "-o", out) == 130
     said = capsys.readouterr().err
     found = re.fullmatch(
-        rf"ase-enf: (\d+) of 30 molecules are in {out}; go on with (--start \1 -n (\d+) --append)\n"
+        rf"ase-enf: (\d+) of 30 molecules are in {out}; continue with (--start \1 -n (\d+) --append)\n"
         "ase-enf: interrupted\n",
         said,
     )
@@ -177,7 +177,7 @@ def test_being_terminated_leaves_nothing_half(here, tmp_path, capfd, monkeypatch
     try:
         monkeypatch.setattr(ENF, "sample", terminated)
         assert run("generate", "joint.safetensors", "-n", 2, "-o", tmp_path / "m.extxyz") == 143
-        assert signal.getsignal(signal.SIGTERM) is unhandled  # the caller's again
+        assert signal.getsignal(signal.SIGTERM) is unhandled  # the handler of the caller is restored
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capfd.readouterr().err == "ase-enf: terminated\n" and not os.listdir(tmp_path)
@@ -223,11 +223,11 @@ def test_paths_that_cannot_be_written_are_refused_before_the_work(here, tmp_path
     for more, expected in (
         (["--gif", tmp_path / "a.png"], "an animation is written as .gif"),
         (["--trajectory", tmp_path / "a.nonsense"], "ASE knows no format"),
-        (["--trajectory", tmp_path / "m.extxyz"], "need a file each"),
+        (["--trajectory", tmp_path / "m.extxyz"], "another output has that name; name a file for each"),
         (["--trajectory", tmp_path / "there.traj"], "--overwrite replaces it"),
         (["--trajectory", tmp_path / "a.traj", "--frames", 1], "--frames 1: a path has at least 2"),
     ):
         assert expected in error_of(capsys, *words, *more)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "for one process" in error_of(capsys, *words, "--gif", tmp_path / "a.gif")
+    assert "work in one process only" in error_of(capsys, *words, "--gif", tmp_path / "a.gif")
     assert os.listdir(tmp_path) == ["there.traj"]

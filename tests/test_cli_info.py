@@ -1,4 +1,4 @@
-"""``ase-enf info``: what a model is."""
+"""``ase-enf info``: descriptions of models."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_info(here, capsys):
     assert run("info", "joint.safetensors", "--json") == 0
     header = json.loads(capsys.readouterr().out)
     assert header["config"]["hidden"] == 8 and header["provenance"] == {"data": "nothing", "step": 3}
-    assert run("info") == 0  # the shipped ones
+    assert run("info") == 0  # the shipped models
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == shipped() and all(len(line) < 140 for line in lines)
     for line in lines:
-        assert re.search(r" \d+( to \d+)? atoms: .*(stable|effective sample size) ?\d*", line), line
+        assert re.search(r" \d+( to \d+)? atoms: .*(stable|effective sample size|NLL) ?\d*", line), line
 
 
 def test_a_folder_is_told_from_weights(here, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""For every mistake on the command line exit code 2 with one line that says what to do."""
+"""Every mistake on the command line gives exit code 2 and one line that says what to do."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ BAD = {
     "no structure": (["score", "joint.safetensors", "prose.xyz"], "prose.xyz"),
     "no format": (["score", "joint.safetensors", "prose"], "prose"),
     "missing structures": (["score", "joint.safetensors", "missing.xyz"], "missing.xyz: no such file; name one"),
+    "a model for structures": (["score", "good.extxyz", "qm9"], "qm9: is a model, not a file; name a file that holds"),
+    "evaluate a model": (["evaluate", "qm9"], "qm9: is a model, not a file; name a file that holds"),
     "no name": (["score", "joint.safetensors", ""], "'': no such file"),
     "truncated weights": (["generate", "half.safetensors"], "half.safetensors: is no readable .safetensors"),
     "a byte of weights": (["info", "tiny.safetensors"], "tiny.safetensors: is no readable .safetensors"),
@@ -55,17 +57,23 @@ BAD = {
     "solver": ([*GENERATE, "--solver", "rk5"], "choose one of dopri5"),
     "steps of dopri5": ([*GENERATE, "--solver", "dopri5", "--steps", "3"], "chooses its own steps"),
     "trace": (["score", "joint.safetensors", "good.extxyz", "--trace", "exakt"], "trace 'exakt' is unknown"),
-    "draws": (["score", "joint.safetensors", "good.extxyz", "--draws", "0"], "draws=0"),
-    "tolerance": (["score", "joint.safetensors", "good.extxyz", "--tolerance", "-1"], "tolerance=-1.0"),
+    "importance samples": (
+        ["score", "joint.safetensors", "good.extxyz", "--importance-samples", "0"],
+        "importance_samples=0",
+    ),
+    "max stderr": (["score", "joint.safetensors", "good.extxyz", "--max-stderr", "-1"], "max_stderr=-1.0"),
     "calculator": (["boltzmann", "good.extxyz", "--calculator", "dft", "-o", "new"], "calculator 'dft' is unknown"),
     "torsion": (
         ["boltzmann", "good.extxyz", "--torsion", "0", "1", "2", "99", "-o", "new"],
-        "need four different places of atoms",
+        "need four different atom indices",
     ),
+    "turn": (["boltzmann", "good.extxyz", "--turn", "1", "2", "-o", "new"], "need the indices of two bonded atoms"),
     "temperature": (["boltzmann", "good.extxyz", "--temperature", "0", "-o", "new"], "temperature=0.0: must be"),
     "no command": ([], "arguments are required: COMMAND"),
     "unknown command": (["create"], "invalid choice: 'create'"),
     "unknown option": ([*GENERATE, "--fast"], "unrecognized arguments: --fast"),
+    "misspelt option": ([*GENERATE, "--requre=stable"], "--requre=stable; did you mean --require?"),
+    "misspelt option of train": (["train", "--hiden", "3"], "did you mean --hidden?"),
     "missing argument": (["score", "joint.safetensors"], "arguments are required: structures"),
     "evaluate a missing file": (["evaluate", "missing.xyz"], "missing.xyz: no such file"),
     "evaluate nothing": (["evaluate", "nothing.xyz"], "nothing.xyz"),
@@ -114,6 +122,14 @@ BAD = {
         "validation set: structure 0 (H2O): element(s) O are not in the training set",
     ),
     "train by an earlier name": ([*TRAIN, "--matrix-rate", 0.1], "--matrix-rate is now called --muon-learning-rate"),
+    "score by an earlier name": (
+        ["score", "joint.safetensors", "good.extxyz", "--draws", "4"],
+        "--draws is now called --importance-samples",
+    ),
+    "score by another earlier name": (
+        ["score", "joint.safetensors", "good.extxyz", "--tolerance=0.1"],
+        "--tolerance is now called --max-stderr",
+    ),
     "generate by an earlier name": ([*GENERATE, "--kernel", "plain"], "--kernel is now called --backend"),
     "generate by an unknown backend": ([*GENERATE, "--backend", "fast"], "backend 'fast' is unknown; choose one of"),
     "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
@@ -125,7 +141,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name, monkeypatch):
     words, expected = BAD[name]
-    if name.startswith(("folder of", "format of")):  # said before anything is computed
+    if name.startswith(("folder of", "format of")):  # before anything is computed
         monkeypatch.delattr(ENF, "sample")
         monkeypatch.delattr(ENF, "log_prob")
     before = set(os.listdir(here))
@@ -134,7 +150,7 @@ def test_a_mistake_is_exit_code_2_and_one_line(here, capfd, name, monkeypatch):
     assert said.out == ""
     assert said.err.startswith("ase-enf") and said.err.count("\n") == 1 and said.err.endswith("\n"), said.err
     assert expected in said.err and "Traceback" not in said.err
-    assert set(os.listdir(here)) - before <= {"run"}  # no half file is left
+    assert set(os.listdir(here)) - before <= {"run"}  # no partial file is left
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

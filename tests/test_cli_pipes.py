@@ -15,7 +15,7 @@ SCORE = ["score", "given.safetensors"]
 
 @pytest.fixture
 def piped(tmp_path):
-    """Makes a named pipe through which a text comes once."""
+    """Creates a named pipe that delivers a text once."""
     writers = []
 
     def make(name: str, text: str) -> Path:
@@ -28,7 +28,7 @@ def piped(tmp_path):
     yield make
     for writer in writers:
         writer.join(timeout=10)
-        assert not writer.is_alive()  # somebody has read it all
+        assert not writer.is_alive()  # all of it has been read
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_scores_of_a_pipe_are_those_of_the_file(here, piped, capsys, name, file)
     path = piped(name, (here / file).read_text())
     assert run(*SCORE, path, *FAST) == 0
     assert capsys.readouterr().out == expected.replace(file, str(path))
-    assert path.exists()  # a pipe is its user's
+    assert path.exists()  # the pipe itself is not removed
 
 
 def test_a_pipe_is_a_reference_too(here, piped, capsys):
@@ -60,7 +60,7 @@ def test_a_pipe_without_structures_is_one_line_that_names_it(here, piped, capsys
 
 
 def test_a_run_needs_files(here, tmp_path, capsys):
-    os.mkfifo(tmp_path / "p.xyz")  # nobody writes: it is refused before it is opened
+    os.mkfifo(tmp_path / "p.xyz")  # there is no writer: it is refused before it is opened
     words = ["train", "--out", tmp_path / "run", "--device", "cpu", *FAST, *TINY]
     said = error_of(capsys, *words, "--data", tmp_path / "p.xyz", "--valid", "good.extxyz")
     assert "p.xyz: is a pipe or a device, which cannot be read twice; save it to a file" in said
@@ -71,4 +71,4 @@ def test_process_substitution(here):
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60)
-    assert done.returncode == 0 and "of 2 " in done.stdout, done.stderr
+    assert done.returncode == 0 and "n_structures 2" in done.stdout, done.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ase.build import molecule
 from ase.db import connect
-from ase.io import read
+from ase.io import read, write
 from commands import FAST, SCORE, error_of, run
 
 import ase_enf
@@ -22,19 +22,51 @@ from ase_enf.flow.model import ENF
 
 @pytest.fixture
 def table(here):
-    return ase_enf.score(load("joint.safetensors", device="cpu"), read("good.extxyz", index=":"), draws=2, steps=3)
+    return ase_enf.score(
+        load("joint.safetensors", device="cpu"), read("good.extxyz", index=":"), importance_samples=2, steps=3
+    )
 
 
 @pytest.fixture
 def written(table):
-    """The scores as they are written: each says of which structure it is."""
+    """Scores as they are written, each with the identity of its structure."""
     return table.assign(index=[0, 1], file="good.extxyz", smiles=["O", "C"])
+
+
+def interrupt_second_batch(patch):
+    """Raises Control-C in the second evaluation, which without refinement is that of the second batch."""
+    log_prob, calls = ENF.log_prob, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return log_prob(self, *arguments, **options)
+
+    patch.setattr(ENF, "log_prob", interrupted)
 
 
 def test_score_to_a_pipe(written, capsys):
     assert run(*SCORE) == 0
     said = capsys.readouterr()
     assert said.out == written.to_csv(index=False) and said.err == ""
+
+
+def test_an_interrupted_score_to_a_pipe_says_where_to_go_on(written, capsys, monkeypatch):
+    interrupt_second_batch(monkeypatch)
+    assert run(*SCORE, "--batch-size", 1, "--max-stderr", 1e9) == 130
+    said = capsys.readouterr()
+    assert said.out == written[:1].to_csv(index=False)
+    assert said.err == "ase-enf: 1 of 2 scores is printed; continue with --start 1\nase-enf: interrupted\n"
+
+
+def test_a_cpu_saves_scores_a_few_at_a_time(here, tmp_path, capsys, monkeypatch):
+    write(tmp_path / "five.extxyz", [molecule("H2O")] * 5)
+    interrupt_second_batch(monkeypatch)
+    words = ["score", "given.safetensors", tmp_path / "five.extxyz", *FAST, "--max-stderr", 1e9, "--device", "cpu"]
+    assert run(*words, "-o", tmp_path / "s.csv") == 130
+    assert "4 of 5 scores are in" in capsys.readouterr().err
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_score_to_tables(table, written, tmp_path):
@@ -69,23 +101,14 @@ def test_scores_come_batch_by_batch_and_go_on(written, here, tmp_path, capsys, m
     capsys.readouterr()
     lines = (tmp_path / "whole.csv").read_text().splitlines()
     assert (tmp_path / "parts.csv").read_text().splitlines() == [lines[0], lines[2], lines[2]]
-    log_prob, calls = ENF.log_prob, []
-
-    def interrupted(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return log_prob(self, *arguments, **options)
-
-    refined = ["--tolerance", 1e9]  # one call a batch
+    refined = ["--max-stderr", 1e9]  # one call for each batch
     for ending in ("csv", "extxyz", "db", "json", "traj"):
-        calls.clear()
-        monkeypatch.setattr(ENF, "log_prob", interrupted)
+        interrupt_second_batch(monkeypatch)
         out = tmp_path / f"s.{ending}"
         assert run(*words, *refined, "-o", out) == 130
         remedy = "-o ANOTHER" if ending == "json" else "--append"
         assert capsys.readouterr().err == (
-            f"ase-enf: 1 of 2 scores is in {out}; go on with --start 1 {remedy}\nase-enf: interrupted\n"
+            f"ase-enf: 1 of 2 scores is in {out}; continue with --start 1 {remedy}\nase-enf: interrupted\n"
         )
         monkeypatch.undo()
         monkeypatch.chdir(here)
@@ -100,8 +123,28 @@ def test_scores_come_batch_by_batch_and_go_on(written, here, tmp_path, capsys, m
             assert all("enf_log_likelihood" in atoms.info for atoms in read_structures(str(out)))
 
 
+def test_rows_are_added_to_a_table_of_the_same_columns_alone(here, written, tmp_path, capsys, monkeypatch):
+    earlier = written[:1].rename(columns={"importance_samples": "draws"}).to_csv(index=False)
+    cases = {
+        "earlier.csv": (earlier, "an earlier version wrote it: draws is now called importance_samples"),
+        "other.csv": ("step,loss\n1,2.5\n", "its columns are step,loss, not log_likelihood,stderr,"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(ENF, "log_prob", None)  # refused before any work
+        for name, (text, words) in cases.items():
+            (tmp_path / name).write_text(text)
+            assert words in error_of(capsys, *SCORE, "-o", tmp_path / name, "--append", "--start", 1)
+            assert (tmp_path / name).read_text() == text
+    mended = tmp_path / "earlier.csv"
+    mended.write_text(earlier.replace("draws", "importance_samples"))  # the remedy
+    (tmp_path / "empty.csv").touch()
+    assert run(*SCORE, "-o", mended, "--append", "--start", 1) == 0
+    assert run(*SCORE, "-o", tmp_path / "empty.csv", "--append") == 0
+    assert mended.read_text() == (tmp_path / "empty.csv").read_text() == written.to_csv(index=False)
+
+
 def test_what_a_warning_calls_a_structure_is_its_place_in_the_file(here, capsys):
-    words = ["--batch-size", 1, "--tolerance", 1e-12, "--draws", 1, *FAST]
+    words = ["--batch-size", 1, "--max-stderr", 1e-12, "--importance-samples", 1, *FAST]
     assert run("score", "joint.safetensors", "good.extxyz", *words) == 0
     said = capsys.readouterr().err
     assert ": structure 0 (H2O)" in said and ": structure 1 (CH4)" in said
@@ -111,21 +154,14 @@ def test_a_file_scored_in_place_stays_whole(here, tmp_path, capsys, monkeypatch)
     path = tmp_path / "mine.extxyz"
     shutil.copy("good.extxyz", path)
     before = path.read_bytes()
-    words = ["score", "joint.safetensors", path, "-o", path, "--overwrite", "--draws", 1, *FAST]
+    words = ["score", "joint.safetensors", path, "-o", path, "--overwrite", "--importance-samples", 1, *FAST]
     assert "would leave the first structures" in error_of(capsys, *words, "--start", 1)
-    log_prob, calls = ENF.log_prob, []
-
-    def interrupted(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return log_prob(self, *arguments, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ENF, "log_prob", interrupted)
-        assert run(*words, "--batch-size", 1, "--tolerance", 1e9) == 130
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["mine.extxyz"]
-    assert run(*words) == 0
+        interrupt_second_batch(patch)
+        assert run(*words, "--batch-size", 1, "--max-stderr", 1e9) == 130
+    (left,) = (name for name in os.listdir(tmp_path) if name != "mine.extxyz")
+    assert path.read_bytes() == before and len(read(tmp_path / left, index=":")) == 1
+    assert run(*words) == 0 and os.listdir(tmp_path) == ["mine.extxyz"]
     assert all("enf_log_likelihood" in atoms.info for atoms in read(path, index=":"))
 
 

@@ -1,4 +1,4 @@
-"""``ase-enf train``: runs that begin, go on, and are damaged."""
+"""``ase-enf train``: new, resumed and damaged runs."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_what_is_typed_on_resuming_counts_and_stays(here, tmp_path, capsys):
     assert last_step() == 2  # both molecules in one batch
     assert run("train", "--resume", out, "--epochs", 100, "--time-limit", never) == 0  # 100 is the default
     assert last_step() == 3
-    assert f"step 3 of 100; go on with ase-enf train --resume {out}" in capsys.readouterr().err
+    assert f"step 3 of 100; continue with ase-enf train --resume {out}" in capsys.readouterr().err
     assert run("train", "--resume", out, "--steps", 8, "--validate-every", 9, "--muon-weight-decay", 0.2) == 0
     assert last_step() == 8 and run("train", "--resume", out) == 0 and last_step() == 8
     assert load(out / "last.safetensors", device="cpu").provenance["training"]["muon_weight_decay"] == 0.2
     assert run("train", "--resume", out, "--steps", 12, "--time-limit", never) == 0 and last_step() == 9
-    assert run("train", "--resume", out) == 0 and last_step() == 12  # an interrupted longer run goes on as such
+    assert run("train", "--resume", out) == 0 and last_step() == 12  # an interrupted run keeps its longer length
     capsys.readouterr()
     assert run("train", "--resume", out, "--hidden", 64) == 2  # the default, but not of this run
     assert "--hidden cannot change" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_a_run_stopped_before_its_first_validation_names_the_weights_that_are_th
 
 @pytest.fixture(scope="module")
 def finished(workshop, tmp_path_factory) -> Path:
-    """A finished run of two steps, made from another folder than that of the tests."""
+    """A finished run of two steps, started in another folder than the tests."""
     out = tmp_path_factory.mktemp("finished") / "run"
     data = ["--data", workshop / "good.extxyz", "--valid", workshop / "good.extxyz"]
     assert run("train", *data, "--out", out, "--device", "cpu", "--steps", 2, *TINY) == 0
@@ -100,7 +100,7 @@ MINE = {"data.json": '{"1": {"numbers": [1, 1]}, "ids": [1]}', "config.json": '{
 def test_a_run_does_not_overwrite_files_of_its_user(here, tmp_path, capsys, name):
     (tmp_path / name).write_text(MINE[name])
     words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path, "--device", "cpu", *FAST, *TINY]
-    assert f"{name}: is no file of a run, and a run would replace it; move" in error_of(capsys, "train", *words)
+    assert f"{name}: is not a file of a run, and a run would replace it; move" in error_of(capsys, "train", *words)
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == MINE[name]
 
 
@@ -122,13 +122,13 @@ def test_a_run_whose_data_moved_goes_on(copied, capsys):
     moved = sources | {"train": "/nowhere/good.extxyz", "valid": "/nowhere/good.extxyz"}
     (copied / DATA_FILE).write_text(json.dumps(moved))
     words = ["train", "--resume", copied, "--steps", 3]
-    assert "/nowhere/good.extxyz: no such file; say by --data and --valid" in error_of(capsys, *words)
+    assert "/nowhere/good.extxyz: no such file; give its new path by --data or --valid" in error_of(capsys, *words)
     assert "other data" in error_of(capsys, *words, "--data", "methane.xyz", "--valid", good)
-    assert json.loads((copied / DATA_FILE).read_text()) == moved  # what is not of the run is not remembered
+    assert json.loads((copied / DATA_FILE).read_text()) == moved  # data of another run are not recorded
     assert run(*words, "--data", good, "--valid", good) == 0
     assert json.loads((copied / DATA_FILE).read_text()) == sources | {"train": str(good), "valid": str(good)}
-    (copied / DATA_FILE).unlink()  # as a run that Python began has none
-    assert "data.json: no such file; say by --data and --valid" in error_of(capsys, *words)
+    (copied / DATA_FILE).unlink()  # a run started in Python has none
+    assert "data.json: no such file; give the data of the run by --data and --valid" in error_of(capsys, *words)
     assert run(*words, "--data", good, "--valid", good) == 0 and run(*words) == 0
 
 
@@ -147,10 +147,10 @@ def test_the_data_of_a_run_of_a_split_move_together(here, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("data.json", "{}", "data.json: names no data of a run; remove it, and say by --data and --valid"),
-        ("data.json", "[", "data.json: is no JSON"),
+        ("data.json", "{}", "data.json: names no data of a run; remove it and give the data by --data and --valid"),
+        ("data.json", "[", "data.json: is not JSON"),
         ("config.json", "[]", "config.json: holds no settings of a run; start the run again"),
-        ("config.json", '{"hidden": 8, "depth": 3}', "config.json: 'depth' is no setting of this ase-enf"),
+        ("config.json", '{"hidden": 8, "depth": 3}', "config.json: 'depth' is not a setting of ase-enf"),
         ("config.json", '{"hidden": 8.5}', "config.json: hidden=8.5: must be a whole number"),
         ("state.pt", "none", "state.pt: is damaged or no training state; start a new run in another folder"),
     ],
@@ -206,7 +206,7 @@ def test_train_help_has_every_setting(here, capsys):
     said = capsys.readouterr().out
     for name in ("--learning-rate", "--objective", "--no-attention", "--precision", "--time-limit"):
         assert name in said
-    assert "λ of the kinetic" in said  # what the field says of itself
+    assert "λ of the kinetic" in said  # the help text of the field
 
 
 def test_train_help_is_in_groups_and_every_setting_is_in_one(here, capsys, monkeypatch):
@@ -229,16 +229,17 @@ def test_a_run_ends_with_its_learning_curve(copied, here, capsys, monkeypatch):
     assert curve.read_bytes().startswith(b"\x89PNG")
     before = curve.read_bytes()
     assert run("train", "--resume", copied, "--steps", 3) == 0
-    assert curve.read_bytes() != before  # a step more
+    assert curve.read_bytes() != before  # one more step
     curve.unlink()
     curve.mkdir()
     capsys.readouterr()
     assert run("train", "--resume", copied, "--steps", 4) == 0  # the run has not failed
     said = capsys.readouterr().err.splitlines()
-    assert "validation NLL" in said[0] and "warning: no learning curve is drawn" in said[1] and len(said) == 2
+    assert "validation NLL" in said[0] and len(said) == 2
+    assert "warning: the learning curve could not be drawn" in said[1]
 
 
 def test_a_run_does_not_replace_a_picture_of_its_user(here, tmp_path, capsys):
     (tmp_path / CURVE_FILE).write_bytes(b"\x89PNG mine")
     words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path, "--device", "cpu", *FAST, *TINY]
-    assert f"{CURVE_FILE}: is no file of a run" in error_of(capsys, "train", *words)
+    assert f"{CURVE_FILE}: is not a file of a run" in error_of(capsys, "train", *words)

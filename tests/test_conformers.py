@@ -1,4 +1,4 @@
-"""Statistics and baseline of the conformer benchmark: they are what their definitions say."""
+"""Statistics and baseline of the conformer benchmark: they agree with their definitions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from scipy.stats import special_ortho_group
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
 from benchmarks.models import conformers
-from benchmarks.models.conformers import (
+from benchmarks.models.conformers import attach_scores
+from benchmarks.models.conformers_geometries import MMFF, OTHERS, XTB, Topology, bond_fault, distinct
+from benchmarks.models.conformers_histogram import DistanceHistogram
+from benchmarks.models.conformers_tables import (
     FLOW,
     HISTOGRAM,
-    MMFF,
-    OTHERS,
-    XTB,
-    DistanceHistogram,
-    Topology,
-    attach_scores,
     auc,
-    bond_fault,
     bootstrap,
-    distinct,
     energy_table,
     energy_verdict,
     geometry_table,
@@ -52,7 +47,7 @@ def test_auc_is_its_definition(seed):
     wins = [(p > n) + 0.5 * (p == n) for p, n in itertools.product(positive, negative)]
     assert auc(positive, negative) == pytest.approx(np.mean(wins), abs=1e-12)
     assert auc(positive, negative) + auc(negative, positive) == pytest.approx(1.0)
-    assert auc(np.exp(positive), np.exp(negative)) == auc(positive, negative)  # ranks alone count
+    assert auc(np.exp(positive), np.exp(negative)) == auc(positive, negative)  # only ranks count
 
 
 def test_auc_at_its_ends():

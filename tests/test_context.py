@@ -1,4 +1,4 @@
-"""What conditions a flow: numbers of the molecule, and its graph."""
+"""What conditions a flow: properties of the molecule, and its graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALPHA = Condition.of("alpha", "Bohr³", np.array([10.0, 40.0]), np.array([3, 9])
 
 @pytest.fixture
 def molecules(device) -> Batch:
-    """Molecules with two numbers, one of which is unknown of the second, and with their bonds."""
+    """Molecules with bonds and two properties, one of which is unknown for the second molecule."""
     atoms = [molecule(name) for name in NAMES]
     batch = to_batch(atoms, ("H", "C", "O"), dtype=torch.float64)
     bonds = torch.zeros(3, 9, 9, dtype=torch.uint8)
@@ -36,7 +36,7 @@ def molecules(device) -> Batch:
 
 @pytest.fixture(params=["conditions joint", "conditions given", "conditions none", "graph"])
 def conditioned(request, make_flow) -> ENF:
-    """A flow with weights far from the identity, conditioned by numbers or by a graph."""
+    """Returns a flow far from the identity, conditioned by properties or by a graph."""
     kind, _, features = request.param.partition(" ")
     fields = {"graph": True} if kind == "graph" else {"conditions": (GAP, ALPHA)}
     sizes = {"sizes": {3: 1, 8: 1, 9: 1}, "layers": 3, "radial": 2}
@@ -50,7 +50,7 @@ def test_graph_features_are_bonds_and_neighbours_of_neighbours():
     features = graph_features(ring[None], torch.float64)[0]
     assert features.shape == (6, 6, GRAPH_FEATURES) and torch.equal(features, features.transpose(0, 1))
     assert features[0, 1].tolist() == [0, 1, 0, 0, 0, 0] and features[1, 2].tolist() == [0, 0, 0, 1, 0, 0]
-    assert features[0, 2].tolist() == [0, 0, 0, 0, 1, 0]  # of a ring of five nothing is three bonds apart
+    assert features[0, 2].tolist() == [0, 0, 0, 0, 1, 0]  # in a ring of five no atoms are three bonds apart
     assert not features[..., 5].any() and not features[5].any() and not features.diagonal(dim1=0, dim2=1).any()
     chain = torch.diag(torch.ones(3, dtype=torch.uint8), 1)
     far = graph_features((chain + chain.T)[None], torch.float64)[0]
@@ -129,7 +129,7 @@ def test_training_forgets_conditions_at_random():
 def test_a_condition_knows_its_training_set():
     assert (GAP.mean, GAP.low, GAP.high) == (6.0, 3.0, 9.0)
     assert GAP.size_weights(5.0, 5.0) == {9: 0.5} and GAP.size_weights(2.9, 9.1) == {3: 1.0, 8: 1.0, 9: 1.0}
-    assert GAP.size_weights(3.9, 3.9) == {3: 1.0}  # nothing is there: the nearest
+    assert GAP.size_weights(3.9, 3.9) == {3: 1.0}  # empty: the nearest bin
     draws = [GAP.draw(np.random.default_rng(k), 4.0, 8.0, 9) for k in range(300)]
     assert 4.0 <= min(draws) < 5.1 and 6.9 < max(draws) <= 8.0
     assert 0.4 < np.mean(np.array(draws) < 6.0) < 0.6  # one molecule of nine atoms at 5, one at 7
@@ -156,7 +156,7 @@ def test_configurations_that_cannot_be():
 
 @pytest.mark.parametrize(("features", "fields"), [("joint", {"conditions": (GAP, ALPHA)}), ("given", {"graph": True})])
 def test_a_conditioned_step_never_waits_for_the_host(molecules, features, fields):
-    """On the meta device every mix of devices, and every number that the host would read, is refused."""
+    """Reading a value, or mixing devices, fails on the device "meta", which has no values."""
     with torch.device("meta"):
         flow = ENF(ENFConfig(features=features, species=("H", "C", "O"), hidden=8, layers=2, **fields))
     batch = molecules.to("meta", torch.float32)

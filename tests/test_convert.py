@@ -1,4 +1,4 @@
-"""Atoms to RDKit molecules and SMILES, by each of the three ways."""
+"""Atoms to RDKit molecules and SMILES, by each of the three methods."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_largest_fragment_does_not_depend_on_order() -> None:
 
 
 def test_complete_means_that_no_atom_needs_a_hydrogen() -> None:
-    """Radical electrons on atoms that take no hydrogens are the implicit hydrogens of those that do."""
+    """Radical electrons of atoms without implicit hydrogens correspond to the implicit hydrogens of others."""
     for number in (5, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53):
         for hydrogens in range(5):
             numbers = np.array([number] + [1] * hydrogens)
@@ -187,7 +187,7 @@ def test_an_atom_of_no_element_has_no_smiles(method: str) -> None:
 def test_labels_of_atoms_are_left_out() -> None:
     for smiles in ("[2H]OC", "[13CH3:4]O", "[H:1]OC", "C[18O][3H]"):
         assert normalise_smiles(smiles) == "CO"
-    assert normalise_smiles("[H]/N=C/C") == "CC=N"  # a hydrogen that says no more than the side of a bond
+    assert normalise_smiles("[H]/N=C/C") == "CC=N"  # a hydrogen that only marks the side of a bond
 
 
 def test_mistakes_are_named() -> None:
@@ -204,7 +204,7 @@ def test_mistakes_are_named() -> None:
 
 
 def test_nothing_is_printed_and_rdkits_log_works_afterwards() -> None:
-    """In a process of its own: RDKit writes to the file descriptor, which pytest's capture need not see."""
+    """In a separate process, because RDKit writes to the file descriptor, which pytest may not capture."""
     code = (
         "from ase import Atoms; from ase_enf.chem import to_smiles; from rdkit import Chem; import sys\n"
         "five = Atoms('CH5', [(0,0,0), (1.1,0,0), (-1.1,0,0), (0,1.1,0), (0,-1.1,0), (0,0,1.1)])\n"

@@ -1,4 +1,4 @@
-"""Noise from a counter: the published words, the normal distribution, and independence of batch and device."""
+"""Noise from a counter: published values, the normal distribution, and independence of batch and device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ase_enf.sampling.counter import WORD, philox, standard_normal
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
-    [  # the known answers that come with Random123
+    [  # known answers published with Random123
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (

@@ -1,4 +1,4 @@
-"""Learning curves: what is plotted is what the log holds, on axes that can hold it."""
+"""Learning curves: they plot the values of the log, on suitable axes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_lowest_nll_is_marked_and_seen():
     draw_nll(panel, np.array([1.0, 10, 20, 30, 40, 50]), nll)
     assert panel.lines[1].get_data()[1].tolist() == [-7.0] and "-7.00 nats after 30" in panel.get_title()
     low, high = panel.get_ylim()
-    assert low < -7 and -3 < high < 900  # the first, far higher one leaves the panel
+    assert low < -7 and -3 < high < 900  # the first value is far higher and outside the panel
 
 
 def test_a_log_without_rows_cannot_be_drawn(tmp_path: Path):

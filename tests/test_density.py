@@ -1,4 +1,4 @@
-"""A density is a density: it integrates to one, its bounds stay below what they bound, and no setting changes it."""
+"""Densities: they integrate to one, bounds stay below the exact value, and settings do not change them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOLVER = Solver("rk4", steps=16, warp=2.0)
 
 
 def two_particles(n: int, stir, trained: bool) -> Dynamics:
-    """Dynamics of two particles in n dimensions: far from the identity, or fitted to pairs at a distance near 2."""
+    """Returns a flow of two particles in n dimensions, far from the identity or fitted to distances near 2."""
     dynamics = Dynamics(EGNN(in_features=1, out_features=0, hidden=8, layers=2)).double()
     if not trained:
         return stir(dynamics, 0.8).double()
@@ -61,13 +61,13 @@ def test_two_particles_integrate_to_one_on_the_subspace(stir, n, trained):
     assert torch.trapezoid(log_p.exp() * surface, r).item() == pytest.approx(1.0, abs=5e-4)
     gaussian = -0.5 * r**2 - 0.5 * n * math.log(2 * math.pi)
     assert (log_p - gaussian).abs().max() > 0.2  # not the base distribution
-    if trained:  # it found the distance
+    if trained:  # it has learned the distance
         assert r[(log_p + torch.log(torch.as_tensor(surface))).argmax()].item() == pytest.approx(math.sqrt(2), abs=0.15)
 
 
 @pytest.fixture
 def linear_flow(make_flow):
-    """Features that grow by dh/dt = a h on atoms that do not move: every probability has its closed form."""
+    """Returns a flow with dh/dt = a h and fixed positions, for which every probability has a closed form."""
     flow = make_flow("joint", species=("H", "C"), sizes={2: 1, 3: 3}, feature_shift=(0.5, 0.4, 3.5),
                      feature_scale=(1.3, 0.8, 0.3)).double()  # fmt: skip
     with torch.no_grad():
@@ -80,7 +80,7 @@ def linear_flow(make_flow):
 
 
 def exact_log_probability(flow, atoms: Atoms) -> float:
-    """log p(x, h, M): a Gaussian of the positions, and of each atom's class and charge the probability of its cell."""
+    """Returns log p(x, h, M), from a Gaussian of positions and the probability of each atom's type and charge."""
     config = flow.config
     shift, width = np.array(config.feature_shift), math.exp(-0.6) / np.array(config.feature_scale)
     m = len(atoms)
@@ -114,15 +114,15 @@ def test_bound_grows_with_its_draws_and_stays_below_the_exact_value(linear_flow,
 
 
 def test_settings_do_not_change_it(make_flow, features):
-    """Fixed and adaptive steps, one row alone and in a batch."""
+    """Fixed and adaptive steps, a molecule alone and in a batch."""
     flow = make_flow(features).double()
     atoms = [molecule("H2O"), molecule("CH3OH") if features != "joint" else molecule("CH4"), molecule("HCO")]
     for item in atoms:
         item.rattle(0.05, seed=1)
-    fixed = score(flow, atoms, draws=2, trace="exact", solver=Solver("rk4", steps=40), tolerance=1e-4)
+    fixed = score(flow, atoms, importance_samples=2, trace="exact", solver=Solver("rk4", steps=40), max_stderr=1e-4)
     tight = Solver("dopri5", rtol=1e-9, atol=1e-9)
-    adaptive = score(flow, atoms, draws=2, trace="exact", solver=tight, tolerance=1e-4)
-    alone = score(flow, atoms[1], draws=2, trace="exact", solver=Solver("rk4", steps=40), tolerance=1e-4)
+    adaptive = score(flow, atoms, importance_samples=2, trace="exact", solver=tight, max_stderr=1e-4)
+    alone = score(flow, atoms[1], importance_samples=2, trace="exact", solver=Solver("rk4", steps=40), max_stderr=1e-4)
     assert adaptive.log_likelihood.to_numpy() == pytest.approx(fixed.log_likelihood.to_numpy(), rel=1e-5)
     assert alone.log_likelihood[0] == pytest.approx(fixed.log_likelihood[1], abs=1e-9)
 
@@ -130,7 +130,7 @@ def test_settings_do_not_change_it(make_flow, features):
 def test_precision_of_the_shipped_model():
     """float32 costs some thousandths of a nat on a score of tens."""
     atoms = [molecule("H2O"), molecule("CH3OH"), molecule("C6H6")]
-    options = {"trace": "exact", "draws": 1, "tolerance": math.inf}
+    options = {"trace": "exact", "importance_samples": 1, "max_stderr": math.inf}
     single, double = (
         score(ase_enf.load("qm9-small", device="cpu", dtype=dtype), atoms, **options).log_likelihood
         for dtype in ("float32", "float64")

@@ -76,7 +76,7 @@ def test_jacobian_of_the_charge_lift_is_that_of_autograd():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("true", [0, 1])
 def test_q_of_two_types_integrates_to_one_over_the_argmax_half_plane(q_of, kind, true):
-    """∫ q(h̃|h) dh̃ = 1 where h̃'s argmax is the true type; u is found by inverting the lift, q then is its density."""
+    """∫ q(h̃|h) dh̃ = 1 over h̃ whose argmax is the true type; inverting the lift gives u and so the density."""
     q = q_of(kind, 2).double()
     types = F.one_hot(torch.tensor([[true]]), 2).double()
     charges = torch.tensor([[[6.0]]], dtype=torch.float64)

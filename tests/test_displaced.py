@@ -1,4 +1,4 @@
-"""MMFF94 with the forces of another method, and structures displaced by it."""
+"""MMFF94 with the forces of another method, and structures displaced on that surface."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_forces_at_the_geometry_are_those_given_and_elsewhere_those_of_the_e
     atoms = molecule(name)
     wanted = -MMFF94(atoms).surface(atoms.positions * 1.01)[1]  # any without net force and torque
     surface = Anchored(atoms, wanted)
-    # What the pairs cannot give (out of a plane, where both forces vanish by symmetry) is left.
+    # What pairs cannot reproduce (out of a plane, where both forces vanish by symmetry) remains.
     assert np.abs(at(surface, atoms.positions)[1] - wanted).max() == pytest.approx(surface.residual, abs=1e-10)
     assert surface.residual < 0.02
     x = atoms.positions + 0.05 * np.random.default_rng(0).standard_normal((len(atoms), 3))
@@ -43,7 +43,7 @@ def test_the_forces_at_the_geometry_are_those_given_and_elsewhere_those_of_the_e
 
 
 def test_zero_forces_make_the_geometry_a_minimum():
-    """A geometry that MMFF94 does not like: relaxed by itself it goes away, anchored it stays."""
+    """A geometry that is no minimum of MMFF94 becomes one of the anchored force field."""
     atoms = molecule("CH3CH2OH")
     surface = Anchored(atoms, np.zeros((9, 3)))
     at_rest = at(surface, atoms.positions)[0]
@@ -57,7 +57,7 @@ def test_zero_forces_make_the_geometry_a_minimum():
 
 
 def test_displaced_structures_have_the_energy_of_equipartition():
-    """Benzene is harmonic, and has no other minimum: <U − U_0> = (3 M − 6) kT / 2."""
+    """Benzene is nearly harmonic with a single minimum: <U − U_0> = (3 M − 6) kT / 2."""
     atoms, kt = molecule("C6H6"), kB * 300.0
     surface = Anchored(atoms, np.zeros((12, 3)))
     least = at(surface, atoms.positions)[0]
@@ -100,6 +100,6 @@ def test_a_set_keeps_its_splits_and_its_pieces(tmp_path, monkeypatch, capsys):
     assert found == {1: 0, 2: 0, 3: 0, 4: 1, 6: 0} and len(table.n_atoms) == 10
     said = capsys.readouterr().out
     assert "8 structures for training, 2 for validation, of 5 molecules; 0 of 5 left out" in said
-    monkeypatch.setattr(thermal_set, "piece", None)  # pieces that are there are not made again
+    monkeypatch.setattr(thermal_set, "piece", None)  # existing pieces are reused
     thermal_set.main()
     assert capsys.readouterr().out == said

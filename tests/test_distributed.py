@@ -1,8 +1,9 @@
-"""Several processes: they share the validation, and what is left of them ends when one is lost."""
+"""Several processes: they share the validation, and the others end when one is lost."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from ase_enf.training.distributed import process_group
 
 ROOT = Path(__file__).parents[1]
 HEADER = f"""
@@ -29,14 +32,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(script: Path, world: int) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a group, with nobody who watches over them."""
+    """Starts the processes of a group without a supervisor."""
     port = free_port() if world > 1 else 0
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     return [
@@ -105,5 +108,72 @@ def test_what_is_left_of_a_group_ends_with_one_line(tmp_path):
     out, err = left.communicate(timeout=60)
     assert left.returncode == 0, err[-2000:]
     assert out.startswith("process 0 of 2 lost another one") and out.count("\n") == 1 and "--resume" in out
-    assert "onnection" in out  # what the group said
+    assert "onnection" in out  # messages of the group
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("said", [None, "go on so"])
+def test_a_signal_while_a_loss_is_cleaned_up_says_both(monkeypatch, said):
+    """The signal comes from torchrun; a note on how to continue, if there is one, is not repeated."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    interrupt = KeyboardInterrupt()
+    if said:
+        interrupt.add_note(said)
+    with pytest.raises(KeyboardInterrupt) as caught, process_group("cpu"):
+        try:
+            raise RuntimeError("Connection closed by peer")
+        finally:
+            raise interrupt
+    (note,) = caught.value.__notes__
+    assert note == said if said else note.startswith("process 0 of 2 lost another one") and "--resume" in note
+    with pytest.raises(RuntimeError, match="another fault"), process_group("cpu"):
+        raise RuntimeError("another fault")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("waiting", [False, True])
+def test_runs_of_torchrun_one_at_a_time_and_again_after_a_kill(tmp_path, waiting):
+    """A second run in the folder is refused; a killed process ends the run, which can then be resumed.
+
+    This also holds if the signal of torchrun reaches a process that waits for the killed one.
+    """
+    data = ROOT / "tests" / "data" / "qm9_sample.npz"
+    words = f"train --data {data} --qm9-split --n-atoms 15 --hidden 8 --layers 1 --batch-size 4 --validation-size 2"
+    words += " --checkpoint-every 5 --log-every 5 --validate-every 100000 --device cpu --out run --steps"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ase_enf"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "text": True}
+    command = [*torchrun, *words.split(), "100000"]
+    first = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    give_up = time.monotonic() + 120
+    while not (tmp_path / "run" / "state.pt").exists():
+        assert time.monotonic() < give_up and first.poll() is None
+        time.sleep(0.1)
+    second = subprocess.run(command, **options, capture_output=True, timeout=120, check=False)
+    assert second.returncode and "error: run: a run is in progress there (process " in second.stderr
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    ranks = {
+        entry.removeprefix(b"RANK="): int(child)
+        for child in children
+        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if entry.startswith(b"RANK=")
+    }
+    if waiting:
+        os.kill(ranks[b"1"], signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(ranks[b"0"], signal.SIGTERM)
+        time.sleep(0.2)
+    os.kill(ranks[b"1"], signal.SIGKILL)
+    began = time.monotonic()
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode and time.monotonic() - began < 60
+    ours = [line for line in said.splitlines() if line.startswith("ase-enf: ")]
+    assert len(ours) == 1 and "--resume" in ours[0], said[-3000:]
+    assert not (tmp_path / "run" / "run.lock").exists()
+    end = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] + 2
+    resumed = [*torchrun, "train", "--resume", "run", "--steps", str(end)]
+    done = subprocess.run(resumed, **options, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == end

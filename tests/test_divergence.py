@@ -1,4 +1,4 @@
-"""The exact trace is the trace of the Jacobian; Hutchinson's estimate agrees within its own error."""
+"""The exact trace is that of the Jacobian; Hutchinson's estimate agrees within its error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (3, 2)
 
 @pytest.fixture
 def point(flow, device, dtype):
-    """A field of every feature mode at one moment, and a padded point."""
+    """A field of each feature mode at one time, and a padded point."""
     mask = torch.arange(max(SIZES), device=device) < torch.tensor(SIZES, device=device)[:, None]
     real = mask.unsqueeze(-1)
     generator = torch.Generator().manual_seed(3)
@@ -31,7 +31,7 @@ def point(flow, device, dtype):
 
 
 def jacobian(field, x, h):
-    """The full (D, D) Jacobian of each molecule, D = M (n + F), by autograd."""
+    """Returns the full (D, D) Jacobian of each molecule, D = M (n + F), by autograd."""
     width, n = x.shape[1], x.shape[2]
 
     def joint(y):

@@ -1,22 +1,26 @@
-"""The code of the pages under docs/ runs: with small numbers by default, and as it is written under ``slow``.
+"""The code of the pages under docs/ runs: with small numbers by default, and as written under ``slow``.
 
-What a page claims of its own figures is asserted where it runs as written.
+Claims of a page about its results are asserted where it runs as written.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from types import ModuleType
 
 import numpy as np
 import pytest
 from documents import PYTHON, ROOT, SHELL, blocks, commands, run_all, smaller
+
+import ase_enf
 
 DOCS = ROOT / "docs"
 MADE = re.compile(r"reference/(modules|cards|results)/|reference/cli\.md")  # by the build
 PAGES = [
     page for page in sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")) if not MADE.match(page)
 ]
-# Pages that run, those of one row after one another in one folder and with each other's names.
+# Pages to run; those of one row run in order, in one folder and one namespace.
 RUNS = (
     ("tutorials/generate.md",),
     ("tutorials/train.md", "howto/out_of_distribution.md"),
@@ -28,9 +32,9 @@ RUNS = (
     ("howto/calculator.md",),
     ("howto/reweight.md",),
 )
-# Whose many commands, each tested in test_cli_*.py, run as written only.
+# Pages whose many commands, each tested in test_cli_*.py, run only as written.
 COMMANDS_ONLY = (("howto/files.md",),)
-# What a page says → what is run by default.
+# Code of a page → what is run by default.
 SMALLER = [
     ("generate(flow, 12, formula", "generate(flow, 2, formula"),
     ("(flow, 5, fragment", "(flow, 1, steps=8, fragment"),
@@ -40,13 +44,13 @@ SMALLER = [
     ("dynamics.run(400)", "dynamics.run(4)"),
     ("dynamics.run(20)", "dynamics.run(2)"),
     ("--layers 3 --steps 600 --warmup 50", "--layers 1 --steps 3 --validation-size 4"),
-    ('index=":20"), tolerance=1)', 'index=":2"), tolerance=1e3)'),
-    ("n=10, seed=5), tolerance=1)", "n=2, seed=5), tolerance=1e3)"),
+    ('index=":20"), max_stderr=1)', 'index=":2"), max_stderr=1e3)'),
+    ("n=10, seed=5), max_stderr=1)", "n=2, seed=5), max_stderr=1e3)"),
     ("--layers 2 --steps 400", "--layers 1 --steps 3 --validation-size 4"),
     ("-n 20 ", "-n 2 "),
     ("-n 5 ", "-n 1 "),
-    ("score(flow, [ethanol, stretched])", "score(flow, [ethanol, stretched], tolerance=1e3)"),
-    ("score(small, waters, ", "score(small, waters, tolerance=1e3, "),
+    ("score(flow, [ethanol, stretched])", "score(flow, [ethanol, stretched], max_stderr=1e3)"),
+    ("score(small, waters, ", "score(small, waters, max_stderr=1e3, "),
     ("kT=0.0257)", "kT=0.0257, steps=8)"),
     ("(96, 48, 24)", "(16, 8)"),
     ('{"train": 20000, "valid": 1000}', '{"train": 20, "valid": 8}, ladders=4, burn_in=20'),
@@ -144,10 +148,58 @@ def test_every_page_is_in_the_table_of_contents():
     assert np.unique(listed).size == len(listed)
 
 
+def docs_conf() -> ModuleType:
+    """The settings of Sphinx for this documentation."""
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    return conf
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "reference/python.md").read_text()
+    assert [name for name in ase_enf.__all__ if not re.search(rf"\base_enf\.{name}\b", text)] == []
+
+
+def test_every_command_has_its_help():
+    pytest.importorskip("sphinx")
+    conf = docs_conf()
+    made = {"generate", "score", "evaluate", "train", "boltzmann", "info", "convert-en-flows"}
+    assert set(conf.commands()) == made
+
+
+def test_docstrings_are_shown_as_they_are_written():
+    pytest.importorskip("sphinx")
+    from sphinx.ext.napoleon import GoogleDocstring
+
+    def shown(what: str, *lines: str) -> str:
+        passed = list(lines)
+        docs_conf().plain_text(None, what, "name", None, None, passed)
+        return str(GoogleDocstring(passed, what=what, name="name", obj=None))
+
+    assert ":type:" not in shown("property", "Whether to draw: always, or never.")
+    assert "Whether to draw: always, or never." in shown("property", "Whether to draw: always, or never.")
+    assert r"temperature: \K." in shown("function", "Args:", "    temperature: K.")
+
+
+def test_no_word_is_taken_for_a_tag():
+    made = [*(ROOT / "benchmarks/results").glob("*.md"), *(ROOT / "ase_enf/pretrained").glob("*.md")]
+    tag = re.compile(r"</?[a-zA-Z][\w-]*(\s[^<>]*)?/?>")  # an average such as <U> would not be shown
+    said = {}
+    for path in (*(DOCS / page for page in PAGES), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *made):
+        text = re.sub(r"```.*?```|`[^`]*`", "", path.read_text(), flags=re.DOTALL)
+        if found := tag.search(text):
+            said[path.name] = found.group()
+    assert said == {}
+
+
 def test_benchmarks_are_called_by_their_names():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS / page for page in PAGES)]
     named = {
         (path.name, name) for path in pages for name in re.findall(r"python -m (benchmarks[\w.]+)", path.read_text())
     }
-    missing = [(page, name) for page, name in named if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
-    assert missing == []
+    places = {name: ROOT / name.replace(".", "/") for _, name in named}
+    runs = {
+        name for name, path in places.items() if path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    }
+    assert [(page, name) for page, name in named if name not in runs] == []

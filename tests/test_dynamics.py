@@ -87,7 +87,7 @@ def test_time_may_be_one_or_one_for_each_molecule(dynamics, state, tolerance):
     for k in range(2):
         single, _ = field(times[k], x, h, mask, context)
         assert torch.allclose(single[k], both[k], **tolerance)
-    assert (field(times[0], x, h, mask, context)[0] - both)[1].abs().max() > 1e-3  # and time matters
+    assert (field(times[0], x, h, mask, context)[0] - both)[1].abs().max() > 1e-3  # the time has an effect
 
 
 def test_context_steers_the_velocity(dynamics, state, mode):

@@ -1,4 +1,4 @@
-"""E(n) symmetry of the network (eq. 4, 5, 9), and that all of it is used."""
+"""The network (eq. 4, 5, 9): E(n) symmetry, and every part has an effect."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_parameter_gets_a_gradient_where_only_features_are_read(graph, sti
 
 
 def test_one_layer_is_the_equations_of_the_paper(graph, stir, dtype, tolerance):
-    """Eq. 4, 5 and 9 written as a double loop over atoms."""
+    """Compared with eq. 4, 5 and 9 written as a double loop over atoms."""
     layer = stir(EGCL(8, gate=True, bound=7.5), scale=1.5).to(dtype)
     h, x, _ = (t.cpu() for t in graph(3, 8, sizes=(4,)))
     h_out, x_out = layer(h, x, None, pair_mask(torch.ones(1, 4, dtype=torch.bool)).to(dtype))
@@ -127,7 +127,7 @@ def test_one_layer_is_the_equations_of_the_paper(graph, stir, dtype, tolerance):
 
 
 def test_reach_bounds_how_far_a_pair_can_push(graph, stir, dtype):
-    """Two atoms: |x^L − x| < reach, however large the weights."""
+    """For two atoms, |x^L − x| < reach, however large the weights."""
     h, x, mask = (t.cpu() for t in graph(3, 1, sizes=(2,)))
     push = {}
     for reach in (3.0, None):
@@ -151,7 +151,7 @@ def test_gradients_stay_finite_where_atoms_coincide(network, widths, graph):
 
 
 def test_the_first_flow_is_close_to_the_identity():
-    """The small gain of the last layer of φ_x: an untrained network hardly moves an atom."""
+    """The last layer of φ_x has a small initial gain, so an untrained network hardly moves an atom."""
     network = EGNN(1, 0, hidden=8, layers=2)
     x = torch.randn(1, 5, 3)
     _, x_out = network(torch.zeros(1, 5, 1), x, pair_mask(torch.ones(1, 5, dtype=torch.bool)).float())

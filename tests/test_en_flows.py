@@ -1,4 +1,4 @@
-"""The published weights: names and shapes by a file made here; numbers where the published ones are."""
+"""The published weights: names and shapes with a file made here, numbers if the published file is available."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def linear(rng, outputs, inputs, bias=True):
 
 
 def published_arrays(rng) -> dict[str, np.ndarray]:
-    """Random weights under the published names, HIDDEN wide and LAYERS deep."""
+    """Returns random weights under the published names, HIDDEN wide and LAYERS deep."""
     modules = {}
     for prefix, inputs, outputs, edges, layers, gate in (
         ("flow.transformations.1.odefunc.dynamics.egnn.", 7, 7, 2, LAYERS, True),
@@ -58,7 +58,7 @@ def test_names_and_scales(arrays, tmp_path):
     assert flow.config.position_scale == pytest.approx(np.exp(0.8))
     theirs = arrays["flow.transformations.1.odefunc.dynamics.egnn.gcl_1.coord_mlp.0.weight"]
     assert torch.equal(flow.dynamics.network.layers[1].position_in.weight, torch.from_numpy(theirs))
-    assert flow.dynamics.network.out.weight.shape == (6, HIDDEN)  # the output for the time is dropped
+    assert flow.dynamics.network.out.weight.shape == (6, HIDDEN)  # the output for the time is left out
 
 
 def test_torch_checkpoint_is_the_same(arrays, tmp_path):

@@ -1,4 +1,4 @@
-"""A study from molecule to free energies: basins and their errors, other isomers, and that every stage resumes."""
+"""A study from molecule to free energies: basins and errors, other isomers, and resuming of every stage."""
 
 from __future__ import annotations
 
@@ -27,8 +27,17 @@ def _once(dtype):
         pytest.skip("nothing here depends on it")
 
 
+@pytest.mark.parametrize("given", [MMFF94, None, 300.0])
+def test_what_is_no_calculator_is_refused(tmp_path, given):
+    with pytest.raises(TypeError, match=r"calculator=.*must be an ASE calculator or one of the names gfn2, gfn1, mmff"):
+        boltzmann(molecule("CH3OH"), given, 300.0, tmp_path / "out")
+    with pytest.raises(ValueError, match="calculator 'gfn3' is unknown"):
+        boltzmann(molecule("CH3OH"), "gfn3", 300.0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_free_energies_and_errors_of_known_shares():
-    """Independent frames of 70, 25 and 5 %; draws of equal shares that carry those as weights."""
+    """Independent frames with populations of 70, 25 and 5 %, and equally many draws with these as weights."""
     truth, rng, found = np.array([0.7, 0.25, 0.05]), np.random.default_rng(0), []
     for _ in range(200):
         seen = rng.choice(3, (250, 4), p=truth)
@@ -45,7 +54,7 @@ def test_free_energies_and_errors_of_known_shares():
 
 
 def test_too_few_effective_samples_have_no_error():
-    """Ten draws of which one carries a basin: the delta method would be sure of it."""
+    """A basin with a single draw, for which the delta method alone would give too small an error."""
     drawn = np.array([0] * 200 + [1] * 20)
     weights = np.ones(220)
     weights[200] = 50.0
@@ -113,7 +122,7 @@ def test_a_study_is_resumed_stage_by_stage(tmp_path, monkeypatch):
             type(self).calls += 1
             super().calculate(*arguments)
 
-    # Whatever an untrained flow draws is the molecule here: the stages are the point.
+    # Every draw of the untrained flow counts as the molecule: the stages are under test.
     class Anything(OneMolecule):
         def calculate(self, atoms=None, properties=("energy",), system_changes=()) -> None:
             super().calculate(atoms, properties, system_changes)
@@ -131,7 +140,7 @@ def test_a_study_is_resumed_stage_by_stage(tmp_path, monkeypatch):
         }  # fmt: skip
         assert len(read(tmp_path / "out" / "samples.extxyz", ":")) == len(first.reweighted.samples) == 10
         assert (tmp_path / "out" / "report.md").read_text().startswith("# H2O at 300 K")
-        # One part of the draws is lost: it alone is drawn again, to the same weights.
+        # A lost part of the draws is drawn again, with the same weights; the others are not.
         (tmp_path / "out" / "draws" / "part_0001_4.npz").unlink()
         Counting.calls = 0
         again = boltzmann(atoms, Counting(atoms), 300.0, tmp_path / "out", **options)
@@ -156,13 +165,16 @@ def test_a_flow_that_never_draws_the_molecule_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"torsions": [(0, 1, 2, 9)]}, r"torsion \[0, 1, 2, 9\]: need four different places of atoms from 0 to 8"),
+        ({"torsions": [(0, 1, 2, 9)]}, r"torsion \[0, 1, 2, 9\]: need four different atom indices from 0 to 8"),
         ({"torsions": [(0, 1, 1, 2)]}, "torsion"),
+        ({"torsions": [(1, 0, 2, 3)]}, r"torsion \[1, 0, 2, 3\]: C0 and O2 are not bonded"),
         ({"draws": 0}, "draws=0"),
         ({"n": 0}, "n=0"),
+        ({"sampling": {"turn": [(0, 2)]}}, "bonded atoms"),
     ],
 )
 def test_bad_input(tmp_path, options, message):
     atoms = molecule("CH3CH2OH")
     with pytest.raises(ValueError, match=message):
         boltzmann(atoms, MMFF94(atoms), 300.0, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

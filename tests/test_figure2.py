@@ -1,4 +1,4 @@
-"""Figure 2: frames of the times asked for, seen from where the last one shows its broad side."""
+"""Figure 2: frames at the requested times, rotated so that the last one shows its broad side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_frames_are_those_nearest_to_the_times():
 
 
 def test_all_frames_are_turned_alike():
-    """A rotation keeps distances, also those between the frames."""
+    """A common rotation keeps distances, also between frames."""
     frames = way((1.0, 0.0))
     seen = seen_broadside(frames)
     centred = [frame.positions - frame.positions.mean(axis=0) for frame in frames]

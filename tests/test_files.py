@@ -1,4 +1,4 @@
-"""A file appears when it is complete, and a failure leaves nothing behind."""
+"""A file appears only when it is complete, and a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_require_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(require_folder("a")) == "a"
     (tmp_path / "file").write_text("")
-    for missing in ("no", "file"):  # a file is no folder
+    for missing in ("no", "file"):  # a file is not a folder
         with pytest.raises(FileNotFoundError, match=f"^{missing}/a: the folder {missing} does not exist") as caught:
             require_folder(f"{missing}/a")
         assert "\n" not in str(caught.value)
@@ -112,7 +112,7 @@ def test_what_a_killed_process_left_goes_with_the_next_file_of_its_folder(tmp_pa
     mine = [".bashrc", ".m.db.part", "m.db", ".notes.part.txt"]
     for name in mine:
         (tmp_path / name).write_text("of a user")
-    with atomic_write(tmp_path / "a") as first:  # one at work is left alone
+    with atomic_write(tmp_path / "a") as first:  # a file that is being written is left alone
         with atomic_write(tmp_path / "b"):
             pass
         first.write(b"whole")

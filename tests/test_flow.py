@@ -1,4 +1,4 @@
-"""The flow against closed forms, against autograd, and against itself run backwards."""
+"""The flow compared with closed forms, with autograd, and with its inverse."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import ADAPTIVE, EVALUATIONS_PER_STEP, ContinuousFlow, Solver, SolverError
+from ase_enf.flow.likelihood import log_base, path_error
 from ase_enf.geometry import center, masked_mean
 
 TIGHT = Solver("dopri5", rtol=1e-9, atol=1e-10)
@@ -43,7 +44,7 @@ def state():
 
 @pytest.fixture
 def real_flow(flow, device, state):
-    """A small model of every feature mode as a flow: (solver, sizes) → flow, x, h."""
+    """A small model of each feature mode as a flow: (solver, sizes) → flow, x, h."""
 
     def build(solver: Solver = TIGHT, sizes=(3, 2)):
         mask = mask_of(*sizes).to(device)
@@ -142,7 +143,7 @@ def test_kinetic_and_jacobian_terms_have_their_closed_forms(state):
     assert torch.allclose(z.ladj, rate * center(v[0], mask).square().sum(dim=(1, 2)), rtol=1e-6)
 
 
-# A real model against autograd and against itself
+# A real model compared with autograd and with itself
 
 
 @pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=40)])
@@ -204,7 +205,7 @@ def test_batch_mates_change_nothing_on_a_fixed_grid_and_little_with_dopri5(real_
 
 
 def test_padding_does_not_loosen_the_adaptive_tolerance(real_flow, flow):
-    """The masked norm: 60 padded slots take the very steps of none."""
+    """The masked norm: with 60 padded rows, the solver takes the same steps as without."""
     together, x, h = real_flow(Solver("dopri5", rtol=1e-5, atol=1e-5), sizes=(3,))
     context = together.velocity.context
 
@@ -218,7 +219,7 @@ def test_padding_does_not_loosen_the_adaptive_tolerance(real_flow, flow):
 
 
 def test_hutchinson_samples_integrate_each_probe(real_flow):
-    """The probes of a basis sum to the exact ladj, each being a sample of its own."""
+    """The samples of the probes of a basis sum to the exact ladj."""
     flow, x, h = real_flow(Solver("rk4", steps=8), sizes=(2,))
     n, width = x.shape[-1], x.shape[-1] + h.shape[-1]
     basis = torch.eye(2 * width, dtype=x.dtype).reshape(2 * width, 1, 2, width).to(x.device)
@@ -242,7 +243,7 @@ def test_regularised_forward_summed_over_a_basis_is_forward(real_flow, flow, adj
     n, width = x.shape[-1], x.shape[-1] + h.shape[-1]
     parameters = list(flow.dynamics.parameters())
     expected = plain.forward(x, h, divergence.exact)
-    # A basis of molecules rather than of solves: copies of one molecule, each with a probe of its own.
+    # Copies of one molecule, each with its own probe, need one solve only.
     size = 2 * width
     basis = torch.eye(size, dtype=x.dtype).reshape(size, 2, width).to(x.device)
     context = plain.velocity.context
@@ -324,6 +325,7 @@ def test_failure_of_the_solver_is_one_line_with_the_remedy(state, kind, directio
     [
         ({"method": "rk45"}, "'rk45' is unknown; choose one of dopri5"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": 2.5}, "steps=2.5: must be a whole number"),
         ({"rtol": 0.0}, "rtol=0.0"),
         ({"atol": -1.0}, "atol=-1.0"),
         ({"warp": 0.0}, "warp=0.0"),
@@ -369,5 +371,30 @@ def test_a_finer_solver_errs_less_and_a_coarser_one_more(real_flow, method):
 def test_a_finer_tolerance_stays_within_what_the_numbers_resolve():
     tight = Solver(rtol=1e-7, atol=1e-12)
     single, double = tight.finer(torch.float32), tight.finer(torch.float64)
-    assert (single.rtol, single.atol) == (1e-7, 1e-12)  # what was asked for is never loosened
+    assert (single.rtol, single.atol) == (1e-7, 1e-12)  # requested tolerances are never loosened
     assert double.rtol == pytest.approx(1e-8) and double.atol == pytest.approx(1e-13)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("rate", [5.0, 20.0, 400.0])
+@pytest.mark.parametrize("method", ["rk4", "midpoint", "dopri5"])
+def test_the_error_of_a_stiff_well_is_stated(method, rate):
+    """dx/dt = −k ε tanh(x / ε): sinh(x / ε) decays as exp(−k t), and ladj is by how much log tanh(x / ε) changes."""
+    x = torch.tensor([[[0.05], [-0.05]]], dtype=torch.float64)
+    h, mask, width = x.new_zeros(1, 2, 0), mask_of(2), 0.1
+
+    def well(t, x, h):
+        return -rate * width * torch.tanh(center(x, mask) / width), h
+
+    flow = ContinuousFlow(well, mask, Solver(method, steps=1))
+    z = flow.forward(x, h, divergence.exact)
+    end = width * torch.asinh(torch.sinh(x / width) * math.exp(-rate))
+    truth = torch.log(torch.tanh(end / width) / torch.tanh(x / width))[0, 0] + log_base(end, h, mask)
+    base = log_base(z.x, z.h, mask)
+    by_path, _ = path_error(flow, x, h, base, z.traces, divergence.exact)
+    assert abs(z.ladj + base - truth) <= 3 * (z.error + by_path)
+    # 48 steps are stable for the first two rates, and the error stays small there.
+    stable = rate < 50.0 or method == "dopri5"
+    assert (flow.unresolved(x, h, z.traces) == 0) == stable and (not stable or by_path < 0.01)

@@ -1,4 +1,4 @@
-"""The cache folder: the one that is named, or the platform's."""
+"""The cache folder: the named one, or that of the platform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fragments: kept atoms stay where they are, the rest has the law that the path gives it, bad input is one line."""
+"""Fragments: kept atoms keep their places, the others follow the conditional distribution, bad input is one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = StochasticSampler(steps=6, churn=50.0)
 
 @pytest.fixture
 def matched(make_flow):
-    """A small flow, as if flow matching had trained it."""
+    """Returns a small flow configured as trained by flow matching."""
 
     def build(features="joint", **fields):
         fields = {"layers": 1, "scale": 0.3, "sizes": {2: 1, 5: 2, 7: 2, 9: 1}, "path": "linear"} | fields
@@ -72,7 +72,7 @@ def test_constraints_say_what_is_kept_and_survive(matched, tmp_path):
 
 
 def test_a_fragment_elsewhere_is_completed_there(matched, water):
-    """The frame of the fragment decides nothing but the frame of the answer."""
+    """The frame of the fragment affects only the frame of the completion."""
     flow = matched("given", compositions={"CH3O": 1}, sizes={5: 1})
     before = generate(flow, 1, fragment=water, solver=QUICK)[0]
     moved = water.copy()
@@ -93,7 +93,7 @@ def noise_of(x, seed):
 
 
 def test_data_in_one_molecule_are_completed_exactly():
-    """With D the same for all x_t, the completion is that molecule, its centre where the kept atoms want it."""
+    """If D is the same for all x_t, the completion is that molecule, centred by its kept atoms."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(1, 6, 3, generator=generator, dtype=torch.float64)
     data -= data.mean(dim=1, keepdim=True)
@@ -106,7 +106,7 @@ def test_data_in_one_molecule_are_completed_exactly():
 
 @pytest.mark.parametrize("churn", [1.0, 50.0])
 def test_gaussian_data_are_completed_by_their_conditional(churn):
-    """Of independent atoms N(0, s²), one that is drawn is N(0, s² (1 + 1/K)) from the centre of K that are kept."""
+    """For independent atoms N(0, s²), a drawn atom is N(0, s² (1 + 1/K)) relative to the centre of K kept atoms."""
     s, n, size, kept = 0.7, 4000, 4, torch.tensor([0, 2])
     like = torch.zeros(n, size, 3, dtype=torch.float64)
     noise = noise_of(like, seed=3)
@@ -127,7 +127,7 @@ def test_gaussian_data_are_completed_by_their_conditional(churn):
 
 
 def test_particles_find_the_molecule_that_the_fragment_is_of():
-    """Data in two molecules: two atoms of one are kept. Alone, most completions are of the other, more frequent one."""
+    """Two atoms of the rarer of two molecules are kept; without particles, most completions are the other molecule."""
     data = torch.tensor([[[1.5, 0, 0], [-1.0, 0, 0], [0, 2.0, 0]], [[1.5, 0, 0], [-1.2, 0, 0], [0, -2.0, 0]]])
     data = (data - data.mean(dim=1, keepdim=True)).double()
     prior, molecules, count = torch.tensor([0.2, 0.8]).double(), 200, 16
@@ -158,7 +158,7 @@ def test_particles_go_on_by_their_weights_and_independent_of_batch_mates():
     places = particles.select(0.5, None, None).tolist()
     assert places[4:] == [4, 5, 6, 7]  # whose weights are equal
     assert set(places[:4]) == {0, 1} and places[:4].count(0) in (2, 3)  # 4 / (1 + 1/e) = 2.9
-    assert particles.select(0.05, None, None) is None  # too late to be looked at
+    assert particles.select(0.05, None, None) is None  # too late for a comparison
 
 
 def test_particles_that_are_not_finite_are_replaced():
@@ -169,7 +169,7 @@ def test_particles_that_are_not_finite_are_replaced():
 
 
 def test_strength_says_how_far_a_structure_is_varied(matched):
-    """Data in one molecule y, started from x at t: what is left of x is nothing, and of noise at t, t z."""
+    """With data in one molecule y and a start from x at t, nothing of x remains at the end."""
     ethanol = molecule("CH3CH2OH")
     flow = matched("given", scale=0.0, compositions={"C2H6O": 1}, sizes={9: 1})
     with torch.no_grad():
@@ -231,8 +231,8 @@ def all_fixed():
         (lambda: molecule("H2O"), {"n_atoms": 2}, "^n_atoms=2: the fragment has 3 atoms, 3 of them kept; ask for at"),
         (lambda: molecule("H2O"), {"strength": 1.5}, r"^strength=1\.5: must be in \(0, 1\]"),
         (lambda: molecule("H2O"), {"strength": 0.5, "n_atoms": 5}, "^n_atoms=5: variants of a structure have its 3"),
-        (lambda: None, {"strength": 0.5}, r"^strength=0\.5: says how far a structure is varied"),
-        (lambda: molecule("H2O"), {"churn": 0.0}, "^fragment: needs noise that is renewed on the way"),
+        (lambda: None, {"strength": 0.5}, r"^strength=0\.5: needs a structure to vary; give one"),
+        (lambda: molecule("H2O"), {"churn": 0.0}, "^fragment: needs the stochastic sampler with churn, not "),
         (bonded, {}, "constraint FixBondLengths?, and only FixAtoms is understood"),
         (all_fixed, {"strength": 0.5}, r"^strength=0\.5: the constraint keeps every atom"),
     ],
@@ -243,7 +243,7 @@ def test_bad_fragments_are_one_line(matched, atoms, fields, message):
 
 
 def test_flows_that_cannot_are_one_line(matched, make_flow, water):
-    with pytest.raises(ValueError, match="^fragment: flow matching did not train this model"):
+    with pytest.raises(ValueError, match="^fragment: this model was not trained by flow matching"):
         generate(make_flow("joint", layers=1), 1, fragment=water)
     with pytest.raises(ValueError, match="^fragment: this model knows no elements"):
         generate(matched("none"), 1, fragment=water)

@@ -1,4 +1,4 @@
-"""The compiled kernel against the plain layer, which is the definition."""
+"""The compiled kernel agrees with the plain layer, which is the definition."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ase_enf.atoms.batch import to_batch
 from ase_enf.flow.config import ENFConfig
+from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
-from ase_enf.nn.backends import fused
+from ase_enf.nn.backends import choice, fused
 from ase_enf.nn.egnn import EGNN
 from ase_enf.training.config import TrainConfig
 from ase_enf.training.objectives import FlowMatching
@@ -116,7 +117,7 @@ class Bound(torch.nn.Module):
 
 @needs_kernel
 def test_saturated_gates_and_activations() -> None:
-    """e underflows to zero, SiLUs and tanh saturate: still the plain numbers, and all finite."""
+    """If e underflows to zero and SiLUs and tanh saturate, the kernel still agrees, and all is finite."""
     network, h, x, pairs = network_and_inputs(torch.float32, True, True, 15.0, 2, sizes=(6,))
     for layer in network.layers:
         torch.nn.init.constant_(layer.messages.gate.bias, -120.0)
@@ -180,6 +181,19 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("wanted", ["h", "x"])
+def test_second_derivatives_with_respect_to_one_input_are_refused(wanted: str, frozen: bool) -> None:
+    network, h, x, pairs = network_and_inputs(torch.float64, True, True, 15.0, 2, sizes=(4,))
+    network.requires_grad_(not frozen)
+    network.fuse()
+    leaf = {"h": h, "x": x}[wanted]
+    (first,) = torch.autograd.grad(network(h, x, pairs)[1].sin().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(first.square().sum(), leaf)
+
+
+@needs_kernel
 def test_training_loss_of_a_flow() -> None:
     torch.manual_seed(0)
     flow = ENF(ENFConfig(hidden=32, layers=2))
@@ -194,7 +208,7 @@ def test_training_loss_of_a_flow() -> None:
 def test_where_the_kernel_cannot_serve() -> None:
     flow = ENF(ENFConfig(hidden=8, layers=1))
     assert flow.use_backend("auto") == "torch"
-    with pytest.raises(ValueError, match="width 8 is no multiple of 16"):
+    with pytest.raises(ValueError, match="width 8 is not a multiple of 16"):
         flow.use_backend("compiled")
     with pytest.raises(ValueError, match="of an EGNN only, not of GNN"):
         ENF(ENFConfig(network="gnn", hidden=16, layers=1)).use_backend("compiled")
@@ -229,9 +243,36 @@ def test_without_a_compiler_or_a_folder(
         fused.library.cache_clear()
 
 
+def test_a_loaded_flow_computes_by_the_kernel_where_it_can(tmp_path: Path) -> None:
+    made = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=16, layers=2)).eval()
+    made.save(tmp_path / "flow.safetensors")
+    loaded = load(tmp_path / "flow.safetensors", device="cpu")
+    possible = fused.unavailable(16, torch.float32, torch.device("cpu")) is None
+    assert [layer.fused for layer in loaded.dynamics.network.layers] == [possible] * 2
+    x = torch.randn(2, 4, 3)
+    x -= x.mean(dim=1, keepdim=True)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for one, other in zip(
+        *(flow.velocity(mask)(torch.zeros(2), x, x[..., :0]) for flow in (made, loaded)), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_loading_for_torch_looks_for_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_):
+        raise AssertionError("nobody asked for the kernel")
+
+    ENF(ENFConfig(features="none", sizes={4: 1}, hidden=16, layers=1)).save(tmp_path / "flow.safetensors")
+    monkeypatch.setitem(choice.OBSTACLES, "compiled", built)
+    loaded = load(tmp_path / "flow.safetensors", device="cpu", backend="torch")
+    assert not loaded.dynamics.network.layers[0].fused
+    with pytest.raises(ValueError, match="backend 'fast' is unknown; choose one of auto, compiled, triton, torch"):
+        load(tmp_path / "flow.safetensors", backend="fast")
+
+
 @pytest.mark.parametrize("to", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_kernel_chosen_for_another_dtype_steps_back(to):
-    """A width of 8 fills a register in float64 alone: in float32 the kernel would write beyond its rows."""
+    """A width of 8 fills a register in float64 only; in float32 the kernel would write beyond its rows."""
     flow = ENF(ENFConfig(features="none", sizes={4: 1}, hidden=8, layers=2)).double()
     assert flow.use_backend("auto") in ("compiled", "torch")
     x, mask = torch.randn(2, 4, 3, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)

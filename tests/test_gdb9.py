@@ -1,4 +1,4 @@
-"""Raw QM9 files: what they hold arrives, ASE opens them by itself, and damage is named."""
+"""Raw QM9 files: their content is read, ASE opens them by itself, and damage is reported."""
 
 from __future__ import annotations
 

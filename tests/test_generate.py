@@ -1,4 +1,4 @@
-"""Generation: molecule i depends on (seed, i) alone, failures are drawn again and said, bad requests are one line."""
+"""Generation: molecule i depends on (seed, i) only, failures are redrawn and reported, bad requests are one line."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ BAD = [
     ("joint", {"solver": StochasticSampler(churn=1.0)}, "was not trained by it; use churn=0"),
     ("joint", {"churn": -1.0}, "churn=-1.0"),
     ("joint", {"churn": math.nan}, "churn=nan"),
-    ("joint", {"solver": "dopri5", "churn": 1.0}, "renews noise; leave one of them out"),
+    ("joint", {"solver": "dopri5", "churn": 1.0}, "and churn=1 are two ways to draw; leave one of them out"),
     ("joint", {"solver": StochasticSampler(), "steps": 8}, "already says its steps and churn"),
 ]
 
@@ -206,7 +206,7 @@ def test_resolve_solver():
     assert resolve_solver("rk4", 7, SAMPLING_SOLVER) == Solver("rk4", steps=7, warp=SAMPLING_SOLVER.warp)
     assert resolve_solver(FAST, None, SAMPLING_SOLVER) is FAST
     assert resolve_solver("dopri5", None, SAMPLING_SOLVER).adaptive
-    with pytest.raises(TypeError, match="^solver stochastic, .* renewed noise has no likelihood; give a Solver"):
+    with pytest.raises(TypeError, match="^solver stochastic, .*: has no likelihood; give a Solver or the name"):
         resolve_solver(STOCHASTIC_SAMPLER, None, SAMPLING_SOLVER)
 
 
@@ -242,7 +242,7 @@ def test_fresh_noise_is_of_the_base_distribution(make_flow, monkeypatch):
     flow = matched(make_flow("joint", layers=1, hidden=4, sizes={3: 1}).double())
     seen, features = [], []
 
-    def keep(self, z_x, z_h, mask, context, solver, noise):
+    def keep(self, z_x, z_h, mask, context, solver, noise, velocity):
         draws = [(z_x, z_h), noise(), noise()]
         seen.extend(x for x, _ in draws)
         features.extend(h for _, h in draws)
@@ -288,7 +288,7 @@ def test_igenerate_is_lazy_and_in_order(joint, monkeypatch):
     sample = ENF.sample
     monkeypatch.setattr(ENF, "sample", lambda self, z, *rest: (drawn.append(len(z)), sample(self, z, *rest))[1])
     stream = igenerate(joint, 10**9, solver=FAST, batch_size=1)
-    assert not drawn  # nothing is computed before the first molecule is asked for
+    assert not drawn  # nothing is computed before the first molecule is requested
     first = list(itertools.islice(stream, 9))
     assert [a.info["enf_index"] for a in first] == list(range(9))
     assert 9 <= sum(drawn) <= 16  # the molecules of two windows at most, of a billion

@@ -1,4 +1,4 @@
-"""The baseline network, not rotation equivariant, and the message block both networks share."""
+"""The baseline network, which is not rotation equivariant, and the message block that both networks share."""
 
 from __future__ import annotations
 

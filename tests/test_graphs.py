@@ -1,4 +1,4 @@
-"""Molecular graphs: read, written, drawn conformers of, scored."""
+"""Molecular graphs: reading, writing, and conformers that are drawn and scored."""
 
 from __future__ import annotations
 
@@ -141,5 +141,8 @@ def test_training_reads_graphs(tmp_path):
     assert model.config.graph and max(model.config.sizes) == 9
     with pytest.raises(ValueError, match="graph=True conditions an EGNN of given types"):
         TrainConfig(graph=True)
-    with pytest.raises(ValueError, match="of no structure; train without graph"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ValueError, match="bonds for none of the structures; train without graph"),
+        pytest.warns(UserWarning),
+    ):
         train(TrainConfig(features="given", graph=True, **settings), [molecule("CH3")], atoms[:1])

@@ -1,4 +1,4 @@
-"""The house: who may import whom, what an import may do, and that every public thing says what it is."""
+"""The structure of the package: allowed imports, no side effects on import, and documentation of all public names."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# The floors of the house, from the ground. A room imports from itself and from the floors below it; a module has no
-# way back to itself, within a room either. A name stands for the module and everything below it.
+# The layers of the package, from the lowest. A subpackage imports from itself and from lower layers; there are no
+# cycles, within a subpackage either. A name stands for a module and everything in it.
 FLOORS = (
-    {"__init__"},  # lazy: its names are imported when they are asked for
-    {"geometry", "threads", "folders"},
+    {"__init__"},  # lazy: its names are imported on first use
+    {"geometry", "threads", "folders", "renamed"},
     {"atoms", "chem", "nn"},
     {"flow", "data", "metrics"},
     {"sampling", "training", "plot"},
@@ -34,11 +34,11 @@ FLOORS = (
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-# What runs without torch.
+# Modules that run without torch.
 TORCH_FREE = ("__init__", "atoms.extxyz", "atoms.files", "atoms.io", "data", "chem", "metrics", "plot")
-# What sees tensors alone, and constants of the elements, but no structures.
+# Modules that use tensors and constants of the elements, but no structures.
 TENSORS_ONLY = ("geometry", "nn", "flow", "training.objectives")
-# Third party → who may import it at all, and whether at the top of a file.
+# Third-party package → modules that may import it, and whether at the top of a file.
 THIRD_PARTY = {
     "torchdiffeq": (("flow.continuous",), True),
     "safetensors": (("flow.weights",), True),
@@ -49,18 +49,18 @@ THIRD_PARTY = {
 }
 
 
-# What stands beside the package and uses it.
+# Code outside the package that uses it.
 BESIDE = {
     ".".join(path.relative_to(folder.parent).with_suffix("").parts): path
     for folder in (Path(__file__).parent, Path(__file__).parents[1] / "benchmarks")
     for path in sorted(folder.rglob("*.py"))
 }
 MAX_LINES = 450
-NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of their names
+NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public despite their names
 
 
 def room(module: str) -> str:
-    """The room that a module is in."""
+    """Returns the subpackage of a module."""
     return module.split(".")[0]
 
 
@@ -70,7 +70,7 @@ def within(module: str, names: tuple[str, ...]) -> bool:
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Names imported anywhere in a file but under TYPE_CHECKING, and whether at its top level."""
+    """Yields names imported anywhere in a file except under TYPE_CHECKING, and whether at its top level."""
     tree = ast.parse(path.read_text())
     found = []
 
@@ -90,7 +90,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def local_imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports."""
+    """Returns the modules of this package that a file imports."""
     modules = set()
     for name, _ in imports(path):
         if name == "ase_enf" or name.startswith("ase_enf."):
@@ -105,7 +105,7 @@ IMPORTS = {module: local_imports(path) - {module} for module, path in MODULES.it
 
 
 def reachable(module: str) -> set[str]:
-    """Modules that a module imports, or that those import."""
+    """Returns the modules that a module imports, directly or indirectly."""
     seen, waiting = set(), [module]
     while waiting:
         below = IMPORTS[waiting.pop()] - seen
@@ -165,12 +165,12 @@ def test_no_module_bears_the_name_of_what_its_room_offers():
 
 
 def is_private(name: object) -> bool:
-    """Whether a value is a name that belongs to one module alone."""
+    """Whether a value is the private name of a module."""
     return isinstance(name, str) and name[:1] == "_" and name[1:2] not in ("", "_") and name not in NAMED_TUPLE
 
 
 def private_definitions(tree: ast.AST) -> set[str]:
-    """Private names that a file gives to something: functions, classes, variables, attributes."""
+    """Returns the private names that a file defines: functions, classes, variables, attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -181,7 +181,7 @@ def private_definitions(tree: ast.AST) -> set[str]:
 
 
 def private_uses(tree: ast.AST) -> set[str]:
-    """Private names that a file imports, reads as an attribute, or names in a text for ``setattr`` and its like."""
+    """Returns private names that a file imports, reads as attributes, or passes as text to ``setattr`` and the like."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -199,7 +199,7 @@ PRIVATE = set().union(*map(private_definitions, TREES.values()))
 
 
 def prying(tree: ast.AST) -> set[str]:
-    """Private names of other files of this repository that a file uses without giving them to anything itself."""
+    """Returns the private names of other files of this repository that a file uses."""
     return (private_uses(tree) & PRIVATE) - private_definitions(tree)
 
 
@@ -229,7 +229,7 @@ def test_prying_is_noticed(code):
 
 
 def run(code: str, *options: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter."""
+    """Runs code in a fresh interpreter and returns its standard output."""
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=env | environment)
     assert done.returncode == 0, done.stderr
@@ -261,7 +261,7 @@ assert sorted(m for m in sys.modules if m.startswith("ase_enf")) == ["ase_enf"]
 
 
 def test_importing_every_module_changes_no_setting():
-    # What needs a package that only torch for CUDA brings is loaded on a GPU alone.
+    # Needs a package that comes with torch for CUDA only, and is loaded on a GPU only.
     here = [module for module in MODULES if module != "nn.backends.triton_pairs"]
     names = ["ase_enf" if module == "__init__" else f"ase_enf.{module}" for module in here]
     code = f"""
@@ -314,7 +314,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("rdkit", "ope
 
 
 def declared() -> dict[str, tuple[str, str]]:
-    """Public name → module and name there, as the package declares them to type checkers."""
+    """Returns public names → module and name there, as the package declares them to type checkers."""
     block = next(node for node in TREES["__init__"].body if isinstance(node, ast.If))
     return {
         alias.asname: (node.module, alias.name)
@@ -369,7 +369,7 @@ assert ase_enf.train is ase_enf.training.loop.train
 
 
 def public_definitions(path: Path) -> list[tuple[str, ast.AST]]:
-    """Public functions, classes and methods of a file."""
+    """Returns the public functions, classes and methods of a file."""
     found = []
 
     def walk(body: list[ast.stmt], prefix: str, inside_class: bool) -> None:

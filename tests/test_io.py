@@ -1,4 +1,4 @@
-"""Structures to files: nothing of ours is lost, and nothing half is left."""
+"""Structures to files: nothing is lost, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def water(**info):
 
 
 def round_trip(path, atoms):
-    """What is read of the structure that was written, without a warning."""
+    """Writes a structure and returns what is read back, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_structures(path, [atoms])
@@ -528,7 +528,7 @@ def test_a_full_disk_leaves_nothing_of_a_database(tmp_path, monkeypatch, when):
 def test_the_target_of_a_link_is_written(tmp_path, ending):
     (tmp_path / "real").mkdir()
     (tmp_path / f"m.{ending}").symlink_to(tmp_path / "real" / f"target.{ending}")
-    for many in ([water()], [water(), water()]):  # a new target, and one that is there
+    for many in ([water()], [water(), water()]):  # a new and an existing target
         write_structures(tmp_path / f"m.{ending}", many)
         assert (tmp_path / f"m.{ending}").is_symlink()
         assert len(qm9.load(tmp_path / "real" / f"target.{ending}")) == len(many)
@@ -540,6 +540,7 @@ import os, sys
 from ase.build import molecule
 from ase_enf.atoms import io
 io.COMMIT_SECONDS = 0.0
+io.FlushClock.due = lambda clock: True
 with io.GrowingFile(sys.argv[1]) as file:
     for index in range(5):
         atoms = molecule("H2O")
@@ -549,7 +550,7 @@ with io.GrowingFile(sys.argv[1]) as file:
 """
 
 
-@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db"])
+@pytest.mark.parametrize("ending", ["extxyz", "xyz", "db", "traj"])
 def test_a_killed_process_leaves_what_it_has_written(tmp_path, ending):
     path = tmp_path / f"m.{ending}"
     environment = os.environ | {"PYTHONPATH": str(Path(ase_enf.__file__).parents[1])}
@@ -559,6 +560,20 @@ def test_a_killed_process_leaves_what_it_has_written(tmp_path, ending):
     with GrowingFile(path, append=True) as file:
         file.add(water(index=5))
     assert [atoms.info["index"] for atoms in qm9.load(path)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["m.xyz.gz", "m.json", "m.traj"])
+def test_formats_that_are_written_whole_are_written_half_minute_by_half_minute(tmp_path, monkeypatch, name):
+    clock = [0.0]
+    monkeypatch.setattr("ase_enf.atoms.io.time.monotonic", lambda: clock[0])
+    path, seen = tmp_path / name, []
+    with warnings.catch_warnings(), GrowingFile(path) as file:
+        warnings.simplefilter("ignore")  # that a format keeps no info
+        for index in range(7):
+            clock[0] += 11.0
+            file.add(water(index=index))
+            seen.append(len(read(path, index=":")) if path.exists() else 0)
+    assert seen == [0, 0, 3, 3, 3, 6, 6] and file.count == len(read(path, index=":")) == 7
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -604,15 +619,11 @@ def test_nothing_is_there_without_a_structure_and_an_old_file_stays(tmp_path, en
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt), GrowingFile(path):
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), GrowingFile(path, whole=True) as file:
+    assert path.read_bytes() == before
+    with GrowingFile(path) as file:
         file.add(water())
-        raise KeyboardInterrupt
-    assert path.read_bytes() == before and file.count == 0
-    for whole in (True, False):
-        with GrowingFile(path, whole=whole) as file:
-            file.add(water())
-            file.add(water())
-        assert file.count == 2 and len(qm9.load(path)) == 2
+        file.add(water())
+    assert file.count == 2 and len(qm9.load(path)) == 2
 
 
 def test_a_growing_file_follows_links_and_completes_lines(tmp_path):

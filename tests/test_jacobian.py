@@ -1,4 +1,4 @@
-"""The closed form of the trace is that of the Jacobian by automatic differentiation, and so is its gradient."""
+"""The closed form of the trace agrees with the Jacobian by automatic differentiation, and so does its gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def point(mask, features, dtype, n=3, seed=0):
 
 
 def by_autograd(network, h, x, pairs, mask):
-    """Output and trace over real atoms, from the whole Jacobian."""
+    """Returns output and trace over real atoms, from the whole Jacobian."""
     width = h.shape[-1] - 2
 
     def joint(y):
@@ -76,7 +76,7 @@ def test_closed_form_is_the_trace_of_the_jacobian(
     h, x, pairs = point(mask, features, dtype)
     expected = by_autograd(network, h, x, pairs, mask)
     real = mask.unsqueeze(-1)
-    for recording in (True, False):  # without a graph everything happens in place
+    for recording in (True, False):  # without a graph, everything is computed in place
         with torch.set_grad_enabled(recording):
             h_out, x_out, trace = traced(network, h, x, pairs, mask)
         assert trace.requires_grad == recording
@@ -130,7 +130,7 @@ def test_chunks_do_not_matter(build, mask, dtype, tolerance, monkeypatch, gate):
 
 
 def test_gradients_are_those_of_automatic_differentiation(make_flow, features, device):
-    """Of the trace and of the velocity, to the state and to the weights."""
+    """Gradients of trace and velocity, with respect to the state and to the weights."""
     flow = make_flow(features, layers=3).double()
     mask = torch.tensor([[True] * 4, [True] * 3 + [False]], device=device)
     generator = torch.Generator().manual_seed(2)
@@ -143,7 +143,7 @@ def test_gradients_are_those_of_automatic_differentiation(make_flow, features, d
     x.requires_grad_(True)
     weights = [p for p in flow.dynamics.parameters()]
     answers = []
-    for field in (Moment(velocity, t), lambda x, h: velocity(t, x, h)):  # a plain function knows no closed form
+    for field in (Moment(velocity, t), lambda x, h: velocity(t, x, h)):  # a plain function has no closed form
         result = divergence.exact(field, x, h, create_graph=True)
         total = result.trace[0] - 2.0 * result.trace[1] + result.dx.square().sum()
         answers.append((total, *torch.autograd.grad(total, [x, *weights], allow_unused=True)))
@@ -173,7 +173,7 @@ def test_flows_use_it_and_networks_without_it_do_not(make_flow, monkeypatch, dev
 
 
 def test_single_precision_agrees_to_its_rounding(make_flow, features, device):
-    """The relative error of a float32 trace stays below 1e-5 of the size of what is summed."""
+    """The error of a float32 trace is below 1e-5 of the size of its terms."""
     flow = make_flow(features, hidden=32, layers=4)
     mask = torch.ones(4, 9, dtype=torch.bool, device=device)
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +211,7 @@ def test_the_compiled_kernel_gives_the_same_trace(dtype, stir, mask, tolerance, 
 
 
 def kinds_of_pairs(mask, dtype, kinds=3, seed=3):
-    """Symmetric one-hot features of the pairs, none of the diagonal and of padding."""
+    """Returns symmetric one-hot features of the pairs, zero on the diagonal and at padding."""
     generator = torch.Generator().manual_seed(seed)
     size, atoms = mask.shape
     kind = torch.randint(0, kinds + 1, (size, atoms, atoms), generator=generator).triu(1)
@@ -235,7 +235,7 @@ def test_context_of_pairs(build, mask, dtype, tolerance, layers, gate, features,
         assert torch.allclose(x_out * mask.unsqueeze(-1), expected[1], **tolerance)
         assert torch.allclose(trace, expected[2], **tolerance)
     other = traced(network, h, x, pairs, mask, context.flip(-1))[2]
-    assert (trace - other)[:2].abs().max() > 1e-3  # and it matters
+    assert (trace - other)[:2].abs().max() > 1e-3  # it has an effect
 
 
 def test_the_compiled_kernel_traces_with_context(dtype, stir, mask, tolerance):

@@ -39,7 +39,7 @@ def kind(request) -> str:
 
 @pytest.fixture
 def field(kind, device) -> Dynamics:
-    """Dynamics of ordinary size: centres spread, weights far from zero."""
+    """Returns dynamics with spread centres and weights far from zero."""
     dynamics = Dynamics(build_network(kind, 1, 0, 3, hidden=8, layers=3, attention=True)).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -67,14 +67,14 @@ def test_closed_form_is_the_exact_trace(field, state, n):
     t, x, h, mask = state(n)
     bound = BoundDynamics(field, mask)
     closed = divergence.exact(Moment(bound, t), x, h)
-    loop = divergence.exact(lambda x, h: bound(t, x, h), x, h)  # a bare function offers no closed form
+    loop = divergence.exact(lambda x, h: bound(t, x, h), x, h)  # a plain function has no closed form
     assert field.has_closed_form and closed.trace.abs().min() > 0.1
     assert torch.allclose(closed.trace, loop.trace, atol=1e-10, rtol=0)
     assert torch.equal(closed.dx, loop.dx) and closed.dh.shape == h.shape
 
 
 def test_closed_form_is_the_trace_of_the_whole_jacobian(field, state):
-    """Against another differentiation, molecule by molecule, without padding."""
+    """Compared with another differentiation, molecule by molecule, without padding."""
     t, x, h, mask = state()
     trace = field.trace(t, x, h, mask)[2]
     for b, size in enumerate((5, 3)):
@@ -117,7 +117,7 @@ def test_gaussians_sum_to_one_and_know_their_slope():
 
 
 def test_kernel_dynamics_is_its_formula():
-    """dx_i = Σ_j (x_i − x_j) Σ_kl W_kl b_k(d_ij) b_l(t), term by term."""
+    """Compared with dx_i = Σ_j (x_i − x_j) Σ_kl W_kl b_k(d_ij) b_l(t), term by term."""
     network = KernelDynamics(hidden=3, layers=2).double()
     x = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
 
@@ -178,7 +178,7 @@ def test_time_matters(field, state):
 
 
 def dimers(count: int, seed: int) -> list[Atoms]:
-    """Three particles in the plane, two of them close to each other."""
+    """Returns three particles in the plane, two of them close to each other."""
     rng = np.random.default_rng(seed)
     result = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""The likelihood is one function of a batch and its noise, whoever asks, and differentiable."""
+"""The likelihood is one differentiable function of a batch and its noise, for all callers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ase_enf
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.likelihood import log_likelihood
+from ase_enf.flow.quadrature import clenshaw_curtis
 from ase_enf.scoring.calculator import smeared_log_likelihood
 
 SOLVER = Solver("rk4", steps=1, warp=2.0)
@@ -39,7 +40,7 @@ def test_the_calculator_and_log_prob_have_one_density(flow, molecules, tolerance
 
 
 def test_a_way_back_has_the_density_of_the_way_there(flow, molecules):
-    """As ``reweight`` asks: ladj changes its sign with the direction, the other terms are those of the data."""
+    """As in ``reweight``: ladj changes its sign with the direction; the other terms are those of the data."""
     data = flow.encode(molecules, noise_for(flow, molecules))
     path = flow.flow(data.mask, data.context, Solver("rk4", steps=32))
     with torch.no_grad():
@@ -75,7 +76,7 @@ def test_its_gradient_is_that_of_finite_differences(flow, batch_of, water):
 
 
 def test_its_terms_are_summed_in_one_place():
-    """No other module of the package has the base distribution's densities, without which there is no sum."""
+    """No other module of the package uses the densities of the base, without which the terms cannot be summed."""
     package = Path(ase_enf.__file__).parent
     names = {"position_log_prob", "feature_log_prob"}
     users = {
@@ -85,3 +86,25 @@ def test_its_terms_are_summed_in_one_place():
         if getattr(node, "attr", getattr(node, "id", None)) in names
     }
     assert users == {"flow/likelihood.py"}
+
+
+def test_traces_that_are_known_serve_again(flow, molecules):
+    """On a converged path, reusing the traces from half the intervals reduces only the cost."""
+    flow, batch = flow.double(), molecules.to(dtype=torch.float64)
+    noise, everything = noise_for(flow, batch), torch.arange(len(batch.mask))
+    options = {"noise": noise, "solver": Solver("rk4", steps=200)}
+    half, anew = (flow.log_prob(batch, **options, intervals=intervals) for intervals in (8, 16))
+    known = half.known(everything)
+    again = flow.log_prob(batch, **options, intervals=16, before=known)
+    torch.testing.assert_close(again.log_prob, anew.log_prob, rtol=0.0, atol=1e-7)
+    torch.testing.assert_close(again.traces, anew.traces, rtol=0.0, atol=1e-6)
+    raised = flow.log_prob(batch, **options, intervals=16, before=known._replace(traces=known.traces + 1.0))
+    shift = torch.full_like(anew.log_prob, clenshaw_curtis(16)[1][::2].sum().item())
+    torch.testing.assert_close(raised.log_prob - again.log_prob, shift, rtol=0.0, atol=1e-9)
+    assert torch.equal(again.path_error, half.path_error) and (again.error > half.path_error).all()
+    assert again.nfe < anew.nfe - 8
+    (last,) = everything[-1:]
+    alone = batch._replace(**{name: value[-1:] for name, value in batch._asdict().items() if torch.is_tensor(value)})
+    options["noise"] = noise[-1:]
+    one = flow.log_prob(alone, **options, intervals=16, before=half.known(last[None]))
+    assert one.log_prob.item() == pytest.approx(again.log_prob[-1].item(), abs=1e-9)

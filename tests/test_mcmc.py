@@ -1,4 +1,4 @@
-"""The sampler samples exp(−U), whatever it starts from; free energies are those of systems that can be solved."""
+"""The sampler samples exp(−U) from any start; free energies agree with solvable systems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = [name for name in SYSTEMS if name != "lj55-factor2"]
 
 @pytest.fixture(scope="module")
 def short_runs():
-    """A run of each system, of a second or two."""
+    """A short run of each system."""
     ladders = {"dw4": 128, "lj13": 24, "lj13-factor2": 24}
     return {name: run(name, seed=3, sweeps=100, ladders=ladders[name], burn_in=100, thin=20) for name in SMALL}
 
@@ -80,7 +80,7 @@ def test_double_wells_have_the_energy_of_the_quadrature(short_runs):
 
 
 def test_the_start_is_forgotten():
-    """From one cold cluster, and from hot independent gases, to one mean energy."""
+    """A cold cluster and hot independent gases lead to the same mean energy."""
     cold = Icosahedron("Ar", 2, latticeconstant=math.sqrt(2)).positions
     assert resolve("lj13").evaluate(cold[None]).energy < -36
     from_cold, from_hot = (
@@ -136,7 +136,7 @@ def test_the_errors_are_the_spread_of_repeated_runs():
 
 
 def test_free_energy_of_a_lennard_jones_pair_is_a_radial_integral():
-    """Z = 2^(−3/2) ∫ 4π d² exp(−v(d) − ¼ d²) dd: the whole path over the singularity, with a known end."""
+    """Z = 2^(−3/2) ∫ 4π d² exp(−v(d) − ¼ d²) dd: a path across the singularity with a known result."""
     pair = lennard_jones(2.0, n_atoms=2)
     d = np.linspace(0.4, 14.0, 50001)
     energy = pair.pair(d * d)[0] + 0.25 * d * d

@@ -1,4 +1,4 @@
-"""A batch that memory does not hold is halved, said once, and gives the same numbers."""
+"""A batch that does not fit into memory is halved, with one warning, and gives the same numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_full_memory_raises_is_known(error):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """Memory for three molecules, by which batches every call is noted."""
+    """Simulates memory for three molecules, and records the batches of every call."""
     noted = []
 
     def limit(name, length):
@@ -48,9 +48,9 @@ def small_memory(monkeypatch):
 
 def test_generate_halves_its_batches(make_flow, small_memory):
     flow = make_flow("given", layers=1, compositions={"CH4": 1}, sizes={5: 1}).double()
-    with pytest.warns(UserWarning, match="^memory is not enough for .* molecules together; goes on with") as said:
+    with pytest.warns(UserWarning, match="^memory is not enough for .* molecules at a time; continues with") as said:
         drawn = generate(flow, 22, batch_size=12, solver=ONE_STEP)
-    assert [str(w.message).split()[5] for w in said] == ["12", "6"]  # each halving is said once
+    assert [str(w.message).split()[5] for w in said] == ["12", "6"]  # one warning for each halving
     assert small_memory.count(12) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -65,10 +65,10 @@ def test_score_halves_its_batches(make_flow, small_memory):
     atoms = [molecule("CH4") for _ in range(13)]
     for one in atoms:
         one.rattle(0.05, rng=rng)
-    with pytest.warns(UserWarning, match="^memory is not enough for .* structures together; goes on with"):
-        table = score(flow, atoms, batch_size=8, tolerance=1e9)
+    with pytest.warns(UserWarning, match="^memory is not enough for .* structures at a time; continues with"):
+        table = score(flow, atoms, batch_size=8, max_stderr=1e9)
     assert small_memory.count(8) == 1 and max(small_memory[2:]) <= 2
-    expected = score(flow, atoms, batch_size=2, tolerance=1e9)
+    expected = score(flow, atoms, batch_size=2, max_stderr=1e9)
     assert np.allclose(table.log_likelihood, expected.log_likelihood, atol=1e-9)
 
 

@@ -1,6 +1,6 @@
-"""Nothing waits for the host: what runs on ``torch.device("meta")``, which has no values to read, never asks for one.
+"""Nothing waits for the host: code that runs on ``torch.device("meta")``, which has no values, reads none.
 
-Such a device also refuses tensors of another one. A training step is proved so in ``test_captured``.
+That device also refuses tensors of another one. ``test_captured`` tests a training step in this way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZE, ATOMS = 2, 4
 
 @pytest.fixture(params=["velocity", "denoising"])
 def flow(features, make_flow, request):
-    """A small flow of each feature mode, as after flow matching, without values."""
+    """A small flow of each feature mode, configured as trained by flow matching, without values."""
     return make_flow(features, path="linear", parameterisation=request.param).to(META)
 
 
@@ -81,7 +81,7 @@ def test_a_likelihood_by_probes(flow, batch):
 
 
 def test_a_likelihood_and_its_gradient(flow, batch):
-    """The way of the calculator: exact traces with their graph."""
+    """As in the calculator: exact traces with their graph."""
     positions = batch.positions.clone().requires_grad_(True)
     data = flow.encode(batch._replace(positions=positions), latent(flow, batch)[1])
     trace = functools.partial(divergence.exact, create_graph=True)

@@ -1,4 +1,4 @@
-"""The report on a set of structures: values known by hand, denominators, standard errors, and what must not matter."""
+"""The report on a set of structures: values computed by hand, denominators, standard errors, and invariances."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARED_QM9 = Path(__file__).parents[2] / "shared" / "data" / "qm9.npz"
 
 
 def separated(*names: str) -> Atoms:
-    """Molecules side by side, 9 Å apart, as one structure."""
+    """Returns molecules 9 Å apart as one structure."""
     together = Atoms()
     for place, name in enumerate(names):
         part = molecule(name)
@@ -205,7 +205,7 @@ def test_binomial_stderr(mixed: list[Atoms]) -> None:
 
 
 def test_atoms_of_one_molecule_are_no_independent_draws() -> None:
-    """Ten molecules that stand or fall as a whole: the error is that of 10 coins, not of the number of atoms."""
+    """If all atoms of a molecule are stable or none, the error is that of 10 independent draws, not of all atoms."""
     coins = [molecule("H2") if i % 2 else Atoms("H2", [(0, 0, 0), (0, 0, 3)]) for i in range(10)]
     assert metrics.atom_stability(coins).value == 0.5
     assert metrics.atom_stability(coins).stderr == pytest.approx(math.sqrt(0.25 / 9))
@@ -348,7 +348,7 @@ def test_the_elements_share_out_the_stable_atoms() -> None:
 def test_the_error_of_an_element_is_that_of_a_ratio() -> None:
     atoms = [molecule("CH4"), molecule("CH3"), molecule("C2H6"), molecule("H2O")]
     carbon = metrics.stability_by_element(atoms)["C"]
-    stable, sizes = np.array([1, 0, 2, 0]), np.array([1, 1, 2, 0])  # a structure without carbon weighs nothing
+    stable, sizes = np.array([1, 0, 2, 0]), np.array([1, 1, 2, 0])  # a structure without carbon has no weight
     residual = stable - 0.75 * sizes
     assert carbon.value == 0.75
     assert carbon.stderr == pytest.approx(math.sqrt(4 / 3 * (residual**2).sum()) / 4)

@@ -1,4 +1,4 @@
-"""MMFF94 as a calculator: its forces are its energy's gradient, and it knows one molecule in any order of the atoms."""
+"""MMFF94 as a calculator: forces are derivatives of the energy, and atoms may have any order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ase.units import kcal, mol
 from ase_enf.chem.mmff import MMFF94, conformers
 from ase_enf.chem.topology import Topology, connectivity
 
-# Names of ASE's collection: alkane, alcohol, amide, ring with heteroatoms, nitrile, nitro group.
+# Names in ASE's collection: alkane, alcohol, amide, ring with heteroatoms, nitrile, nitro group.
 NAMES = ("C2H6", "CH3CH2OH", "CH3CONH2", "C4H4NH", "CH3CN", "CH3NO2")
 
 
@@ -86,7 +86,7 @@ def test_given_orders_replace_perception():
     assert given.get_potential_energy() == pytest.approx(perceived.get_potential_energy(), abs=1e-12)
     orders[0, 1] = orders[1, 0] = 3  # five bonds of a carbon
     given.calc = MMFF94(atoms, orders)
-    with pytest.raises(CalculatorSetupError, match="refuses its bond orders"):
+    with pytest.raises(CalculatorSetupError, match="rejects its bond orders"):
         given.get_potential_energy()
 
 
@@ -134,4 +134,4 @@ def test_match_finds_the_order_of_a_shuffled_molecule(seed):
     order = rng.permutation(len(atoms))
     found = topology.match(atoms[order])
     assert topology.holds(atoms[order][found].positions)
-    assert np.array_equal(topology.match(atoms), np.arange(9))  # its own order where that is one
+    assert np.array_equal(topology.match(atoms), np.arange(9))  # the given order if it is one

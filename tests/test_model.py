@@ -1,4 +1,4 @@
-"""The likelihood: its symmetries, its normalisation, its change of variables; and the file it is kept in."""
+"""The model: symmetries, normalisation and changes of variables of the likelihood; and the weights file."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.flow.weights import FORMAT_VERSION, METADATA_KEY, read_header, shipped
 from ase_enf.geometry import random_rotations
 from ase_enf.sampling.generate import generate
+from ase_enf.sampling.request import Request
 from ase_enf.sampling.sampler import Sampler
 from ase_enf.scoring.score import score
 
@@ -149,7 +150,7 @@ def test_density_of_two_particles_integrates_to_one(make_flow, dtype):
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_position_scale_is_a_change_of_variables_on_the_subspace(flow, molecules, scale, tolerance):
-    """log p_s(s x) = log p_1(x) − (M − 1) n log s: three dimensions a molecule fewer than atoms have coordinates."""
+    """log p_s(s x) = log p_1(x) − (M − 1) n log s: there are n dimensions fewer than coordinates of atoms."""
     plain = ENF(dataclasses.replace(flow.config, position_scale=1.0)).to(flow.device, flow.dtype)
     scaled = ENF(dataclasses.replace(flow.config, position_scale=scale)).to(flow.device, flow.dtype)
     for model in (plain, scaled):
@@ -188,7 +189,7 @@ def test_decode_inverts_encode(flow, molecules, tolerance):
 
 
 def test_sample_is_the_inverse_of_the_latent_of_log_prob(flow, molecules):
-    """encode → f → z, then sample(z) gives the molecules back."""
+    """encode → f → z, and sample(z) returns the molecules."""
     encoded = flow.encode(molecules, noise_for(flow, molecules))
     z = flow.flow(encoded.mask, encoded.context, FINE).forward(encoded.x, encoded.h)
     back = flow.sample(z.x, z.h, encoded.mask, encoded.context, FINE)
@@ -198,22 +199,22 @@ def test_sample_is_the_inverse_of_the_latent_of_log_prob(flow, molecules):
 
 
 def test_two_ways_to_ask_for_a_likelihood_give_one_answer(make_flow):
-    """``log_prob`` and ``score`` take the solver of the flow, whichever that is."""
+    """``log_prob`` and ``score`` use the default solver of the flow."""
     for objective in ("flow_matching", "nll"):
         flow, water = make_flow("given", layers=1, scale=1.5).double(), molecule("H2O")
         flow.config = dataclasses.replace(flow.config, path="linear" if objective == "flow_matching" else None)
         batch = to_batch([water], flow.species, dtype=torch.float64)
-        row = score(flow, water, trace="exact", tolerance=math.inf).iloc[0]
+        row = score(flow, water, trace="exact", max_stderr=math.inf).iloc[0]
         ours = flow.log_prob(batch)
         assert ours.log_prob.item() == pytest.approx(row.log_likelihood, abs=1e-11)
         assert ours.error.item() == pytest.approx(row.stderr, rel=1e-6) and ours.nfe == row.nfe
 
 
 def test_two_ways_to_ask_for_samples_give_one_answer(make_flow):
-    """``sample`` is the flow itself without noise and what ``generate`` does with it."""
+    """``sample`` is the flow itself without noise, and the sampler of ``generate`` with it."""
     flow = make_flow("given", layers=1, scale=0.3, sizes={3: 1}, compositions={"H2O": 1}).double()
     flow.config = dataclasses.replace(flow.config, path="linear")
-    sampler = Sampler(flow, 0, None, "H2O", flow.sampling_solver, 2, None)
+    sampler = Sampler(flow, Request(formula="H2O", batch_size=2))
     drafts = [sampler.draft(index, 0) for index in range(2)]
     latents = sampler.latents(drafts)
     for noise, options in ((None, {"churn": 0.0}), (sampler.noise(drafts), {})):
@@ -221,7 +222,7 @@ def test_two_ways_to_ask_for_samples_give_one_answer(make_flow):
         expected = generate(flow, 2, formula="H2O", **options)
         for ours, theirs in zip(to_atoms(batch, flow.species), expected, strict=True):
             assert np.allclose(ours.positions, theirs.positions, atol=1e-11)
-    assert isinstance(flow.sampling_solver, StochasticSampler)  # or the two would be one
+    assert isinstance(flow.sampling_solver, StochasticSampler)  # otherwise both would agree
 
 
 def test_samples_of_a_density_have_its_entropy(make_flow, dtype):
@@ -541,7 +542,11 @@ def test_a_shipped_name_is_found(saved, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("cuda:99", "usable CUDA device"), ("warp", "is unknown; choose auto, cpu or cuda")]
+    ("name", "words"),
+    [
+        ("cuda:99", "usable CUDA device"),
+        *((name, "is unknown; choose auto, cpu or cuda") for name in ("warp", True, [], -math.inf)),
+    ],
 )
 def test_a_device_that_is_not_there_is_named(saved, name, words):
     with pytest.raises(ValueError, match=words) as caught:

@@ -1,4 +1,4 @@
-"""Feature modes: a likelihood has the terms that its mode names and no other, and what conditions does not flow."""
+"""Feature modes: a likelihood has exactly the terms of its mode, and what conditions does not flow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_unknown_modes_are_refused():
 
 
 def test_no_other_file_asks_for_the_name_of_a_mode():
-    """Neither ``x.features == "joint"`` nor ``x.features in (...)`` stands anywhere else."""
+    """No other file contains ``x.features == "joint"`` or ``x.features in (...)``."""
     found = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""``Atoms`` to tensors and back, and one clear line for every input that cannot be used."""
+"""``Atoms`` to tensors and back, and one clear line for every unusable input."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_canonical_order_follows_element_and_distance_not_the_file(ethanol):
 
 @pytest.mark.parametrize("name", ["CH4", "C2H6", "C6H6", "C3H6_D3h", "NH3"])
 def test_canonical_order_of_a_symmetric_molecule_is_one_up_to_isometry(name):
-    """Whichever of its equivalent atoms comes first in the file, the labelled structure is congruent to itself."""
+    """Whichever of the equivalent atoms comes first, the labelled structures are congruent."""
     atoms = molecule(name)
     generator = np.random.default_rng(0)
 
@@ -231,7 +231,7 @@ def test_a_stated_charge_or_spin_is_refused(water, state, words):
     with pytest.raises(ValueError, match=rf"^structure 3 \(H2O\): states {words}") as caught:
         check_atoms(water, ("H", "O"), 3)
     assert "\n" not in str(caught.value)
-    check_atoms(water, ())  # a flow of positions alone knows one system, whatever that is
+    check_atoms(water, ())  # a flow of positions is of one system, whatever its elements
     with pytest.raises(ValueError, match=words):
         to_batch([water], ("H", "O"))
 

@@ -1,4 +1,4 @@
-"""Noise of generate: on a CPU by numpy as ever, elsewhere by a counter on the device; molecule i by (seed, i) alone."""
+"""Noise of generate: by numpy on a CPU, by a counter on other devices; molecule i depends on (seed, i) only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.sampling import noise
 from ase_enf.sampling.generate import generate, igenerate
 from ase_enf.sampling.noise import CounterNoise, Drawing, HostNoise, noise_source
+from ase_enf.sampling.request import Request
 from ase_enf.sampling.sampler import Sampler
 
 STEPS = {"churn": StochasticSampler(steps=6), "ode": Solver("midpoint", steps=4)}
@@ -22,7 +23,7 @@ DRAWINGS = [Drawing(5, 0), Drawing(0, 2), Drawing(2**33, 0)]
 
 @pytest.fixture
 def on_the_device(monkeypatch):
-    """Draws as on a GPU, whatever the device."""
+    """Draws as on a GPU on any device."""
     monkeypatch.setattr(noise, "HOST_DEVICES", ())
 
 
@@ -56,7 +57,7 @@ def test_no_batch_decides_a_molecule(on_the_device, matched, solver, batch_size)
 
 
 def test_no_order_decides_a_molecule(on_the_device, matched, solver):
-    sampler = Sampler(matched, 3, 3, None, solver, 8, None)
+    sampler = Sampler(matched, Request(seed=3, n_atoms=3, solver=solver, batch_size=8))
     drafts = [sampler.draft(index, attempt) for index, attempt in ((0, 0), (7, 0), (7, 1), (2, 0))]
     forwards, backwards = sampler.sample(drafts), sampler.sample(drafts[::-1])
     assert torch.allclose(forwards.positions, backwards.positions.flip(0), rtol=0, atol=1e-10)
@@ -70,7 +71,7 @@ def test_the_device_decides_the_noise(matched):
 
 
 def test_a_cpu_draws_what_it_always_drew(matched):
-    """Latent molecules by numpy's streams (index, attempt), renewed noise by (index, attempt, 1)."""
+    """Latent molecules come from numpy's streams (index, attempt), fresh noise from (index, attempt, 1)."""
     features = matched.config.flow_features
 
     def numpys(*key):
@@ -90,7 +91,7 @@ def test_a_cpu_draws_what_it_always_drew(matched):
 
 
 def test_the_streams_of_a_cpu_are_pinned(make_flow):
-    """The numbers themselves, so that neither numpy nor we change the molecules of today's seeds unnoticed."""
+    """The numbers are pinned, so that no change of numpy or this package alters the molecules of a seed unnoticed."""
     x, _ = HostNoise(0, make_flow("none", layers=1).double()).latents([Drawing(0, 0)], 2)
     assert x[0].tolist() == [pytest.approx(PINNED), pytest.approx([-value for value in PINNED])]
 
@@ -106,7 +107,7 @@ def test_noise_is_of_the_base_distribution(make_flow, kind):
         projector = torch.kron(torch.eye(3) - 1 / 3, torch.eye(3)).double()
         assert (torch.cov(x.flatten(1).T) - projector).abs().max() < 5 * 2**0.5 / len(drawings) ** 0.5
         assert abs(h.mean()) < 5 / h.numel() ** 0.5 and abs(h.var() - 1) < 5 * (2 / h.numel()) ** 0.5
-    for one, other in ((0, 1), (1, 2), (0, 2)):  # no draw says anything of another
+    for one, other in ((0, 1), (1, 2), (0, 2)):  # draws are independent
         product = draws[one][1] * draws[other][1]
         assert abs(product.mean()) < 5 / product.numel() ** 0.5
 
@@ -114,9 +115,9 @@ def test_noise_is_of_the_base_distribution(make_flow, kind):
 def test_nothing_is_read_back(features, make_flow, solver):
     """On the meta device, which has no values, molecules are drawn to the end.
 
-    Not so completions of fragments: the host decides which particles go on.
+    Completions of fragments are an exception: the host decides which particles continue.
     """
     flow = make_flow(features, layers=1, path="linear", sizes={5: 1}, compositions={"CH4": 1}).to("meta")
-    sampler = Sampler(flow, 0, None, None, solver, 8, None)
+    sampler = Sampler(flow, Request(solver=solver, batch_size=8))
     batch = sampler.sample([sampler.draft(index, 0) for index in range(3)])
     assert batch.positions.is_meta and batch.positions.shape == (3, 5, 3)

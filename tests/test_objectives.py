@@ -1,4 +1,4 @@
-"""Flow matching against a known optimum, maximum likelihood against ``log_prob``; both train the whole model."""
+"""Flow matching has its known optimum, maximum likelihood agrees with ``log_prob``; both train the whole model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Linear(torch.nn.Module):
 
 
 def gaussian_model(spread: float):
-    """A model of positions whose velocity is optimal for data N(0, spread²) where the gain is one."""
+    """Returns a model of positions whose velocity is optimal for data N(0, spread²) if the gain is one."""
 
     def best(t):
         return (t - (1 - t) * spread**2) / ((1 - t) ** 2 * spread**2 + t**2)
@@ -79,7 +79,7 @@ def test_flow_matching_of_gaussian_data_has_its_known_optimum(spread, power):
 
 
 def test_flow_matching_counts_the_dimensions_of_the_subspace():
-    """A velocity of zero: the loss is E‖z − x‖² / D = 1 + s² whatever the size, with D = (M − 1) n."""
+    """With a velocity of zero, the loss is E‖z − x‖² / D = 1 + s² for every size, with D = (M − 1) n."""
     size, spread = 20_000, 0.5
     for width in (2, 5):
         mask = torch.ones(size, width, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Optimizers: which parameters Muon takes, what a step of it is, and one schedule for all."""
+"""Optimizers: the parameters of Muon, its step, and one schedule for all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_state_brings_everything_but_the_weight_decay():
 
 @muon
 def test_a_step_of_muon_moves_all_directions_alike():
-    """The singular values of a step are one up to the Newton-Schulz iteration's own spread, whatever the gradient's."""
+    """For any gradient, the singular values of a step are one, up to the spread of the Newton-Schulz iteration."""
     flow = model()
     matrix = flow.dynamics.network.layers[0].messages.edge_out.weight
     before = matrix.detach().clone()

@@ -1,4 +1,4 @@
-"""Each parameterisation is one ODE whose closed-form trace is that of its Jacobian, and is what its equations say."""
+"""Parameterisations: each obeys its equations, and its closed-form trace is that of the Jacobian."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_closed_form_is_the_trace_of_the_jacobian(make_flow, point, kind, fe
 
 
 class Molecule(torch.nn.Module):
-    """A network that knows the molecule and answers with it, in the scale of its input."""
+    """A network that returns a given molecule, in the scale of its input."""
 
     def __init__(self, x, h, scale):
         super().__init__()
@@ -66,7 +66,7 @@ def test_the_endpoint_of_a_perfect_network_gives_the_straight_path(point):
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_denoising_with_an_idle_network_is_the_flow_of_gaussian_data(t):
-    """With F = 0 the velocity is the best linear one, E[z − x | x_t] = Cov / Var x_t, and F has unit variance."""
+    """If the network returns zero, the velocity is the best linear one, E[z − x | x_t] = Cov / Var x_t."""
     std = 0.3
     c = Parameterisation("denoising", feature_std=std)(torch.tensor(t, dtype=torch.float64))
     variance = ((1 - t) * std) ** 2 + t**2

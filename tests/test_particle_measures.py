@@ -1,4 +1,4 @@
-"""ln Z by Bennett's ratio is right within its error, and weights in pieces are those of ``reweight``."""
+"""ln Z by Bennett's method is correct within its error, and weights in pieces are those of ``reweight``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_bennett_shifts_with_the_energy():
 
 
 def test_the_error_of_the_effective_size_is_that_of_repetitions():
-    """By leaving out one of ten repetitions, against the spread of whole runs."""
+    """The jackknife over ten repetitions agrees with the spread of whole runs."""
     rng = np.random.default_rng(2)
     runs = rng.normal(scale=0.3, size=(300, 1000))
     spread = np.std([effective(run) for run in runs], ddof=1)

@@ -1,4 +1,4 @@
-"""DW4, LJ13, LJ55: forces are derivatives, energies those of closed forms and of ASE; calculators say the same."""
+"""DW4, LJ13, LJ55: forces are derivatives, energies agree with closed forms, with ASE and with the calculators."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def system(request) -> System:
 
 
 def spread(system: System, count: int = 3) -> np.ndarray:
-    """Configurations of ordinary energy: a lattice, shaken."""
+    """Returns configurations of ordinary energy: a distorted lattice."""
     side = np.arange(4 if system.n_atoms > 27 else 3) * (3.0 if system.dimension == 2 else 1.1)
     lattice = np.stack(np.meshgrid(*[side] * system.dimension), axis=-1).reshape(-1, system.dimension)
     noise = np.random.default_rng(0).normal(size=(count, system.n_atoms, system.dimension))
@@ -59,7 +59,7 @@ def test_forces_are_derivatives(system):
 
 
 def test_energies_of_tensors_are_those_of_arrays(system):
-    """Also their derivatives, by which the forces are computed a second way."""
+    """So do their derivatives, which give the forces by another method."""
     positions = spread(system)
     energy, forces = system.evaluate(positions)
     x = torch.from_numpy(positions).requires_grad_()
@@ -71,7 +71,7 @@ def test_energies_of_tensors_are_those_of_arrays(system):
 
 
 def test_a_block_does_not_matter(system):
-    """Energies of many configurations at once are those of each alone."""
+    """Energies of many configurations together equal those of each alone."""
     positions = spread(system, 300)
     many = system.evaluate(positions)
     for i in (0, 127, 128, 299):
@@ -89,7 +89,7 @@ def test_double_well_of_a_square():
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_lennard_jones_of_a_pair(factor):
-    """At r_m the pair gives −factor, and the trap ½ · 2 · (½)²; the factor is not the trap's."""
+    """At r_m the pair contributes −factor, and the trap ½ · 2 · (½)² without that factor."""
     pair = lennard_jones(factor, n_atoms=2)
     assert pair.evaluate([[(0, 0, 0), (1, 0, 0)]]).energy[0] == pytest.approx(-factor + 0.25, rel=1e-14)
     far = pair.evaluate([[(0, 0, 0), (100, 0, 0)]])

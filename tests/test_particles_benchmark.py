@@ -1,4 +1,4 @@
-"""Table 1's cells are run once, go on where they stopped, and are joined as the table says."""
+"""Cells of Table 1: each is run once, continues where it stopped, and is averaged as the table states."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(work, monkeypatch):
     assert found["gap"] == pytest.approx(found["nll"] - cross_entropy(work), abs=1e-6)
     assert found["lost"] == 0 and found["ess"] is None and len(found["curve"]) == 1
     tables.write_tables(work, 3, SCALE)
-    frame = pd.read_csv(work / "table1_dw4.csv", comment="#")  # a trial's tables stay with it
+    frame = pd.read_csv(work / "table1_dw4.csv", comment="#")  # the tables of a trial stay in its folder
     expected = found["nll"] - cross_entropy(work) + particles.quadrature().entropy
     assert frame["100"].tolist() == [MISSING] * (len(ROWS) - 2) + [f"{expected:.3f} (runs: 1)", MISSING]
     assert (work / "table1.png").stat().st_size > 1000
@@ -69,7 +69,7 @@ def test_a_cell_is_run_once_and_goes_on_where_it_stopped(work, monkeypatch):
 
 
 def cross_entropy(work) -> float:
-    """The mean of -log p over the test samples."""
+    """Returns the mean of -log p over the test samples."""
     return samples.load(work / "dw4.npz")["test"].energies.mean() + particles.quadrature().log_z
 
 
@@ -84,7 +84,7 @@ def test_what_was_killed_before_its_first_save_starts_again(work):
 def test_a_failing_cell_does_not_end_the_others(tmp_path):
     runs.open_folder(tmp_path, SCALE, table1.TEST)
     other = Cell("dw4", "GNF", FLOW_MATCHING, 100, 0)
-    failed = runs.run([CELL, other], tmp_path, SCALE, 2)  # in processes of their own, without data
+    failed = runs.run([CELL, other], tmp_path, SCALE, 2)  # in separate processes, without data
     assert sorted(line.partition(":")[0] for line in failed) == [CELL.name, other.name]
     assert all("no such file of samples" in line for line in failed)
 
@@ -206,7 +206,7 @@ def test_an_unfinished_cell_says_how_far_it_is_and_how_long_it_takes(tmp_path):
 
 
 def test_the_budget_of_the_paper_is_projected_from_ours():
-    """6000 steps of 100 are twelve times our 500 of 100: of 600 s, two hours; of other cells nothing is known."""
+    """6000 steps of 100 are twelve times our 500 of 100, so 600 s become two hours; other cells have no estimate."""
     frame = pd.DataFrame([result(Cell("dw4", "E-NF-16-radial", NLL, 100_000, 0), 7.5, 600.0)])
     assert "about – / – / – / 2.0 hours" in verdicts.projected("dw4", frame)
 

@@ -1,4 +1,4 @@
-"""Paths from noise to data: they end at the molecule that is generated, and follow the equation of their sampler."""
+"""Paths from noise to data: they end at the generated molecule and obey the equation of their sampler."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_path_has_at_least_two_frames(matched, frames):
 
 
 def test_paths_of_completions_are_refused(matched, water):
-    with pytest.raises(ValueError, match="^fragment: paths are of whole molecules"):
+    with pytest.raises(ValueError, match="^fragment: paths are those of whole molecules"):
         paths(matched, 1, fragment=water)
 
 

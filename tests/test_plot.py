@@ -1,4 +1,4 @@
-"""Pictures: they are written, they show what is there, and nothing global changes."""
+"""Pictures: they are written, they show their data, and no global state changes."""
 
 from __future__ import annotations
 

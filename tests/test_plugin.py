@@ -1,4 +1,4 @@
-"""The calculator as a plugin of ASE: found by its entry point, imported when used, and no burden to older ASE."""
+"""The calculator as a plugin of ASE: found by its entry point, imported on use, and harmless with older ASE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties as conditions: in info, in training, in what is drawn and scored."""
+"""Properties as conditions: in info, in training, in sampling and in scoring."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def test_what_info_holds_must_be_a_number():
         property_table([Atoms("H2", info={"gap": 1.0}), Atoms("CH4", info={"alpha": 2.0})], ["gap"], required=True)
 
 
+def test_an_energy_that_ase_keeps_with_the_calculator_is_found_out(tmp_path):
+    water = molecule("H2O")
+    water.info["energy"] = -76.4
+    write(tmp_path / "water.extxyz", water)
+    with pytest.raises(ValueError, match="'energy' in its info; it is a result of its calculator: copy it to info"):
+        property_table([read(tmp_path / "water.extxyz")], ["energy"], required=True)
+
+
 def test_training_learns_what_its_conditions_are(tmp_path):
     rng = np.random.default_rng(0)
     atoms = []
@@ -120,7 +128,7 @@ def test_scores_are_conditional(joint):
     water = molecule("H2O")
     known = water.copy()
     known.info["gap"] = 6.5
-    how = {"draws": 1, "seed": 1}
+    how = {"importance_samples": 1, "seed": 1}
     plain = score(joint, water, **how).log_likelihood[0]
     by_info = score(joint, known, **how).log_likelihood[0]
     by_name = score(joint, water, properties={"gap": 6.5}, **how).log_likelihood[0]
@@ -162,7 +170,7 @@ def test_texts_of_the_command_line():
 
 
 def test_a_trained_flow_obeys_and_does_without():
-    """H2 of a length that info states to 0.02 Å: one set of weights draws it where asked, and all lengths where not."""
+    """One flow of H2 draws molecules of a requested length to 0.02 Å, and of all lengths if none is requested."""
     rng = np.random.default_rng(0)
     lengths = rng.uniform(0.6, 1.4, 400)
     atoms = [

@@ -1,4 +1,4 @@
-"""QM9: every form gives the same `Atoms`, the split is the published one, and nothing partial is handed out."""
+"""QM9: every form gives the same ``Atoms``, the split is the published one, and no partial data are returned."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_shared = pytest.mark.skipif(not (SHARED / "qm9.npz").exists(), reason=f"{S
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keeps the tests away from the user's QM9 and from the user's cache."""
+    """Hides the user's QM9 and cache from the tests."""
     monkeypatch.delenv(qm9.ENVIRONMENT, raising=False)
     monkeypatch.setenv("ASE_ENF_CACHE", str(tmp_path / "cache"))
 
@@ -263,7 +263,7 @@ def test_a_split_needs_the_index(tmp_path: Path) -> None:
         qm9.load(tmp_path / "mine.npz", split="train")
 
 
-# What ASE would end at, or pass over
+# Damage at which ASE would stop, or which it would skip
 
 
 def compress(path: Path, text: str) -> Path:
@@ -296,7 +296,7 @@ def test_what_is_no_structure_of_an_xyz_file_is_named(tmp_path: Path) -> None:
     write(buffer := io.StringIO(), molecule("H2O"), format="extxyz")
     for rest, found in [("H 0 0 0\n", "H 0 0 0"), ("\nthe end\n", "the end"), ("-1\n\n", "-1")]:
         (tmp_path / "m.xyz").write_text(buffer.getvalue() + rest)
-        with pytest.raises(DataError, match=f"m.xyz: structure 2 must open with its number of atoms, found '{found}'"):
+        with pytest.raises(DataError, match=f"m.xyz: structure 1 must open with its number of atoms, found '{found}'"):
             qm9.load(tmp_path / "m.xyz")
 
 
@@ -336,9 +336,9 @@ def test_names_are_taken_at_their_word(tmp_path: Path) -> None:
 def test_a_file_cut_anywhere_is_refused(form: str, tmp_path: Path) -> None:
     source = EXACT[form](tmp_path)
     whole = source.read_bytes()
-    # Beyond these ends nothing is lost but padding zeros, or a letter of the last InChI.
+    # Cut at these ends, the file lacks only padding zeros or a letter of the last InChI.
     end = {"tar": len(whole.rstrip(b"\0")), "joined": whole.rindex(b"\t")}.get(form, len(whole))
-    # Whole blocks are where a reader may take the end of the file for the end of the archive.
+    # At a whole block, a reader may take the end of the file for the end of the archive.
     cuts = {0, 1, 100, *range(512, end, 512), *(end * k // 10 for k in range(1, 10)), end - 20}
     for cut in sorted(cuts - {end}):
         source.write_bytes(whole[:cut])
@@ -424,7 +424,7 @@ def test_an_array_under_the_name_of_a_compact_file_is_refused(tmp_path: Path) ->
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The raw sources that were really read."""
+    """Records the raw sources that are actually read."""
     seen: list[Path] = []
     original = qm9.read_raw
     monkeypatch.setattr(qm9, "read_raw", lambda source, progress: seen.append(source) or original(source, progress))
@@ -509,7 +509,7 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that stands for the one on figshare's server."""
+    """A local file in place of the one on the server."""
     published = tmp_path / "published"
     published.write_bytes(b"the published bytes")
     remote = fetch.Remote(published.as_uri(), "a.txt", 19, hashlib.md5(b"the published bytes").hexdigest())

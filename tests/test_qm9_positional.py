@@ -1,4 +1,4 @@
-"""QM9 Positional: rows are trained in stages, go on where they stopped, and the table says what they were given."""
+"""QM9 Positional: rows are trained in stages and resumed, and the table states their budgets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_stages_end_with_the_falling_rate():
 
 
 def test_a_flow_without_types_is_the_one_with_types_at_their_mean():
-    """At h = 0, the mean of the standardised types, both move the positions alike; so in every parameterisation."""
+    """At h = 0, the mean of the standardised types, both move the positions alike, in every parameterisation."""
     torch.manual_seed(0)
     sizes = {"hidden": 8, "layers": 2, "parameterisation": "denoising", "path": "linear", "sizes": {5: 1}}
     both = ENF(ENFConfig(species=("H", "C"), feature_shift=(0.3,) * 3, feature_scale=(0.5,) * 3, **sizes)).eval()

@@ -1,4 +1,4 @@
-"""Clenshaw-Curtis is exact for polynomials of its degree, nested, and its error estimate covers the error."""
+"""Clenshaw-Curtis quadrature: exact for polynomials of its degree, nested, with an estimate that covers the error."""
 
 from __future__ import annotations
 
@@ -42,13 +42,23 @@ def test_estimate_covers_the_error(name, intervals):
 
 
 def test_slow_convergence_is_seen():
-    """A narrow peak, of which halving the intervals first shows half: the last difference is no fifth of the error."""
+    """For a narrow peak, the last difference alone would underestimate the error."""
     nodes = clenshaw_curtis(48)[0]
     for width in (0.005, 0.01, 0.02):
         peak = width / ((nodes - 0.4) ** 2 + width**2)
         truth = math.atan(0.6 / width) + math.atan(0.4 / width)
         answer = integrate(peak)
         assert abs(answer.value - truth) <= 3 * answer.error
+
+
+@pytest.mark.parametrize("place", [0.093, 0.114])
+def test_a_dip_that_two_rules_miss_alike_is_seen_by_a_third(place):
+    """Rules on every, every second and every fourth node agree by accident; the one on every third does not."""
+    nodes = clenshaw_curtis(48)[0]
+    dip = 20 * torch.exp(-(((nodes - place) / 0.01) ** 2))
+    answer = integrate(10 * torch.exp(-8 * nodes) + dip)
+    truth = 10 * (1 - math.exp(-8)) / 8 + 0.2 * math.sqrt(math.pi)
+    assert abs(answer.value - truth) <= 3 * answer.error < 0.15
 
 
 def test_an_integral_that_is_not_finite_has_no_finite_error():

@@ -1,4 +1,4 @@
-"""Only what passes: rejection within a size, by words that mean what the metrics mean."""
+"""Requirements: rejection at a fixed size, by words with the meaning of the metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REACH = 0.84  # Å, the longest H-H bond
 
 @pytest.fixture
 def hydrogen(make_flow):
-    """A flow that leaves noise as it is: two atoms of H whose distance is 0.5 √2 χ_3 Å."""
+    """Returns a flow that does not change noise: two H atoms at a distance of 0.5 √2 χ_3 Å."""
     flow = make_flow("given", scale=0.0, layers=1, species=("H",), sizes={2: 1}, position_scale=0.5)
     with torch.no_grad():
         for weights in flow.parameters():
@@ -34,7 +34,7 @@ def hydrogen(make_flow):
 
 
 def test_the_share_that_passes_is_that_of_the_density(hydrogen):
-    """P(bonded) = P(χ_3 < 0.84 / (0.5 √2)), and what is kept is the same Gaussian, cut off."""
+    """P(bonded) = P(χ_3 < 0.84 / (0.5 √2)), and the kept molecules follow the truncated Gaussian."""
     n = 300
     atoms = generate(hydrogen, n, seed=2, formula="H2", solver=ONE_STEP, require="stable")
     distances = np.array([a.get_distance(0, 1) for a in atoms])
@@ -127,7 +127,7 @@ def test_the_command_reports_what_passed(here, tmp_path, capsys):
 
 @pytest.fixture
 def waters(make_flow, monkeypatch):
-    """A joint flow that draws H2 or not, as if a shipped flow had seen the same set."""
+    """Returns a joint flow trained as if on the same set as a shipped flow."""
     flow = make_flow("joint", layers=1, sizes={2: 4, 3: 100})
     header = {"features": "given", "species": ["H", "C", "O"], "sizes": {"2": 4, "3": 100}, "name": "twin"}
     seen = {"H2": 2, "HO": 2, "H2O": 99, "HO2": 1}

@@ -1,4 +1,4 @@
-"""Reweighting: weights are what they say, and free energies and averages of a harmonic well are the known ones."""
+"""Reweighting: weights follow their definition; free energies and averages of a harmonic well are the known ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ase_enf.flow.continuous import Solver, SolverError
 from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
 from ase_enf.sampling.generate import generate
-from ase_enf.scoring import reweight as module
+from ase_enf.scoring import energies as module
+from ase_enf.scoring.density import DensitySampler
 from ase_enf.scoring.reweight import Reweighted, ReweightingError, reweight
 
 KELVIN = 300.0
@@ -35,7 +36,7 @@ def _float64_only(dtype):
 
 
 class Harmonic(Calculator):
-    """U = ½ k Σ |x_i − x̄|², eV; ``trouble`` is asked first and may raise or return another energy."""
+    """U = ½ k Σ |x_i − x̄|², eV; ``trouble`` is called first and may raise an error or return another energy."""
 
     implemented_properties = ["energy"]  # noqa: RUF012
 
@@ -55,7 +56,7 @@ class Harmonic(Calculator):
 
 
 class Together(Harmonic):
-    """The same for many configurations at once."""
+    """The same for many configurations together."""
 
     def batch_energies(self, positions: np.ndarray) -> np.ndarray:
         self.shapes = [*getattr(self, "shapes", []), positions.shape]
@@ -67,7 +68,7 @@ def harmonic(positions: np.ndarray, k: float) -> float:
 
 
 def gaussian(scale: float = 0.8, n_atoms: int = 4, dimension: int = 3) -> ENF:
-    """A flow that does nothing: p is Gaussian with this standard deviation, Å, in every dimension of the subspace."""
+    """Returns an identity flow: p is Gaussian with this standard deviation, Å, in every dimension of the subspace."""
     config = ENFConfig(
         features="none", sizes={n_atoms: 1}, dimension=dimension, network="kernel", hidden=4, layers=2,
         position_scale=scale,
@@ -79,7 +80,7 @@ def gaussian(scale: float = 0.8, n_atoms: int = 4, dimension: int = 3) -> ENF:
 
 @pytest.fixture
 def curved(stir):
-    """A flow that is far from the identity, over H and O or of positions alone."""
+    """Returns a flow far from the identity, over H and O or of positions only."""
 
     def build(features: str = "none", n_atoms: int = 3, **fields) -> ENF:
         fields = {"hidden": 8, "layers": 2, "sizes": {n_atoms: 1}, "position_scale": 1.3} | fields
@@ -106,7 +107,7 @@ def test_a_flow_that_is_the_target_has_every_sample_and_the_free_energy(dimensio
 
 
 def test_free_energy_and_averages_of_another_well():
-    """Of a Gaussian by a Gaussian everything is known: F, the effective sample size and the averages."""
+    """For a Gaussian by a Gaussian, F, the effective sample size and the averages are known."""
     scale, n, dimensions = 0.8, 4000, 9
     k = 1.4 * KT / scale**2
     calculator = Together(k)
@@ -126,7 +127,7 @@ def test_free_energy_and_averages_of_another_well():
 
 
 def test_error_bars_are_the_spread_of_repetitions():
-    """A Gaussian of variance 1 reweighted to one of variance 1/1.4, and again."""
+    """A Gaussian of variance 1 is repeatedly reweighted to one of variance 1/1.4."""
     rng, runs = np.random.default_rng(0), []
     for _ in range(300):
         x = rng.standard_normal((100, 5))
@@ -140,7 +141,7 @@ def test_error_bars_are_the_spread_of_repetitions():
 
 @pytest.mark.parametrize("network", ["egnn", "kernel", "simple", "gnn"])
 def test_weights_are_energy_and_density_whatever_the_network(curved, network):
-    """log w = −U / kT − log p, with log p by the independent way from the data to the latent."""
+    """log w = −U / kT − log p, with log p computed independently, from data to latent space."""
     flow, calculator = curved(network=network), Harmonic(0.05)
     result = reweight(flow, calculator, 6, KELVIN, solver="rk4", steps=96)
     batch = to_batch(result.samples, (), dtype=torch.float64)
@@ -161,13 +162,13 @@ def test_integration_error_covers_the_true_one_and_is_not_much_larger(curved, me
     batch = to_batch(result.samples, (), dtype=torch.float64)
     exact = flow.log_prob(batch, solver=Solver("dopri5", rtol=1e-11, atol=1e-11), intervals=96).log_prob.numpy()
     true, said = abs(exact - result.log_prob), result.log_prob_error
-    # The way back in half as many steps must not flatter: it errs more than what it estimates.
+    # The inverse with half as many steps must not underestimate: its error exceeds the one it estimates.
     assert (true <= said).all() and 1.4 * true.mean() < said.mean() < 6 * true.mean()
 
 
 @pytest.mark.parametrize(("method", "steps"), [("midpoint", 32), ("midpoint", 100), ("rk4", 32)])
 def test_a_grid_finer_than_the_quadrature_is_no_reason_for_trust(curved, method, steps):
-    """There and back on one grid, even-order methods cancel their own error."""
+    """On the same grid forwards and backwards, the errors of even-order methods cancel."""
     flow = curved(network="simple")
     result = reweight(flow, Harmonic(0.05), 8, KELVIN, solver=Solver(method, steps=steps), intervals=16)
     batch = to_batch(result.samples, (), dtype=torch.float64)
@@ -176,7 +177,7 @@ def test_a_grid_finer_than_the_quadrature_is_no_reason_for_trust(curved, method,
 
 
 def test_free_energy_by_a_curved_flow(curved):
-    """The free energy is the calculator's, whichever flow measures it."""
+    """The free energy depends on the calculator and not on the flow."""
     flow, calculator = curved(network="kernel", dimension=2), Together(KT / 1.3**2)
     with torch.no_grad():
         flow.dynamics.network.weight.mul_(0.1)
@@ -293,15 +294,15 @@ def test_failed_energies_count_with_weight_zero():
 
 
 def test_failed_integrations_are_drawn_again_and_counted(monkeypatch):
-    """A draw that cannot be integrated has weight zero in the free energy; its place is taken as in ``generate``."""
-    plain = module.DensitySampler.sample
+    """A draw that cannot be integrated has zero weight in the free energy, and is replaced as in ``generate``."""
+    plain = DensitySampler.sample
 
     def broken(self, drafts):
         batch = plain(self, drafts)
         lost = torch.tensor([draft.index % 2 == 0 and draft.attempt == 0 for draft in drafts])
         return batch._replace(positions=torch.where(lost[:, None, None], math.nan, batch.positions))
 
-    monkeypatch.setattr(module.DensitySampler, "sample", broken)
+    monkeypatch.setattr(DensitySampler, "sample", broken)
     calculator = Harmonic(KT / 0.8**2)
     with pytest.warns(UserWarning, match="4 of 12 integrations failed and were drawn again"):
         result = reweight(gaussian(), calculator, 8, KELVIN)
@@ -401,15 +402,15 @@ def test_a_calculator_that_cannot_ends_it_after_the_first_batch(monkeypatch):
         raise RuntimeError("no parameters for X")
 
     drawn = []
-    plain = module.DensitySampler.sample
-    monkeypatch.setattr(module.DensitySampler, "sample", lambda self, part: drawn.extend(part) or plain(self, part))
+    plain = DensitySampler.sample
+    monkeypatch.setattr(DensitySampler, "sample", lambda self, part: drawn.extend(part) or plain(self, part))
     with pytest.raises(ReweightingError, match="no finite energy .RuntimeError: no parameters for X.; check symbols"):
         reweight(gaussian(), Harmonic(1.0, trouble), 40, KELVIN, batch_size=4)
     assert len(drawn) == 4
 
 
 def test_a_few_effective_samples_give_no_error_bar():
-    """Far from its calculator a flow finds the best of its samples, and cannot know how far that is from the truth."""
+    """Far from the calculator's ensemble, a few samples dominate, and their spread does not measure the error."""
     stiff = Harmonic(100 * KT)
     with pytest.warns(UserWarning, match=r"effective samples of 50 are too few for averages"):
         result = reweight(gaussian(n_atoms=10), stiff, 50, KELVIN)
@@ -423,7 +424,7 @@ def test_a_few_effective_samples_give_no_error_bar():
 
 
 def test_joint_flows_are_refused(curved):
-    with pytest.raises(ValueError, match="features='joint': its likelihood is a bound, no density to weigh by"):
+    with pytest.raises(ValueError, match="features='joint': its likelihood is a bound, not a density for weights"):
         reweight(curved("joint"), Harmonic(1.0), 2, KELVIN)
 
 
@@ -440,7 +441,7 @@ def test_joint_flows_are_refused(curved):
         ({"formula": "H2O"}, "formula='H2O': this model has features='none'"),
         ({"symbols": "Ar3"}, "n_atoms=3: this model saw sizes 4 to 4 only"),
         ({"symbols": "Ar4", "n_atoms": 3}, "symbols='Ar4' are 4 atoms, but n_atoms=3"),
-        ({"symbols": "Qq4"}, "symbols='Qq4': no chemical symbols"),
+        ({"symbols": "Qq4"}, "symbols='Qq4': not chemical symbols"),
         ({"solver": "dopri5", "steps": 4}, "chooses its own steps"),
     ],
 )
@@ -450,13 +451,18 @@ def test_bad_options_are_named(options, message):
         reweight(gaussian(), Harmonic(1.0), **options)
 
 
+def test_what_is_no_calculator():
+    with pytest.raises(TypeError, match="expected an ASE calculator, got bytes"):
+        reweight(gaussian(), b"EMT", 2, KELVIN)
+
+
 def test_one_composition_is_asked_for(curved):
     with pytest.raises(ValueError, match="one composition; give a formula"):
         reweight(curved("given"), Harmonic(1.0), 2, KELVIN)
     with pytest.raises(ValueError, match="symbols='H2O': this model has types of its own; give a formula"):
         reweight(curved("given"), Harmonic(1.0), 2, KELVIN, symbols="H2O")
     several = curved(sizes={3: 1, 4: 1})
-    with pytest.raises(ValueError, match="one size, this model saw 3 to 4; give n_atoms"):
+    with pytest.raises(ValueError, match="compare within one size, and this model saw 3 to 4; give n_atoms"):
         reweight(several, Harmonic(1.0), 2, KELVIN)
     assert len(reweight(several, Harmonic(0.05), 2, KELVIN, n_atoms=4).samples[0]) == 4
     assert len(reweight(several, Harmonic(0.05), 2, KELVIN, symbols="Ar3").samples[0]) == 3

@@ -1,4 +1,4 @@
-"""The covariance that a benchmark solves for is the one that ASE's Langevin has."""
+"""The covariance computed by the benchmark is that of ASE's Langevin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ase.md.langevin import Langevin
 
 from benchmarks.models.rotamers import internal, stationary
 
-K = 2.0  # eV / Å²
+K = 2.0  # eV/Å²
 
 
 class Well(Calculator):

@@ -1,4 +1,4 @@
-"""Sets of samples: reproducible, without duplicates, of different ladders, and the same after writing and reading."""
+"""Sets of samples: reproducible, without duplicates, from different ladders, and unchanged by writing and reading."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def test_a_system_of_ones_own_becomes_atoms():
 
 
 def test_chains_that_have_not_come_to_rest_are_named():
-    """The cluster of lj13 has not condensed yet when its chains start with the measurement."""
-    with pytest.warns(UserWarning, match=r"lj13: <U> went by -\d.*no samples of exp.*longer burn_in"):
+    """A cluster of lj13 has not yet condensed if its chains are measured from the start."""
+    with pytest.warns(UserWarning, match=r"lj13: <U> changed by -\d.*not samples of exp.*longer burn_in"):
         sample("lj13", 8, ladders=8, burn_in=0)
 
 
@@ -128,8 +128,8 @@ def test_trouble_is_found_by_equipartition_and_by_the_chains():
     assert Diagnostics(**good).trouble(6) == ""
     assert "by equipartition it is 6" in Diagnostics(**good | {"equipartition": 7.0}).trouble(6)
     assert "disagree (r_hat 1.50)" in Diagnostics(**good | {"r_hat": 1.5}).trouble(6)
-    assert "<U> went by 5" in Diagnostics(**good | {"drift": 5.0}).trouble(6)
-    assert Diagnostics(**good | {"drift": 5.0, "ladders": 2}).trouble(6) == ""  # two ladders know no error
+    assert "<U> changed by 5" in Diagnostics(**good | {"drift": 5.0}).trouble(6)
+    assert Diagnostics(**good | {"drift": 5.0, "ladders": 2}).trouble(6) == ""  # two ladders give no error
 
 
 def test_thin_is_positive():

@@ -1,9 +1,11 @@
-"""Scores: equal to an independent computation, a function of the shape of a molecule alone, with honest error bars."""
+"""Scores: equal to an independent computation, invariant, and with errors that cover the true ones."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +28,24 @@ from ase_enf.data import qm9
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.loading import load
 from ase_enf.scoring import score as score_module
+from ase_enf.scoring.importance import combine
 from ase_enf.scoring.score import (
     AUTOGRAD_DIMENSIONS,
     CLOSED_FORM_DIMENSIONS,
     COLUMNS,
+    RENAMED,
     Row,
     Scorer,
     annotate,
-    combine,
     score,
 )
 
 # No refinement, whatever the error: theorems that hold to rounding, at the cost of one pass.
-FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "tolerance": math.inf}
+FAST = {"solver": Solver("rk4", steps=4, warp=2.0), "max_stderr": math.inf}
 
 
 def ethane(twist: float) -> Atoms:
-    """Ethane with its methyl groups turned against each other by ``twist`` degrees: chiral (D3) unless 0 or 60."""
+    """Returns ethane with methyl groups rotated against each other by ``twist`` degrees: chiral (D3) unless 0 or 60."""
     angles = np.radians([[0, 120, 240], [twist, twist + 120, twist + 240]])
     hydrogens = [
         (1.02 * math.cos(angle), 1.02 * math.sin(angle), z)
@@ -53,7 +56,7 @@ def ethane(twist: float) -> Atoms:
 
 
 def neopentane() -> Atoms:
-    """Carbon in a tetrahedron of methyl groups (Td): twelve equivalent hydrogens."""
+    """Returns neopentane (Td), with twelve equivalent hydrogens."""
     corners = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
     carbons = 0.885 * corners
     hydrogens = [
@@ -66,7 +69,7 @@ def neopentane() -> Atoms:
 
 
 def moved(atoms: Atoms, seed: int = 0) -> Atoms:
-    """The same molecule, reflected, turned, shifted, and with its atoms in another order."""
+    """Returns the same molecule reflected, rotated, shifted, and with its atoms in another order."""
     rng = np.random.default_rng(seed)
     other = atoms[rng.permutation(len(atoms))]
     turn = Rotation.random(random_state=seed).as_matrix() * (-1) ** seed
@@ -75,7 +78,9 @@ def moved(atoms: Atoms, seed: int = 0) -> Atoms:
 
 
 def values(flow, atoms, **options) -> np.ndarray:
-    return score(flow, atoms, **({"trace": "exact", "draws": 2} | FAST | options)).log_likelihood.to_numpy()
+    return score(
+        flow, atoms, **({"trace": "exact", "importance_samples": 2} | FAST | options)
+    ).log_likelihood.to_numpy()
 
 
 @pytest.mark.parametrize("name", ["H2O", "CH3CH2OH", "CH4"])
@@ -99,9 +104,9 @@ def test_invariant_to_rotation_reflection_translation_and_order(flow, name):
 )
 def test_equivalent_atoms_share_their_noise_in_symmetric_molecules(make_flow, atoms):
     flow = make_flow("joint", layers=1, sizes={len(atoms): 1}).double()
-    expected = values(flow, atoms, draws=1)
+    expected = values(flow, atoms, importance_samples=1)
     copies = [moved(atoms, seed) for seed in range(6)]
-    assert values(flow, copies, draws=1) == pytest.approx(np.repeat(expected, 6), abs=1e-8)
+    assert values(flow, copies, importance_samples=1) == pytest.approx(np.repeat(expected, 6), abs=1e-8)
 
 
 def test_hutchinson_does_not_depend_on_the_order_of_atoms(flow):
@@ -114,7 +119,7 @@ def test_hutchinson_does_not_depend_on_the_order_of_atoms(flow):
 
 
 def integrate(flow, y0: torch.Tensor, n: int, context: torch.Tensor | None, steps: int = 32) -> torch.Tensor:
-    """Takes one molecule from data to latent space with Runge and Kutta's own formula, t = s², shape (M, n + F)."""
+    """Takes one molecule, shape (M, n + F), to latent space with the classical Runge-Kutta method in s, t = s²."""
     mask = torch.ones(1, len(y0), dtype=torch.bool)
 
     def slope(s: float, y: torch.Tensor) -> torch.Tensor:
@@ -134,7 +139,7 @@ def integrate(flow, y0: torch.Tensor, n: int, context: torch.Tensor | None, step
 
 
 def reference_log_density(flow, positions: np.ndarray, h: np.ndarray, context: torch.Tensor | None) -> float:
-    """log p(x, h̃) by the change of variables with the whole Jacobian, in orthonormal coordinates of the subspace."""
+    """Returns log p(x, h̃) from the whole Jacobian, in orthonormal coordinates of the subspace."""
     m, n = positions.shape
     features = h.shape[1]
     basis = torch.from_numpy(np.kron(null_space(np.ones((1, m))), np.eye(n)))  # (M n, (M − 1) n)
@@ -152,7 +157,7 @@ def reference_log_density(flow, positions: np.ndarray, h: np.ndarray, context: t
     return float(norm.logpdf(latent(c).detach().numpy()).sum() + np.linalg.slogdet(jacobian.numpy())[1])
 
 
-ACCURATE = {"trace": "exact", "solver": Solver("rk4", steps=32, warp=2.0), "tolerance": 1e-6}
+ACCURATE = {"trace": "exact", "solver": Solver("rk4", steps=32, warp=2.0), "max_stderr": 1e-6}
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
@@ -187,7 +192,7 @@ def test_joint_bound_is_eq_12(make_flow, monkeypatch):
             log_q -= log_expit(u[3]) + log_expit(-u[3])
         log_p = reference_log_density(flow, atoms.positions, (lifted - shift) * scale, None)
         weights.append(log_p + 2 * np.log(scale).sum() - log_q + math.log(3 / 4))
-    row = score(flow, atoms, draws=2, **ACCURATE).iloc[0]
+    row = score(flow, atoms, importance_samples=2, **ACCURATE).iloc[0]
     assert row.log_likelihood == pytest.approx(np.logaddexp(*weights) - math.log(2), abs=1e-6)
 
 
@@ -205,11 +210,11 @@ def test_refinement_is_that_of_the_row_itself(make_flow):
     flow = make_flow("none", layers=2, scale=1.5).double()
     stretched = [molecule("H2O"), molecule("H2O")]
     stretched[1].positions *= 3.0
-    rough = score(flow, stretched, tolerance=math.inf)
-    options = {"tolerance": float(np.sqrt(rough.stderr.prod()))}  # between the errors of the two
+    rough = score(flow, stretched, max_stderr=math.inf)
+    options = {"max_stderr": float(np.sqrt(rough.stderr.prod()))}  # between the errors of the two
     table = score(flow, stretched, **options)
     refined = table.nfe > rough.nfe
-    assert refined.tolist() == (rough.stderr > options["tolerance"]).tolist() and refined.sum() == 1
+    assert refined.tolist() == (rough.stderr > options["max_stderr"]).tolist() and refined.sum() == 1
     assert (table.stderr[refined] < rough.stderr[refined]).all()
     alone = pd.concat([score(flow, atoms, **options) for atoms in stretched], ignore_index=True)
     pd.testing.assert_frame_equal(table, alone, rtol=1e-10)
@@ -229,10 +234,10 @@ def test_each_row_may_have_its_own_seed(make_flow, trace):
 
 def test_conformers_share_their_noise(make_flow):
     flow = make_flow("joint", layers=1).double()
-    noisy = [values(flow, molecule("H2O"), seed=seed, draws=1)[0] for seed in range(6)]
+    noisy = [values(flow, molecule("H2O"), seed=seed, importance_samples=1)[0] for seed in range(6)]
     near = molecule("H2O")
     near.positions *= 1.0001
-    gaps = [values(flow, near, seed=seed, draws=1)[0] - value for seed, value in enumerate(noisy)]
+    gaps = [values(flow, near, seed=seed, importance_samples=1)[0] - value for seed, value in enumerate(noisy)]
     assert np.std(noisy) > 0.3  # seeds matter
     assert np.std(gaps) < 0.02 * np.std(noisy)
 
@@ -242,23 +247,23 @@ KINDS = {"joint": "bound", "given": "exact", "none": "exact"}
 
 def test_columns_and_kinds(flow):
     atoms = [molecule("H2O"), molecule("CH3CH2OH")]
-    table = score(flow, atoms, draws=2, **FAST)
+    table = score(flow, atoms, importance_samples=2, **FAST)
     assert tuple(table.columns) == COLUMNS and list(table.index) == [0, 1]
     assert table.kind.tolist() == [KINDS[flow.features]] * 2
     assert table.formula.tolist() == ["H2O", "C2H6O"] and table.n_atoms.tolist() == [3, 9]
     assert table.trace.tolist() == ["exact", "exact"] and table.probes.tolist() == [0, 0]
-    assert table.draws.tolist() == [2 if flow.features == "joint" else 1] * 2
+    assert table.importance_samples.tolist() == [2 if flow.features == "joint" else 1] * 2
     assert np.isfinite(table.log_likelihood).all() and (table.stderr >= 0).all() and (table.nfe > 15).all()
-    table = score(flow, iter(atoms), trace="hutchinson", probes=3, draws=2, **FAST)
+    table = score(flow, iter(atoms), trace="hutchinson", probes=3, importance_samples=2, **FAST)
     assert table.trace.tolist() == ["hutchinson"] * 2 and table.probes.tolist() == [3, 3]
     several = {"joint": "estimate"}.get(flow.features, "exact")  # a noisy trace inside log-mean-exp is no bound
     assert table.kind.tolist() == [several] * 2
-    single = score(flow, atoms[0], trace="hutchinson", draws=1, **FAST)
+    single = score(flow, atoms[0], trace="hutchinson", importance_samples=1, **FAST)
     assert single.kind.tolist() == [KINDS[flow.features]]
 
 
 def test_the_noise_of_a_trace_lifts_the_mean_over_several_draws_and_not_one():
-    """E log 1/K Σ exp(ε_k) of independent Gaussian ε is near σ²/2 (1 − 1/K), whatever the draws themselves bound."""
+    """E log 1/K Σ exp(ε_k) of independent Gaussian ε is near σ²/2 (1 − 1/K), whatever the draws."""
     noise = np.random.default_rng(0).standard_normal((20_000, 1, 8))
     for draws, lifted in ((1, 0.0), (8, 0.5 * 0.5**2 * (1 - 1 / 8))):
         values = [combine(0.5 * row[:, :draws], 0.0)[0] for row in noise]
@@ -271,7 +276,7 @@ def test_auto_changes_to_hutchinson_above_its_limit(make_flow, closed):
     flow = make_flow("none", layers=1, hidden=2, network=network)
     limit = (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) // 3
     chains = [Atoms(f"H{m}", [(k, 0.1 * (k % 2), 0) for k in range(m)]) for m in (limit, limit + 1)]
-    table = score(flow, chains, probes=2, solver=Solver("euler", steps=1), tolerance=math.inf)
+    table = score(flow, chains, probes=2, solver=Solver("euler", steps=1), max_stderr=math.inf)
     assert table.trace.tolist() == ["exact", "hutchinson"]
 
 
@@ -279,7 +284,8 @@ def test_the_bound_grows_with_the_draws(make_flow):
     flow, water = make_flow("joint", layers=1).double(), molecule("H2O")
     seeds = range(6)
     few, some, many = (
-        np.array([values(flow, water, seed=seed, draws=draws)[0] for seed in seeds]) for draws in (1, 4, 16)
+        np.array([values(flow, water, seed=seed, importance_samples=draws)[0] for seed in seeds])
+        for draws in (1, 4, 16)
     )
     # Burda et al. 2016: E log mean of K weights rises with K, for every spread of the weights.
     assert few.mean() < some.mean() < many.mean()
@@ -316,14 +322,14 @@ def test_hutchinson_agrees_with_the_exact_trace_within_its_error(make_flow):
     rows = [score(flow, atoms, trace="hutchinson", probes=16, seed=seed, **FAST).iloc[0] for seed in range(10)]
     z = np.array([(row.log_likelihood - exact) / row.stderr for row in rows])
     assert np.abs(z).max() < 4.5  # t with 15 degrees of freedom, ten of them
-    assert 0.4 < np.sqrt((z**2).mean()) < 1.8  # an error bar neither too short nor too long
+    assert 0.4 < np.sqrt((z**2).mean()) < 1.8  # the error bar is neither too short nor too long
 
 
 def test_hutchinson_is_unbiased_for_one_draw_of_a_bound(make_flow):
     flow, atoms = make_flow("joint", layers=1).double(), molecule("CH4")
     gaps = [
-        values(flow, atoms, trace="hutchinson", probes=8, seed=seed, draws=1)[0]
-        - values(flow, atoms, seed=seed, draws=1)[0]
+        values(flow, atoms, trace="hutchinson", probes=8, seed=seed, importance_samples=1)[0]
+        - values(flow, atoms, seed=seed, importance_samples=1)[0]
         for seed in range(8)
     ]
     assert abs(np.mean(gaps)) < 4.5 * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
@@ -332,11 +338,11 @@ def test_hutchinson_is_unbiased_for_one_draw_of_a_bound(make_flow):
 def test_spreads_that_one_number_cannot_tell_are_nan(make_flow):
     water = molecule("H2O")
     joint, given = make_flow("joint", layers=1), make_flow("given", layers=1)
-    assert math.isnan(score(joint, water, draws=1, **FAST).stderr[0])
+    assert math.isnan(score(joint, water, importance_samples=1, **FAST).stderr[0])
     assert math.isnan(score(given, water, trace="hutchinson", probes=1, **FAST).stderr[0])
-    assert score(joint, water, draws=2, **FAST).stderr[0] > 0
+    assert score(joint, water, importance_samples=2, **FAST).stderr[0] > 0
     assert score(given, water, trace="hutchinson", probes=2, **FAST).stderr[0] > 0
-    assert score(given, water, draws=1, **FAST).stderr[0] >= 0
+    assert score(given, water, importance_samples=1, **FAST).stderr[0] >= 0
 
 
 def test_combine():
@@ -355,8 +361,8 @@ def test_annotate_returns_copies(flow):
     atoms = [molecule("H2O"), molecule("CH4")]
     atoms[0].info["mine"] = "kept"
     before = copy.deepcopy(atoms)
-    table = score(flow, atoms, draws=2, **FAST)
-    scored = annotate(flow, atoms, draws=2, **FAST)
+    table = score(flow, atoms, importance_samples=2, **FAST)
+    scored = annotate(flow, atoms, importance_samples=2, **FAST)
     for original, untouched, item, row in zip(atoms, before, scored, table.itertuples(), strict=True):
         assert original == untouched and original.info == untouched.info and item is not original
         assert item == original
@@ -384,9 +390,11 @@ def test_large_structures_are_scored_by_fewer_rows_at_once(make_flow, monkeypatc
     flow, rows = make_flow("given", layers=1), []
     plain = type(flow).log_prob
     monkeypatch.setattr(
-        type(flow), "log_prob", lambda self, batch, *a: rows.append(len(batch.mask)) or plain(self, batch, *a)
+        type(flow),
+        "log_prob",
+        lambda self, batch, *a, **k: rows.append(len(batch.mask)) or plain(self, batch, *a, **k),
     )
-    monkeypatch.setattr(score_module, "PAIRS_TOGETHER", 25)
+    monkeypatch.setattr(score_module, "PAIRS_TOGETHER", {"cpu": 25})
     score(flow, atoms, **FAST)
     assert rows == [2, 1, 1]
 
@@ -397,7 +405,7 @@ def test_no_order_is_looked_for_where_there_is_no_noise(make_flow, monkeypatch):
 
 
 def test_an_unknown_error_is_left_out(make_flow):
-    (scored,) = annotate(make_flow("joint", layers=1), molecule("H2O"), draws=1, **FAST)
+    (scored,) = annotate(make_flow("joint", layers=1), molecule("H2O"), importance_samples=1, **FAST)
     assert "enf_log_likelihood_stderr" not in scored.info and "enf_log_likelihood" in scored.info
 
 
@@ -446,12 +454,12 @@ def test_a_structure_off_the_plane_is_named_by_its_place(make_flow):
     [
         ({"trace": "exakt"}, "trace 'exakt'"),
         ({"probes": 0}, "probes=0"),
-        ({"draws": 0}, "draws=0"),
+        ({"importance_samples": 0}, "importance_samples=0"),
         ({"seed": -1}, "seed=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"steps": 0}, "steps=0"),
-        ({"tolerance": 0.0}, "tolerance=0.0"),
-        ({"tolerance": math.nan}, "tolerance=nan"),
+        ({"max_stderr": 0.0}, "max_stderr=0.0"),
+        ({"max_stderr": math.nan}, "max_stderr=nan"),
         ({"solver": "rk5"}, "'rk5'"),
         ({"device": "cpuu"}, "'cpuu'"),
     ],
@@ -477,10 +485,21 @@ def test_sizes_never_seen_are_fine_where_no_prior_counts(make_flow):
     assert np.isfinite(score(make_flow("given", layers=1), molecule("CH3OH"), **FAST).log_likelihood[0])
 
 
+def test_what_is_larger_than_all_of_training_is_named(make_flow):
+    flow = make_flow("given", layers=1, sizes={3: 1, 2: 1})
+    words = r"1 structure\(s\) have more atoms than any .* 3, .* structure 8 \(CH4\)"
+    with pytest.warns(UserWarning, match=words) as said:
+        score(flow, [molecule("H2O"), molecule("CH4")], first=7, **FAST)
+    assert len(said) == 1 and said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(flow, molecule("H2O"), **FAST)
+
+
 def test_the_flow_is_not_modified(make_flow):
     flow = make_flow("joint", layers=1)
     before, state = copy.deepcopy(flow.state_dict()), torch.get_rng_state()
-    score(flow, molecule("H2O"), draws=2, device="cpu", **FAST)
+    score(flow, molecule("H2O"), importance_samples=2, device="cpu", **FAST)
     assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
     assert all(parameter.grad is None for parameter in flow.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -492,7 +511,7 @@ def test_the_name_stays_a_function():
 
 @pytest.mark.parametrize(("spread", "draws"), [(0.3, 2), (3.0, 2), (6.0, 2), (0.3, 16)])
 def test_the_error_over_draws_covers_their_spread(spread, draws):
-    """Against the scatter of many estimates from log-normal weights, as those of q are."""
+    """Compared with the scatter of many estimates from log-normal weights, like those of q."""
     log_w = spread * np.random.default_rng(0).standard_normal((2000, 1, draws))
     values, errors = np.transpose([combine(row, 0.0) for row in log_w])
     assert np.sqrt(np.square(errors).mean()) == pytest.approx(values.std(), rel=0.2)
@@ -500,32 +519,41 @@ def test_the_error_over_draws_covers_their_spread(spread, draws):
 
 @pytest.mark.parametrize(("name", "truth"), [("C4N4O", 63.655), ("C2H6", -117.91), ("CH3CH2OH", 35.89)])
 def test_the_error_covers_what_the_path_does_to_the_trace(name, truth):
-    """Geometries of another method than the data's are hard for the shipped flow: g2's, but not the one of QM9.
+    """Geometries by another method than the training data are hard for the shipped flow: those of g2, but not of QM9.
 
-    The truth is by rk4 on the nodes of 384 intervals, in float64.
+    The reference is rk4 on the nodes of 384 intervals, in float64.
     """
     known = name == "C4N4O"
     atoms = min(qm9.load(Path(__file__).parent / "data" / "qm9_sample.npz"), key=len) if known else molecule(name)
     assert atoms.get_chemical_formula() == name or not known
-    row = score(load("qm9-conditional", "cpu"), atoms, tolerance=math.inf).iloc[0]
+    row = score(load("qm9-conditional", "cpu"), atoms, max_stderr=math.inf).iloc[0]
     assert abs(row.log_likelihood - truth) < 3 * row.stderr + 0.05
     assert row.stderr < 0.2 or not known
 
 
-def test_refinement_reaches_the_tolerance(make_flow):
+def test_refinement_reaches_the_largest_error_allowed(make_flow):
     flow, atoms = make_flow("given", layers=2).double(), molecule("CH4")
-    rough = score(flow, atoms, tolerance=math.inf).iloc[0]
-    fine = score(flow, atoms, tolerance=rough.stderr / 5).iloc[0]
+    rough = score(flow, atoms, max_stderr=math.inf).iloc[0]
+    fine = score(flow, atoms, max_stderr=rough.stderr / 5).iloc[0]
     assert 0 < fine.stderr < rough.stderr / 5 and fine.nfe > 2 * rough.nfe
     assert fine.log_likelihood == pytest.approx(rough.log_likelihood, abs=3 * rough.stderr)
 
 
-def test_what_stays_above_the_tolerance_is_named(make_flow):
+def test_what_stays_above_the_largest_error_allowed_is_named(make_flow):
     flow = make_flow("given", layers=1)
     with pytest.warns(
-        UserWarning, match=r"1 structure\(s\) keep an integration error above tolerance=1e-30, .* 0 \(H2O\)"
-    ):
-        score(flow, molecule("H2O"), tolerance=1e-30)
+        UserWarning, match=r"1 structure\(s\) keep an integration error above max_stderr=1e-30, .* 0 \(H2O\)"
+    ) as said:
+        score(flow, molecule("H2O"), max_stderr=1e-30)
+    assert said[0].filename == __file__  # the warning points to the caller of score, not into the package
+
+
+@pytest.mark.parametrize("ask", [score, annotate])
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_earlier_keyword_says_what_it_is_called_today(make_flow, ask, old, new):
+    with pytest.raises(TypeError, match=f"^score: {old} is now called {new}; write {new}=3$"):
+        ask(make_flow("given", layers=1), molecule("H2O"), **{old: 3})
+    assert new in inspect.signature(score).parameters and old not in inspect.signature(score).parameters
 
 
 def test_what_is_not_finite_is_refined_and_named(make_flow):
@@ -539,8 +567,8 @@ def test_what_is_not_finite_is_refined_and_named(make_flow):
 
 def test_a_new_score_takes_an_old_error_bar_away(make_flow):
     flow = make_flow("joint", layers=1)
-    (first,) = annotate(flow, molecule("H2O"), draws=2, **FAST)
-    (second,) = annotate(flow, first, draws=1, **FAST)
+    (first,) = annotate(flow, molecule("H2O"), importance_samples=2, **FAST)
+    (second,) = annotate(flow, first, importance_samples=1, **FAST)
     assert "enf_log_likelihood_stderr" in first.info and "enf_log_likelihood_stderr" not in second.info
 
 
@@ -548,7 +576,7 @@ def test_annotate_keeps_energies_that_are_known(make_flow):
     atoms = molecule("H2O")
     atoms.calc = EMT()
     flow = make_flow("given", layers=1)
-    assert annotate(flow, atoms, **FAST)[0].calc is None  # nothing was computed, and nothing is
+    assert annotate(flow, atoms, **FAST)[0].calc is None  # nothing is computed
     energy = atoms.get_potential_energy()
     assert annotate(flow, atoms, **FAST)[0].get_potential_energy() == energy
     atoms.positions[0] += 0.1  # what is known is of other positions
@@ -557,7 +585,11 @@ def test_annotate_keeps_energies_that_are_known(make_flow):
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [({"seed": 1.5}, "seed=1.5: must be a whole number"), ({"draws": 1.5}, "draws=1.5"), ({"probes": "4"}, "probes=4")],
+    [
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"importance_samples": 1.5}, "importance_samples=1.5"),
+        ({"probes": "4"}, "probes=4"),
+    ],
 )
 def test_numbers_are_whole(make_flow, option, words):
     with pytest.raises(ValueError, match=words):

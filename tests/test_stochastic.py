@@ -1,4 +1,4 @@
-"""The stochastic sampler: it leaves the distribution what it is, forgets errors, and is of second order."""
+"""The stochastic sampler: it preserves the distribution, forgets errors, and is of second order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mask_of(*sizes):
 
 
 def gaussian_path(error=lambda t: 0.0):
-    """The velocity of flow matching for Gaussian data, E[z − x | x_t] in closed form, and an error of its rate."""
+    """Returns the velocity of flow matching for Gaussian data, E[z − x | x_t], with an error of its rate."""
 
     def velocity(t, x, h):
         rate = (t - (1 - t) * WIDTH**2) / ((1 - t) ** 2 * WIDTH**2 + t**2) + error(t)
@@ -40,7 +40,7 @@ def latent(mask, seed=0):
 
 
 def renewed(mask, churn, steps=160, **path):
-    """Mean square of positions and features (a degree of freedom) at the data end, and its standard error."""
+    """Returns the mean square of a degree of freedom at the data end, and its standard error."""
     noise = latent(mask)
     x, h = sample_stochastic(gaussian_path(**path), *noise(), noise, StochasticSampler(steps, churn=churn))
     assert center(x, mask).allclose(x, rtol=0, atol=1e-12)
@@ -85,7 +85,7 @@ def test_what_goes_in_comes_out_changed_by_it_and_by_all_noise():
         return result[0], steps - sum(1 for _ in draws)
 
     reference, used = end(x, h, fresh)
-    assert used == steps - 2  # the first step has the noise that came in, and the last leaves none
+    assert used == steps - 2  # the first step uses the given noise, and the last adds none
     for k in range(used):
         changed = [(2 * e, other) if i == k else (e, other) for i, (e, other) in enumerate(fresh)]
         assert (end(x, h, changed)[0] - reference).abs().max() > 1e-6
@@ -107,7 +107,7 @@ def test_every_step_is_one_evaluation():
 
 
 def test_no_step_waits_for_the_host(make_flow):
-    """The device "meta" has no values: a read by the host, or a tensor of another device, fails there."""
+    """Reading a value, or mixing devices, fails on the device "meta", which has no values."""
     flow = make_flow("joint", layers=2).float().to("meta")
     mask = torch.ones(2, 5, dtype=torch.bool, device="meta")
     x, h = (torch.zeros(2, 5, n, device="meta") for n in (3, flow.config.flow_features))
@@ -118,7 +118,8 @@ def test_no_step_waits_for_the_host(make_flow):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"steps": 0}, "steps=0: need at least 1"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"steps": 2.5}, "steps=2.5: must be a whole number"),
         ({"warp": 0.0}, "warp=0.0: must be positive"),
         ({"warp": math.nan}, "warp=nan: must be positive"),
         ({"churn": -1.0}, "churn=-1.0: must be a finite number"),

@@ -17,13 +17,14 @@ from scipy.integrate import quad
 from ase_enf.chem.mmff import MMFF94, conformers
 from ase_enf.data import DataError, thermal
 from ase_enf.data.series import autocorrelation_time, standard_error
+from ase_enf.data.walkers import Walkers
 
 KELVIN = 300.0
 KT = kB * KELVIN
 
 
 class Pairs(Calculator):
-    """U = Σ_{i<j} u(r_ij) of a function that gives u and u'; ``limit`` is the number of calls that it stands."""
+    """U = Σ_{i<j} u(r_ij) from a function that returns u and u'; it fails after ``limit`` calls."""
 
     implemented_properties = ["energy", "forces"]  # noqa: RUF012
 
@@ -51,13 +52,13 @@ def springs(r, k=2.0):
 
 
 def two_wells(r, barrier=0.15):
-    """Minima at 2 and 3 Å, the outer one a little lower, with a barrier of 6 kT."""
+    """Minima at 2 and 3 Å, the outer one slightly lower, with a barrier of 6 kT."""
     s = 2.0 * (r - 2.5)
     return barrier * (s**2 - 1) ** 2 - 0.02 * s, 2.0 * (4 * barrier * s * (s**2 - 1) - 0.02)
 
 
 def radial(function, observable, temperature=KELVIN) -> float:
-    """The average of an observable of one distance, by quadrature of r² exp(−u / kT)."""
+    """Returns the average of a function of one distance, by quadrature of r² exp(−u / kT)."""
     weight = lambda r: r**2 * math.exp(-float(function(r)[0]) / (kB * temperature))  # noqa: E731
     grid = [0.5, 1.5, 2.0, 2.5, 3.0, 3.5, 4.5]
     parts = [
@@ -74,7 +75,7 @@ def close(series, truth, errors=4.0, at_most=math.inf) -> bool:
 
 
 def test_a_harmonic_molecule_of_unequal_masses_is_exact():
-    """Every mode of U = ½ k Σ_{i<j} |x_i − x_j|² has the variance kT / (k M), whatever masses the atoms have."""
+    """Every mode of U = ½ k Σ_{i<j} |x_i − x_j|² has the variance kT / (k M), whatever the masses."""
     atoms = Atoms("CHOH", np.random.default_rng(0).standard_normal((4, 3)))
     found = thermal.run(atoms, Pairs(springs), KELVIN, 2000, leapfrog=5, burn_in=60, keep_bonds=False, seed=1)
     positions = np.array([frame.positions for frame in found.frames]).reshape(-1, 8, 4, 3)
@@ -93,7 +94,7 @@ def test_a_harmonic_molecule_of_unequal_masses_is_exact():
 
 
 def test_an_anharmonic_bond_has_the_radial_density_of_quadrature():
-    """With r² of the Jacobian of three dimensions, which rotation and centring must leave alone."""
+    """With the factor r² of three dimensions, which rotation and centring must not change."""
     bond = lambda r: (3.0 * (r - 1.1) ** 2 - 2.0 * (r - 1.1) ** 3 + (r - 1.1) ** 4,  # noqa: E731
                       6.0 * (r - 1.1) - 6.0 * (r - 1.1) ** 2 + 4 * (r - 1.1) ** 3)  # fmt: skip
     atoms = Atoms("HCl", [[0, 0, 0], [0, 0, 1.1]])
@@ -137,7 +138,7 @@ def test_equipartition_of_a_molecule():
 
 
 def test_a_molecule_that_could_react_stays_the_molecule():
-    """A bond that costs little to break: with its bonds kept, no frame has another."""
+    """With a bond that is easily broken, bonds are kept and no frame has others."""
     soft = lambda r: (0.02 * (r - 1.0) ** 2, 0.04 * (r - 1.0))  # noqa: E731
     atoms = Atoms("HF", [[0, 0, 0], [0, 0, 1.0]])
     options = {"leapfrog": 5, "burn_in": 50}
@@ -161,7 +162,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_structures(tmp_path, monkeyp
     assert np.array_equal(resumed.energies, whole.energies)
     assert all(np.array_equal(a.positions, b.positions) for a, b in zip(resumed.frames, whole.frames, strict=True))
     assert resumed.diagnostics == whole.diagnostics
-    # A finished one is read, gives fewer, and can be made longer.
+    # A finished run is read, can give fewer frames, and can be extended.
     fewer = thermal.run(atoms, Pairs(two_wells, 16), KELVIN, 9, out=state, **options)
     assert np.array_equal(fewer.energies, whole.energies[:9])
     longer = thermal.run(atoms, Pairs(two_wells), KELVIN, 80, out=state, **options)
@@ -171,8 +172,29 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_structures(tmp_path, monkeyp
     with pytest.raises(DataError, match="other energies"):
         thermal.run(atoms, Pairs(springs), KELVIN, 60, out=state, **options)
     state.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="no state of a thermal run"):
+    with pytest.raises(DataError, match="not the state of a thermal run"):
         thermal.run(atoms, Pairs(two_wells), KELVIN, 60, out=state, **options)
+
+
+def test_a_run_goes_on_to_the_last_digit_by_a_calculator_that_sees_the_centre(tmp_path, monkeypatch):
+    """The last digits of an energy depend on the position of the centre, and trajectories are chaotic."""
+    monkeypatch.setattr(thermal, "SAVE_EVERY", 4)
+    water, options = molecule("H2O"), {"leapfrog": 3, "burn_in": 8, "walkers": 2, "spacing": 1}
+    whole = thermal.run(water, MMFF94(water), KELVIN, 20, **options)
+    plain, seen = Walkers.sweep, []
+
+    def cut(state, **how):
+        seen.append(how)
+        if len(seen) in (7, 14):
+            raise KeyboardInterrupt
+        return plain(state, **how)
+
+    monkeypatch.setattr(Walkers, "sweep", cut)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            thermal.run(water, MMFF94(water), KELVIN, 20, out=tmp_path / "state.npz", **options)
+    resumed = thermal.run(water, MMFF94(water), KELVIN, 20, out=tmp_path / "state.npz", **options)
+    assert all(np.array_equal(a.positions, b.positions) for a, b in zip(resumed.frames, whole.frames, strict=True))
 
 
 def test_a_calculator_that_fails_on_some_structures_refuses_them():
@@ -185,7 +207,7 @@ def test_a_calculator_that_fails_on_some_structures_refuses_them():
     frames = thermal.run(pair, Pairs(wall), 6000.0, 400, leapfrog=3, keep_bonds=False).frames
     r = np.array([frame.get_distance(0, 1) for frame in frames])
     assert 1.0 < r.max() <= 2.4
-    with pytest.raises(DataError, match="no energy of a structure to start from .CalculationFailed: too far"):
+    with pytest.raises(DataError, match="no energy for a structure to start from .CalculationFailed: too far"):
         thermal.sample(Atoms("Ar2", [[0, 0, 0], [0, 0, 9.0]]), Pairs(wall), KELVIN, 4, keep_bonds=False)
 
 
@@ -243,7 +265,7 @@ def test_autocorrelation_of_an_autoregressive_process():
 
 
 def test_turns_about_a_bond_reach_rotamers_that_trajectories_do_not():
-    """6 (1 − cos 2φ) + ½ cos φ of the one torsion, in kT: its density is known, twelve kT keep its two sides apart."""
+    """For 6 (1 − cos 2φ) + ½ cos φ of one torsion, in kT, the density is known, and 12 kT separate the minima."""
 
     class Torsion(Calculator):
         implemented_properties = ["energy", "forces"]  # noqa: RUF012
@@ -286,6 +308,6 @@ def test_turns_about_a_bond_reach_rotamers_that_trajectories_do_not():
 
 def test_bonds_to_turn_about_are_checked():
     ring = Atoms("C3", [[0, 0, 0], [1.5, 0, 0], [0.75, 1.3, 0]])
-    for two, words in (((0, 1), "in a ring"), ((0, 0), "two places of bonded"), ((0, 1, 2), "two places of bonded")):
+    for two, words in (((0, 1), "in a ring"), ((0, 0), "indices of two bonded"), ((0, 1, 2), "indices of two bonded")):
         with pytest.raises(DataError, match=words):
             thermal.run(ring, Pairs(springs), KELVIN, 8, turn=[two])

@@ -1,4 +1,4 @@
-"""Work side by side gives what work one after the other gives."""
+"""Parallel work gives the same results as sequential work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimators that the likelihood benchmark compares: unbiased, and exact where they promise to be."""
+"""Trace estimators of the likelihood benchmark: unbiased, and exact where they should be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZE = 12
 
 
 def matrices(rank: int = SIZE) -> torch.Tensor:
-    """Two matrices of a rank, not symmetric."""
+    """Returns two nonsymmetric matrices of a given rank."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 2, SIZE, rank, generator=generator)
     return left @ right.mT

@@ -1,4 +1,4 @@
-"""The trainer: it learns, it resumes to the same numbers, it loses little to a kill, and it says what is wrong."""
+"""The trainer: it learns, resumes to the same numbers, loses little to a kill, and reports errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ TIMING = ("examples_per_s", "elapsed_s")
 
 
 def rattled(names: str, count: int, seed: int = 0) -> list[Atoms]:
-    """``count`` distorted copies of each molecule."""
+    """Returns ``count`` distorted copies of each molecule."""
     rng = np.random.default_rng(seed)
     result = []
     for _ in range(count):
@@ -91,7 +92,7 @@ def assert_same_run(first, second):
 
 
 def stop_at(monkeypatch, step: int, error: BaseException, where: str = "before"):
-    """Makes the run die at a step: before it, in the middle of its bookkeeping, or in the validation after it."""
+    """Makes the run fail at a step: before it, in its bookkeeping, or in the validation after it."""
     plain, validate = loop.train_step, loop.validate
 
     def validating(run):
@@ -119,6 +120,17 @@ def stop_at(monkeypatch, step: int, error: BaseException, where: str = "before")
 
 
 # Learning
+
+
+def test_structures_in_both_sets_are_said():
+    turned = [atoms.copy() for atoms in TRAIN[:2]]
+    turned[0].positions += 3.0  # the same molecule elsewhere
+    turned[1].positions = turned[1].positions[::-1]  # other elements at these places
+    with pytest.warns(UserWarning, match=r"validation set: 1 of 5 structures are also in the training set"):
+        train(tiny(steps=1), TRAIN, [*turned, *VALID])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(tiny(steps=1), TRAIN, VALID)
 
 
 def test_flow_matching_lowers_its_loss(tmp_path):
@@ -209,7 +221,7 @@ def test_species_sizes_and_scales_come_from_the_data():
 
 
 def test_scales_are_those_of_any_number_of_threads():
-    """Sums of torch depend on it from 32768 terms on."""
+    """Sums in torch depend on the number of threads from 32768 terms on."""
     data, before = MoleculeSet(TRAIN, ("H", "C", "N", "O"), 3), torch.get_num_threads()
     data.positions, data.charges = torch.randn(99_999, 3), torch.randint(1, 9, (99_999, 1)).float()
     seen = set()
@@ -373,7 +385,7 @@ def test_two_dimensions_refuse_structures_off_the_plane():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Uninterrupted runs, one an objective."""
+    """Uninterrupted runs, one for each objective."""
     runs = {}
     for objective, steps in (("flow_matching", 8), ("nll", 5)):
         folder = tmp_path_factory.mktemp(objective) / "run"
@@ -393,13 +405,13 @@ def whole(tmp_path_factory):
 def test_a_killed_run_loses_only_the_work_since_its_save_and_resumes_to_the_same_numbers(
     whole, tmp_path, monkeypatch, objective, steps, killed, where, saved
 ):
-    """An error that no handler sees stands for the kill; the validation of step 3 saves as well."""
+    """An unhandled error takes the place of a kill; the validation of step 3 saves as well."""
     config = tiny(objective=objective, steps=steps, out=str(tmp_path / "run"))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="kill"):
         stop_at(patch, killed, RuntimeError("kill -9"), where)
         train(config, TRAIN, VALID)
     assert state_of(tmp_path / "run")["step"] == saved
-    torch.manual_seed(1234)  # what a fresh process would not know
+    torch.manual_seed(1234)  # state that a new process does not have
     train(config, TRAIN, VALID, resume=True)
     assert_same_run(whole[objective], tmp_path / "run")
 
@@ -484,7 +496,7 @@ def test_a_run_of_before_there_was_a_choice_of_optimizer_resumes_by_its_own(tmp_
     with pytest.raises(ValueError, match="optimizer='adamw', not 'muon'"):
         train(tiny(out=str(out), optimizer="muon"), TRAIN, VALID, resume=True)
     moments = [entry["exp_avg"].abs().sum() for entry in state["optimizer"]["state"].values()]
-    assert min(moments) > 0  # there is something to go on with
+    assert min(moments) > 0  # the run can be resumed
     train(tiny(out=str(out), optimizer="adamw"), TRAIN, VALID, resume=True)
     after = torch.load(out / "state.pt", weights_only=True)
     assert {float(entry["step"]) for entry in after["optimizer"][0]["state"].values()} == {8.0}
@@ -578,7 +590,7 @@ def test_a_log_that_is_gone_begins_anew(whole, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_resuming_leaves_the_counters_of_steps_on_the_cpu(tmp_path, monkeypatch):
-    """On the GPU each parameter and step would wait for them."""
+    """On a GPU, every parameter would wait for them at every step."""
     devices = []
     update = loop.train_step
 
@@ -598,7 +610,7 @@ def test_the_best_by_another_rule_gives_way_at_the_next_validation(tmp_path):
     out = tmp_path / "run"
     train(tiny(out=str(out), steps=4), TRAIN, VALID)
     state = state_of(out)
-    del state["nll_rule"]  # as runs of before have it, and a value that no honest rule reaches
+    del state["nll_rule"]  # as in runs of earlier versions, with an impossibly good value
     torch.save(state | {"best": -1e6}, out / "state.pt")
     flow = train(tiny(out=str(out)), TRAIN, VALID, resume=True)
     assert -1e3 < state_of(out)["best"] == flow.provenance["validation_nll"]
@@ -622,7 +634,7 @@ def test_the_best_on_another_validation_set_gives_way_too(tmp_path, change):
 
 @pytest.mark.parametrize("objective", ["flow_matching", "nll"])
 def test_the_validation_nll_is_accurate(objective, monkeypatch):
-    """Against a tight path and four times the nodes, with the same noise and the same probe."""
+    """Compared with a tight path and four times the nodes, with the same noise and probe."""
     plain, errors = validation.validation_nll, []
 
     def both(model, batch, generator):
@@ -643,7 +655,7 @@ def test_the_validation_nll_is_accurate(objective, monkeypatch):
 
 
 def test_every_folder_with_weights_can_be_resumed(tmp_path, monkeypatch):
-    """A first validation before the first checkpoint must not leave a run that can neither go on nor start anew."""
+    """A validation before the first checkpoint must not leave a run that can neither be resumed nor started again."""
     config = tiny(out=str(tmp_path / "run"), checkpoint_every=1000)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         stop_at(patch, 4, RuntimeError("kill -9"))
@@ -802,8 +814,8 @@ def test_clipper_follows_recent_norms():
         ({"seed": -1}, "seed=-1: must be at least 0"),
         ({"seed": 2**64}, "seed=18446744073709551616: must be below 2^64"),
         ({"attention": "no"}, "attention='no': must be True or False"),
-        ({"objective": ["nll"]}, "objective=['nll']: must be a text"),
-        ({"out": 3}, "out=3: must be a text"),
+        ({"objective": ["nll"]}, "objective=['nll']: must be a string"),
+        ({"out": 3}, "out=3: must be a string"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: must be in [0, 1)"),
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"dequantizer": "learned"}, "collapses under flow matching"),
@@ -878,7 +890,7 @@ def test_global_settings_are_put_back():
 
 
 def test_two_processes_of_torchrun_agree_on_the_weights(tmp_path):
-    """Each rank trains on its own share; the averaged weights and what they are made from agree bit for bit."""
+    """Each process trains on its own part; weights and averaged weights agree bit for bit."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
     script = tmp_path / "script.py"

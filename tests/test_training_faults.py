@@ -1,4 +1,4 @@
-"""Training where things go wrong: other settings of torch, two runs in one folder, damaged states, kills, Ctrl-C."""
+"""Training under faults: other settings of torch, two runs in one folder, damaged states, kills, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from test_train import TRAIN, VALID, assert_same_run, equal, log_of, state_of, stop_at, tiny
 
 from ase_enf import cli
+from ase_enf.training import loop
 from ase_enf.training.folder import LOCK_FILE, FolderLock, check_new_run
 from ase_enf.training.loop import train
 from ase_enf.training.optimizers import schedule
@@ -78,6 +79,12 @@ def test_training_without_gradients_is_one_line(without, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("config", [None, "quick", {"steps": 3}])
+def test_settings_that_are_none_are_named(config):
+    with pytest.raises(TypeError, match="expected a TrainConfig, got "):
+        train(config, TRAIN, VALID)
+
+
 def test_global_random_numbers_stay_those_of_the_caller(tmp_path):
     def states():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
@@ -98,7 +105,7 @@ def test_a_second_run_in_a_folder_is_refused_and_disturbs_nothing(whole, tmp_pat
 
     def second(resume: bool) -> None:
         with pytest.raises(
-            ValueError, match=rf"a run is going on there \(process {os.getpid()} on .*\); wait"
+            ValueError, match=rf"a run is in progress there \(process {os.getpid()} on .*\); wait"
         ) as caught:
             train(tiny(out=out), TRAIN, VALID, resume=resume)
         seen.append(str(caught.value))
@@ -138,7 +145,7 @@ def test_a_lock_that_a_dead_process_left_stops_nobody(tmp_path):
 def test_a_lock_ends_with_its_block_whatever_happens(tmp_path):
     with pytest.raises(ZeroDivisionError), FolderLock() as lock:
         lock.take(tmp_path)
-        with pytest.raises(ValueError, match="a run is going on there"):
+        with pytest.raises(ValueError, match="a run is in progress there"):
             check_new_run(tmp_path)
         _ = 1 / 0
     check_new_run(tmp_path)
@@ -198,8 +205,8 @@ def test_what_a_kill_left_half_written_goes_at_the_next_start(copied):
 
 
 @pytest.mark.parametrize(("where", "saved"), [("before", 5), ("inside", None), ("validating", 6)])
-def test_control_c_says_how_to_go_on(whole, tmp_path, monkeypatch, where, saved):
-    """A validation that is cut is made up for, so that the run is the same as without interruption."""
+def test_control_c_says_how_to_resume(whole, tmp_path, monkeypatch, where, saved):
+    """An interrupted validation is repeated, so that the run is the same as without interruption."""
     out, step = tmp_path / "run", saved or 5
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         stop_at(patch, step, KeyboardInterrupt(), where)
@@ -214,14 +221,31 @@ def test_control_c_says_how_to_go_on(whole, tmp_path, monkeypatch, where, saved)
     assert "5 steps are lost" in caught.value.__notes__[0]
 
 
+def test_a_signal_that_comes_with_the_loss_of_a_process_says_how_to_resume(tmp_path, monkeypatch):
+    """If a step waited for a lost process, the signal handler runs only later, while the log is closed."""
+    plain = loop.Log.close
+
+    def interrupted(log):
+        plain(log)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Log, "close", interrupted)
+    stop_at(monkeypatch, 5, RuntimeError("Connection closed by peer"), "inside")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny(out=tmp_path / "run"), TRAIN, VALID)
+    (note,) = caught.value.__notes__
+    assert "its last save" in note and f"ase-enf train --resume {tmp_path / 'run'}" in note
+
+
 @pytest.fixture
 def words(tmp_path, monkeypatch) -> list[str]:
     from ase.io import write
 
     monkeypatch.chdir(tmp_path)
     write("data.extxyz", TRAIN)
+    write("valid.extxyz", VALID)
     small = "--hidden 8 --layers 1 --batch-size 4 --validation-size 2 --warmup 2 --steps 8 --device cpu".split()
-    return ["train", "--data", "data.extxyz", "--valid", "data.extxyz", "--out", "run", *small]
+    return ["train", "--data", "data.extxyz", "--valid", "valid.extxyz", "--out", "run", *small]
 
 
 def test_a_time_limit_outlives_a_control_c_and_ends_when_it_is_used_up(words, monkeypatch, capsys):
@@ -230,7 +254,7 @@ def test_a_time_limit_outlives_a_control_c_and_ends_when_it_is_used_up(words, mo
         assert cli.main([*words, "--time-limit", "5"]) == 130
     said = capsys.readouterr().err
     assert said == (
-        "ase-enf: interrupted; the run is saved at step 3; go on with ase-enf train --resume run, or in Python with "
+        "ase-enf: interrupted; the run is saved at step 3; continue with ase-enf train --resume run, or in Python with "
         "resume=True\n"
     )
     assert json.loads(Path("run/config.json").read_text())["time_limit"] == 5.0

@@ -1,4 +1,4 @@
-"""The pairs by Triton kernels are those of the plain layer, on a GPU or in Triton's interpreter."""
+"""The Triton kernels agree with the plain layer, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, wh
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The module of the kernels, interpreted where there is no GPU."""
+    """Returns the module of the kernels, interpreted if there is no GPU."""
     pytest.importorskip("triton")
     if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start: torch may have imported triton before")
@@ -32,7 +32,7 @@ def kernels():
 def build(
     gate: bool, moves: bool, dimension: int, radial: int, atoms: int, width: int, given: int, extra: bool
 ) -> tuple[EGCL, dict[str, Tensor | None]]:
-    """A layer whose positions move, and molecules of three sizes."""
+    """Returns a layer that moves positions, and molecules of three sizes."""
     torch.manual_seed(0)
     edges = (1 + radial if extra else 0) + given
     layer = EGCL(width, edge_features=edges, radial=radial, gate=gate, bound=5.0, update_positions=moves)
@@ -50,7 +50,7 @@ def build(
 
 
 def differentiate(layer: EGCL, inputs: dict[str, Tensor | None], on_gpu: bool, radial: int) -> dict[str, Tensor]:
-    """What a layer returns, and every gradient of a random function of it."""
+    """Returns the output of a layer, and every gradient of a random function of it."""
     a = inputs["squared"]
     if a is not None:
         a = a.unsqueeze(-1) if on_gpu else pair_scalars(a, radial)

@@ -1,1 +1,1 @@
-"""Atoms and tensors: batches, sets of molecules, structures and other files on disk."""
+"""Conversion between ``Atoms`` and tensors, sets of molecules, and files."""

@@ -1,4 +1,4 @@
-"""The batch of molecules and the only two places where ``ase.Atoms`` become tensors and tensors become ``Atoms``."""
+"""The batch of molecules, and the only two functions that convert between ``ase.Atoms`` and tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.formula import Formula
 from torch import Tensor
 
-# Two atoms closer than this (Å) are taken to sit on one point, which no flow of finite density explains.
+# Two atoms closer than this (Å) are taken to be at one point, which no flow of finite density can give.
 COINCIDENT = 1e-3
 # Distances (Å) that agree to this many decimals are equal for the order of atoms.
 ORDER_DECIMALS = 6
-# Most atoms that a formula may have: more are a typing error.
+# Most atoms in a formula; more are taken for a typing error.
 LARGEST = 10_000
 # Names in ``info`` under which programs state the charge of a whole structure, and its spin. The latter is either the
 # number of unpaired electrons 2 S or the multiplicity 2 S + 1; only what the lowest spin cannot be is refused.
 CHARGE_NAMES = ("charge", "total_charge")
 MULTIPLICITY_NAMES, SPIN_NAMES = ("multiplicity", "spin_multiplicity"), ("spin", "total_spin")
-# A total charge or moment below this (e, µ_B) is rounding of partial ones.
+# A total charge or moment below this (e, µ_B) is a rounding error of partial ones.
 STATED = 0.1
 
 
@@ -76,11 +76,11 @@ class Batch(NamedTuple):
 
 
 def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
-    """Returns one ``Atoms`` or several as a list.
+    """Returns one or several ``Atoms`` as a list.
 
     Raises:
         TypeError: If it is neither ``Atoms`` nor an iterable of them.
-        ValueError: If an item has an atomic number of no element.
+        ValueError: If an item has an unknown atomic number.
 
     Example:
         >>> len(one_or_many(Atoms("H2O", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])))
@@ -101,7 +101,7 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
 
 def _check_numbers(atoms: Atoms, index: int) -> None:
-    """Raises ``ValueError`` for atomic numbers that ASE takes and has no name for."""
+    """Raises ``ValueError`` for atomic numbers that ASE accepts although they are not those of an element."""
     unknown = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers >= len(chemical_symbols))]
     if len(unknown):
         raise ValueError(
@@ -123,7 +123,7 @@ def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
 
 
 def check_whole(name: str, value: Any, least: int) -> int:
-    """Returns a whole number, and raises a ``ValueError`` for anything else, arrays too, or one below ``least``."""
+    """Returns a whole number; raises ``ValueError`` for anything else, arrays included, or one below ``least``."""
     if not isinstance(value, numbers.Integral):
         kind = "" if isinstance(value, numbers.Real | str) else f", not {type(value).__name__}"
         raise ValueError(f"{name}={' '.join(str(value).split())[:60]}: must be a whole number{kind}")
@@ -140,8 +140,8 @@ def formula_numbers(formula: str) -> np.ndarray:
         formula: Text, or an object of ASE that prints as a formula: ``atoms.symbols``, a ``Formula``.
 
     Raises:
-        ValueError: If ``formula`` is no formula, is empty, has a charge or more than ten thousand atoms, or is a text
-            that says more as a SMILES.
+        ValueError: If ``formula`` is not a formula, is empty, has a charge or more than ten thousand atoms, or looks
+            like a SMILES.
 
     Example:
         >>> formula_numbers("CH4").tolist()
@@ -167,9 +167,9 @@ def formula_numbers(formula: str) -> np.ndarray:
 
 
 def _is_smiles(text: str) -> bool:
-    """Whether a text of symbols is a SMILES rather than a formula: no hydrogen, rings closed, an element repeated.
+    """Whether a text of symbols is a SMILES rather than a formula: no hydrogen, closed rings, a repeated element.
 
-    A formula would put the atoms of an element together (C2O), and leave a digit without its partner.
+    A formula names each element once (C2O), and its digits do not come in pairs.
     """
     symbols = re.findall(r"Cl|Br|[BCNOPSFI]", text)
     rings = re.findall(r"%\d\d|\d", text)
@@ -178,19 +178,19 @@ def _is_smiles(text: str) -> bool:
 
 
 def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension: int = 3) -> None:
-    """Raises one clear line if ``atoms`` cannot be an input of a flow over ``species``.
+    """Checks that a structure can be an input of a flow over ``species``.
 
     Args:
         atoms: The structure.
-        species: Elements the flow knows; empty for a flow of positions only, which takes any.
-        index: The position in the caller's list, named in the message.
+        species: Elements the flow knows; empty for a flow of positions only, which accepts any.
+        index: Index in the caller's list, for the message.
         dimension: 3, or 2 for a flow in the xy plane.
 
     Raises:
-        ValueError: For an atomic number of no element, a periodic cell, fewer than two atoms, non-finite coordinates,
-            two atoms on one point, atoms off the xy plane of a two-dimensional flow, an element the flow does not know
-            or, of a flow that knows elements, a stated net charge or a spin above the lowest: elements and positions do
-            not tell them.
+        ValueError: If there is an unknown atomic number, a periodic cell, fewer than two atoms, non-finite coordinates,
+            two atoms at one point, an atom off the xy plane of a two-dimensional flow, or an element that the flow does
+            not know; for a flow that knows elements also if a net charge or a spin above the lowest is stated, which
+            elements and positions do not determine.
 
     Example:
         >>> ion = Atoms("OH", [(0, 0, 0), (0, 0, 0.97)], info={"charge": -1})
@@ -232,7 +232,7 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
 
 
 def _stated_state(atoms: Atoms) -> str | None:
-    """Returns in words what a structure states of a net charge or a spin above the lowest, None if nothing."""
+    """Returns, as text, a net charge or a spin above the lowest that a structure states, or None."""
     for key in CHARGE_NAMES:
         if (value := _total(atoms.info.get(key))) and abs(value) > STATED:
             return f"a net charge of {value:g} (info[{key!r}])"
@@ -250,7 +250,7 @@ def _stated_state(atoms: Atoms) -> str | None:
 
 
 def _total(value: Any) -> float | None:
-    """Returns a stated number, or the sum of those of all atoms; None for what is no number."""
+    """Returns a stated number, or the sum of one for each atom; None for anything else."""
     try:
         return float(np.sum(np.asarray(value, dtype=float))) if value is not None else None
     except (TypeError, ValueError):
@@ -321,7 +321,7 @@ def to_atoms(batch: Batch, species: Sequence[str]) -> list[Atoms]:
         species: Elements in the order of the one-hot columns.
 
     Returns:
-        One ``Atoms`` a molecule, positions in Å (z = 0 for two dimensions).
+        One ``Atoms`` for each molecule, positions in Å (z = 0 for two dimensions).
     """
     numbers_of = np.array([atomic_numbers[symbol] for symbol in species] or [0])
     positions = batch.positions.detach().cpu().double().numpy()
@@ -337,16 +337,16 @@ def to_atoms(batch: Batch, species: Sequence[str]) -> list[Atoms]:
 def canonical_order(atoms: Atoms) -> np.ndarray:
     """Returns the order (element, then distance to the centroid) in which noise is attached to atoms.
 
-    Noise attached in this order makes a score independent of the order of atoms in the file. Ties, which symmetric
-    molecules have, are broken by the distances to all atoms and to those placed before; where several choices look
-    alike all are followed, and those are kept whose table of distances comes first. What is left over at the end is
-    the same structure up to a rotation or reflection.
+    Noise attached in this order makes a score independent of the order of atoms in the file. Ties, as in symmetric
+    molecules, are broken by the distances to all atoms and to those already placed. If several choices are equal, all
+    are followed, and those with the first table of distances in lexicographic order are kept; they give the same
+    structure up to a rotation or reflection.
 
     Args:
         atoms: One structure.
 
     Returns:
-        ``rank`` with ``rank[i]`` the place of atom i, shape (M,).
+        ``rank``, where ``rank[i]`` is the position of atom i in the order, shape (M,).
 
     Example:
         >>> canonical_order(Atoms("OHH", positions=[[0, 0, 0], [0, 0, 1.2], [0, 1, 0]])).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,11 +24,11 @@ class MoleculeSet:
         atoms: Structures, checked one by one; never modified.
         species: Elements of the one-hot columns; empty for positions only.
         dimension: Dimension of space.
-        conditions: Numbers that condition the flow, shape (molecules, C); None for none.
-        bonds: Bonds of each structure, (M, M) arrays; None for a flow that knows none.
+        conditions: Properties that condition the flow, shape (molecules, C); None for none.
+        bonds: Bonds of each structure, (M, M) arrays; None for a flow without graphs.
 
     Raises:
-        ValueError: See ``molecules.check_atoms``; also for an empty set.
+        ValueError: See ``atoms.batch.check_atoms``; also if the set is empty.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MoleculeSet:
         """Builds a set from the arrays of a table of molecules, without checking them.
 
         Args:
-            sizes: Atoms of each molecule, shape (B,).
+            sizes: Number of atoms of each molecule, shape (B,).
             numbers: Atomic numbers of all molecules, concatenated, shape (N,).
             positions: Their positions, Å, shape (N, n).
             species: Elements of the one-hot columns; empty for positions only.
@@ -93,9 +93,21 @@ class MoleculeSet:
 
     @functools.cached_property
     def compositions(self) -> Counter[str]:
-        """Counts of formulas (Hill); only a flow of given types asks for them."""
+        """Counts of formulas (Hill order), which only a flow of given types needs."""
         molecules = np.split(self.charges[:, 0].int().numpy(), self.starts[1:].numpy())
         return Counter(Symbols(numbers).formula.format("hill") for numbers in molecules)
+
+    def common(self, other: MoleculeSet) -> int:
+        """Returns how many molecules of this set are in another: the same elements at the same positions, to 1e-3 Å."""
+        theirs = set(other._fingerprints())
+        return sum(found in theirs for found in self._fingerprints())
+
+    def _fingerprints(self) -> Iterator[bytes]:
+        """Yields bytes that identify each molecule: its atomic numbers and rounded centred positions, in order."""
+        positions = np.round(self.positions.numpy(), 3) + 0.0  # turns −0 into 0
+        rows = np.concatenate([self.charges.numpy(), positions], axis=1)
+        for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
+            yield rows[start : start + size].tobytes()
 
     def batch(self, index: np.ndarray | Tensor) -> Batch:
         """Gathers the molecules ``index`` into one padded batch."""
@@ -118,7 +130,7 @@ class MoleculeSet:
         return torch.where(inside, self.bonds[torch.where(inside, place, 0)], 0)
 
     def epoch_plan(self, batch_size: int, seed: Sequence[int]) -> list[np.ndarray]:
-        """Returns the batches of one epoch as index arrays: one size each, the leftovers together in order of size."""
+        """Returns the batches of one epoch as index arrays: each of one size, then the rest, sorted by size."""
         rng = np.random.default_rng(seed)
         plan, rest = [], []
         sizes = self.sizes.numpy()
@@ -150,5 +162,5 @@ class MoleculeSet:
 
 
 def _doubles(values: Tensor) -> np.ndarray:
-    """Returns float64 arrays of NumPy, whose sums do not depend on the number of threads as those of torch do."""
+    """Returns float64 arrays of NumPy, whose sums, unlike those of torch, do not depend on the number of threads."""
     return values.numpy().astype(np.float64)

@@ -1,4 +1,4 @@
-"""Atoms as extended xyz gives them back: changed before they are written, so that the file says what they said."""
+"""Preparation of ``Atoms`` for extended xyz, so that what is read back equals what was written."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from numpy.typing import NDArray
 
 from ase_enf.atoms.plain import as_plain, shown, text_keys
 
-# Names with a meaning of their own in extended xyz: no entry of info and no column may bear them.
+# Names with a special meaning in extended xyz, which no entry of info and no column may have.
 _XYZ_KEYS = ("Lattice", "Properties", "pbc")
 _XYZ_COLUMNS = ("symbols", "species", "pos", "Z", "move_mask")
 
 
 def extended(atoms: Atoms, lost: dict[str, None]) -> Atoms:
-    """Returns the atoms in the form from which extended xyz reads back what they hold.
+    """Returns atoms in a form from which extended xyz reads back all that they hold.
 
     Args:
-        atoms: A structure, which is not modified.
-        lost: Receives, as keys, what the format does not keep, in words.
+        atoms: A structure; it is not modified.
+        lost: Receives, as keys, descriptions of what the format does not keep.
 
     Returns:
-        The same object, or a copy where an entry has to be written in another form.
+        The same object, or a copy if an entry must be written in another form.
 
     Raises:
-        ValueError: The format has no column for one of the arrays.
+        ValueError: If the format has no column for one of the arrays.
 
     Example:
         >>> lost = {}
@@ -64,7 +64,7 @@ def extended(atoms: Atoms, lost: dict[str, None]) -> Atoms:
 
 
 def constraint_kinds(atoms: Atoms) -> list[str]:
-    """Returns the names of the kinds of the constraints.
+    """Returns the names of the classes of the constraints.
 
     Example:
         >>> constraint_kinds(Atoms("H", constraint=FixAtoms([0])))
@@ -74,7 +74,7 @@ def constraint_kinds(atoms: Atoms) -> list[str]:
 
 
 def with_content(atoms: Atoms, info: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Atoms:
-    """Returns the atoms with this ``info`` and these arrays: the same object, or a copy where something differs.
+    """Returns atoms with the given ``info`` and arrays: the same object, or a copy if anything differs.
 
     Example:
         >>> hydrogen = Atoms("H")
@@ -90,12 +90,12 @@ def with_content(atoms: Atoms, info: dict[str, Any], arrays: dict[str, NDArray[A
 
 
 def _property(name: str) -> str:
-    """Returns under which name extended xyz reads a column."""
+    """Returns the name under which extended xyz reads a column."""
     return REV_PROPERTY_NAME_MAP.get(name, name)
 
 
 def _column(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Returns what extended xyz reads back as an array of the atoms."""
+    """Returns an array in the form that extended xyz reads back."""
     if _property(name) in all_properties and array.dtype.kind not in "iuf":
         problem = f"under the name of a result the type {array.dtype}"
     elif re.search(r"""[\s:=\\"'{}\[\]]|^$""", name) or name in _XYZ_COLUMNS:
@@ -114,12 +114,12 @@ def _column(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _is_word(text: Any) -> bool:
-    """Whether a text is a column of its own."""
+    """Whether a text is a single column."""
     return isinstance(text, str) and text.split() == [text]
 
 
 def _written(key: str, value: Any) -> Any:
-    """Returns what extended xyz reads back as an entry of ``info``, None if nothing is."""
+    """Returns an entry of ``info`` in the form that extended xyz reads back, or None if there is none."""
     if key in _XYZ_KEYS or not (key in SPECIAL_3_3_KEYS or _holds_key(key)):
         return None
     try:
@@ -140,7 +140,7 @@ def _written(key: str, value: Any) -> Any:
 
 
 def _matrix(key: str, value: NDArray[Any]) -> NDArray[Any] | None:
-    """Returns a value that extended xyz takes for one of 3 x 3, None if it is of another shape."""
+    """Returns a value that extended xyz reads as a 3 x 3 matrix, or None if it has another shape."""
     shapes = ((3, 3), (6,)) if key == "stress" else ((3, 3),)  # ASE writes the six of a stress as nine
     return value if value.dtype.kind in "if" and value.shape in shapes else None
 
@@ -160,16 +160,16 @@ def _holds_key(key: str) -> bool:
 
 
 def _encoded(value: Any) -> str:
-    """Returns a value as the text that extended xyz reads as JSON."""
+    """Returns a value as text that extended xyz reads as JSON."""
     return f"_JSON {json.dumps(value, default=np.ndarray.tolist)}".replace("\\", "\\\\")
 
 
 @functools.lru_cache(maxsize=4096)  # most molecules of a file say the same
 def _read_back(value: str | None) -> str | None:
-    """Returns how to write a text, or None, so that it is read back as it is; None if there is no way.
+    """Returns the form in which a text, or None, is read back unchanged; None if there is no such form.
 
-    Written as they are, "007" becomes a number, "F" False and None True; an empty string swallows the next entry, and
-    backslashes, as in SMILES, vanish.
+    Without it, "007" would become a number, "F" False and None True; an empty string would swallow the next entry, and
+    backslashes, as in SMILES, would vanish.
     """
     encoded = _encoded(value)
     verbatim = value is not None and "\\" not in value and value.splitlines() == [value]

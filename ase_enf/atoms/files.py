@@ -20,7 +20,7 @@ _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")
 
 
 def require_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns ``path`` if a file can be written there: its folder exists and takes files.
+    """Returns ``path`` if a file can be written there: its folder exists and is writable.
 
     A symbolic link stands for the file it points to.
 
@@ -28,7 +28,7 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder itself.
         PermissionError: If nothing can be written to the folder.
-        OSError: If the path is a device or a pipe, which no file can replace, or its folder takes no files.
+        OSError: If the path is a device or a pipe, which no file can replace, or no file can be created in its folder.
 
     Example:
         >>> require_folder("nowhere/m.extxyz")
@@ -52,7 +52,7 @@ def require_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _try_folder(path: Path, folder: Path) -> None:
-    """Raises ``OSError`` for a folder such as ``/proc``, which says that it can be written and takes no file."""
+    """Raises ``OSError`` for a folder such as ``/proc``, which claims to be writable but accepts no files."""
     probe = part_of(folder / "probe")
     try:
         probe.touch(exist_ok=False)
@@ -64,7 +64,7 @@ def _try_folder(path: Path, folder: Path) -> None:
 
 
 def _regular(path: Path) -> bool:
-    """Whether a path is free, or that of an ordinary file."""
+    """Whether a path does not exist yet, or is an ordinary file."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:  # nothing there
@@ -87,7 +87,7 @@ def check_source(path: str | os.PathLike[str]) -> None:
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
-    """Returns where the content of a path is or would be: a symbolic link stands for the file it points to.
+    """Returns the path where content is or would be written: for a symbolic link, that of the file it points to.
 
     Example:
         >>> real_path("README.md").name
@@ -98,7 +98,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Returns ``path`` as a folder, which is made, with those above it, where there is none.
+    """Creates a folder and its parents if they do not exist, and returns its path.
 
     Raises:
         ValueError: If it is a file.
@@ -116,12 +116,13 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def part_of(path: Path, suffix: str = "") -> Path:
-    """Returns a name for the unfinished content of a path, in its folder.
+    """Returns a temporary path for unfinished content, in the same folder.
 
-    It says which process writes it, so that what a killed one left behind can be told from work in progress.
+    It identifies the process that writes it, so that a file left by a killed process can be distinguished from work in
+    progress.
 
     Args:
-        path: The file in the end.
+        path: The final file.
         suffix: Ending that the name must have.
 
     Example:
@@ -149,7 +150,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _machine() -> str:
-    """Returns what tells the processes of this machine, or container, from those of another."""
+    """Returns text that identifies this machine or container."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -171,14 +172,14 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def replaced(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
-    """Yields a temporary path beside a file, which takes its place at the end or is removed if anything fails.
+    """Yields a temporary path that replaces a file at the end, or is removed if anything fails.
 
     Args:
-        path: The file to write or to replace; of a symbolic link, the file it points to.
+        path: The file to write or replace, or a symbolic link to it.
         suffix: Ending that the temporary path must have.
 
     Yields:
-        The temporary path. What a library puts beside it under its name and more, such as a journal, goes with it.
+        The temporary path. Files whose names begin with it, such as a library's journal, are removed with it.
 
     Example:
         >>> import tempfile
@@ -201,16 +202,16 @@ def replaced(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name only when it was written to the end (write, fsync, rename).
+    """Opens a file that appears under its name only when it is complete (write, fsync, rename).
 
     Args:
-        path: The file to write or to replace; missing folders are made.
+        path: The file to write or replace; missing folders are created.
 
     Yields:
         A binary handle on a temporary file in the same folder, which is removed if anything fails.
 
     Raises:
-        OSError: If it cannot be written, with the name of the file and not of the temporary one.
+        OSError: If it cannot be written; the message names the file and not the temporary one.
 
     Example:
         >>> import tempfile
@@ -246,7 +247,7 @@ def ends_line(path: Path) -> bool:
 
 
 def write_whole(handle: FileIO, content: bytes) -> None:
-    """Writes all of the content to an unbuffered file, by a single call of the system if that takes it all.
+    """Writes all content to an unbuffered file, in a single system call if possible.
 
     Example:
         >>> import tempfile
@@ -261,11 +262,11 @@ def write_whole(handle: FileIO, content: bytes) -> None:
 
 
 def brief(error: Exception, hidden: Path | None = None) -> str:
-    """Returns the kind of an error with the first line of what it says, for messages of one line.
+    """Returns the class of an error with the first line of its message, for messages of one line.
 
     Args:
         error: Any error.
-        hidden: A temporary path that is to be left out of an ``OSError``'s words.
+        hidden: A temporary path to leave out of the message of an ``OSError``.
 
     Returns:
         ``"Kind: message"``.

@@ -1,4 +1,4 @@
-"""Structures to files, with their provenance, by the file's ending."""
+"""Writing structures and their provenance to files, in the format of the file's ending."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ KEEP_INFO = (*_STREAMED, ".db", ".traj")
 """Endings whose formats keep ``info``."""
 
 COMMIT_SECONDS = 1.0
+FLUSH_SECONDS = 30.0
+"""Seconds after which a file that is written whole is written anew, with what has come since."""
 
 # Formats in which ASE writes the elements or the number of atoms of the first structure for all.
 _ONE_FORMULA = ("netcdftrajectory", "proteindatabank", "xsf", "xtd")
 
 
 def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
-    """Returns ``path`` if structures can be written there, before anything is computed for it.
+    """Checks, before anything is computed, that structures can be written to a path.
 
     Raises:
         FileNotFoundError: If its folder does not exist.
         OSError: If it is a folder, or nothing can be written to its folder.
-        ValueError: If ASE does not know its ending, or cannot write that format, or not so many structures.
+        ValueError: If ASE does not know its ending, cannot write that format, or not that many structures in it.
 
     Example:
         >>> check_output("m.extxyz").suffix
@@ -71,11 +73,11 @@ def check_output(path: str | os.PathLike[str], count: int = 1) -> Path:
 
 
 def check_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> None:
-    """Raises what ``write_structures`` would raise of these structures, before anything is computed for them.
+    """Raises, before anything is computed, the errors that ``write_structures`` would raise for some structures.
 
     Args:
-        path: Where to.
-        atoms: Structures.
+        path: File to write.
+        atoms: The structures.
 
     Raises:
         ValueError: If the format cannot hold an entry of ``info`` or ``arrays``.
@@ -93,7 +95,7 @@ def check_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> No
 
 
 def keeps_info(path: str | os.PathLike[str]) -> bool:
-    """Whether the format of a file's ending, compressed or not, keeps ``info``.
+    """Whether the format of a file, compressed or not, keeps ``info``.
 
     Example:
         >>> keeps_info("m.extxyz.gz"), keeps_info("m.pdb")
@@ -103,22 +105,50 @@ def keeps_info(path: str | os.PathLike[str]) -> bool:
 
 
 def _ending(path: Path) -> str:
-    """Returns the ending that names the format, in lower case, below that of a compression."""
+    """Returns the ending that sets the format, in lower case, ignoring that of a compression."""
     return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
 
 
-class GrowingFile:
-    """A file of structures that keeps what was added to it, whatever ends the work.
+class FlushClock:
+    """Decides when to rewrite a file that can only be written as a whole, so that it takes at most a tenth of the time.
 
-    ``.extxyz`` and ``.xyz`` are written structure by structure, and rows of a ``.db`` are committed every second: even
-    a killed process leaves all but the last of them. Any other format is written when the file is closed, also by an
-    exception. Nothing is there before the first structure; an old file is replaced by the first one, or continued.
+    Example:
+        >>> FlushClock().due()
+        False
+    """
+
+    def __init__(self) -> None:
+        self._ended, self._took = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self.age() > max(FLUSH_SECONDS, 9 * self._took)
+
+    def age(self) -> float:
+        """Returns the seconds since the last writing."""
+        return time.monotonic() - self._ended
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Takes the time of one writing."""
+        began = time.monotonic()
+        yield
+        self._ended = time.monotonic()
+        self._took = self._ended - began
+
+
+class GrowingFile:
+    """A file of structures that is saved as it grows, whatever ends the work.
+
+    ``.extxyz`` and ``.xyz`` are written structure by structure, and rows of a ``.db`` are committed every second, so
+    that even a killed process loses only the last of them. Any other format is written every half minute, less often if
+    that takes long, and when the file is closed, also by an exception. The file is created, or an existing one
+    replaced, with the first structure.
 
     Args:
-        path: Where to; see :func:`write_structures`.
-        append: Whether an old file is continued: ``.extxyz``, ``.xyz``, ``.db`` or ``.traj``.
-        whole: Whether an old file is replaced only by a complete one, and an exception leaves it as it was. This is
-            needed where the file is also the source.
+        path: File to write; see :func:`write_structures`.
+        append: Whether to continue an existing file: ``.extxyz``, ``.xyz``, ``.db`` or ``.traj``.
+        called: Name of the file in errors and warnings; its path when None.
 
     Raises:
         ValueError: If structures cannot be written, or added, to such a file.
@@ -135,16 +165,18 @@ class GrowingFile:
         ('3', 1)
     """
 
-    def __init__(self, path: str | os.PathLike[str], append: bool = False, whole: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], append: bool = False, called: Path | None = None) -> None:
         self.path = check_output(path)
+        self._called = called or self.path
         if append:
             check_append(self.path)
         self.count = 0  # structures that are in the file
         self.can_append = self.path.suffix in KEEP_INFO
         self._append = append
-        self._whole = whole and not append
         self._lost: dict[str, None] = {}
-        self._waiting: list[Atoms] = []  # of a format that is written at the end
+        self._waiting: list[Atoms] = []  # of a format that is written whole
+        self._unwritten = 0  # of those, structures that are not in the file yet
+        self._clock = FlushClock()
         self._database: Any = None
         self._uncommitted, self._committed_at = 0, 0.0
 
@@ -156,39 +188,47 @@ class GrowingFile:
 
         Raises:
             ValueError: See :func:`write_structures`.
-            OSError: If there is no room for it; what was added before stays.
+            OSError: If there is no room for it; earlier structures are kept.
         """
-        if self._whole:
-            self._waiting.append(atoms)
-        elif self.path.suffix == ".db":
+        if self.path.suffix == ".db":
             self._add_row(atoms)
         elif self.path.suffix in _STREAMED:
             self._add_frame(_storable(atoms, self.path, self._lost))
         else:
             check_output(self.path, len(self._waiting) + 1)
             self._waiting.append(_storable(atoms, self.path, self._lost))
+            self._unwritten += 1
+            if self._clock.due():
+                self._write_waiting()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._database is not None:
             self._commit()
-        if self._whole:
-            self.count = write_structures(self.path, self._waiting) if kind is None else 0
-        elif self._waiting:
-            suffix = "".join(self.path.suffixes)
-            with replaced(self.path, suffix) as part, _explained(self.path):
-                if self._append and self.path.exists():
-                    shutil.copyfile(self.path, part)
-                    with TrajectoryWriter(part, mode="a") as trajectory:  # write(append=True) would lose them
-                        for atoms in self._waiting:
-                            trajectory.write(atoms)
-                else:
-                    write(part, self._waiting)
-            self.count = len(self._waiting)
-        _warn_of(self._lost, self.path)
+        if self._unwritten:
+            self._write_waiting()
+        _warn_of(self._lost, self._called)
+
+    def _write_waiting(self) -> None:
+        """Writes the waiting structures after those to keep; only ``.traj`` continues its file."""
+        with (
+            self._clock.running(),
+            replaced(self.path, "".join(self.path.suffixes)) as part,
+            _explained(self._called),
+        ):
+            if self._append and self.path.exists():
+                shutil.copyfile(self.path, part)
+                with TrajectoryWriter(part, mode="a") as trajectory:  # write(append=True) would lose them
+                    for atoms in self._waiting:
+                        trajectory.write(atoms)
+            else:
+                write(part, self._waiting)
+        self.count, self._unwritten = self.count + self._unwritten, 0
+        if self.can_append:
+            self._append, self._waiting = True, []
 
     def _add_frame(self, atoms: Atoms) -> None:
         text = io.StringIO()
-        with _explained(self.path):
+        with _explained(self._called):
             write(text, atoms, format="extxyz")
             fresh = not self.count and not self._append
             with open(self.path, "wb" if fresh else "ab", buffering=0) as handle:
@@ -208,11 +248,10 @@ class GrowingFile:
         from ase.db import connect
 
         keys, data = database_row(atoms)
-        with _explained(self.path):
+        with _explained(self._called):
             if self._database is None:
-                if not self.count and not self._append:
-                    for ending in ("", "-journal"):  # a journal of the old content would be taken for one of the new
-                        real_path(self.path).with_name(real_path(self.path).name + ending).unlink(missing_ok=True)
+                if not self.count and not (self._append and _has_content(self.path)):
+                    _begin_database(self.path)
                 self._database = connect(self.path)
                 self._database.__enter__()
                 self._committed_at = time.monotonic()
@@ -231,13 +270,27 @@ class GrowingFile:
 
     def _commit(self) -> None:
         database, self._database = self._database, None
-        with _explained(self.path):
+        with _explained(self._called):
             database.__exit__(None, None, None)
         self.count, self._uncommitted = self.count + self._uncommitted, 0
 
 
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _begin_database(path: Path) -> None:
+    """Replaces a file by an empty database, atomically with all of its tables."""
+    from ase.db import connect
+
+    with replaced(path, ".db") as part:
+        connect(part).count()
+        # A journal of the old content would be taken for one of the new.
+        real_path(path).with_name(real_path(path).name + "-journal").unlink(missing_ok=True)
+
+
 def check_append(path: str | os.PathLike[str]) -> None:
-    """Raises ``ValueError`` for a file to which no structures can be added.
+    """Raises ``ValueError`` if structures cannot be added to a file.
 
     Example:
         >>> check_append("m.pdb")
@@ -254,7 +307,7 @@ def check_append(path: str | os.PathLike[str]) -> None:
 
 
 def _warn_of(lost: Iterable[str], path: Path) -> None:
-    """Warns of what a format did not keep."""
+    """Warns about what a format did not keep."""
     if named := ", ".join(lost):
         remedy = ".db" if keeps_info(path) else ", ".join(KEEP_INFO)
         warnings.warn(f"{path}: this format {named}; use {remedy} to keep it", stacklevel=3)
@@ -263,24 +316,24 @@ def _warn_of(lost: Iterable[str], path: Path) -> None:
 def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> int:
     """Writes structures in the format of the file's ending; the file appears when it is complete.
 
-    ``.extxyz`` (and ``.xyz``, in the same extended format) keeps ``info`` and is written as the structures come.
-    ``.db`` becomes an ASE database whose rows have ``log_likelihood`` and its companions as keys, the other entries of
-    ``info`` that can be keys as well, and all of ``info`` in ``data["info"]``; arrays that ASE has no column for are in
-    ``data["arrays"]``. Any other ending goes to ``ase.io.write``; all but ``.traj`` drop ``info``. What a format does
-    not keep is named in a warning.
+    ``.extxyz`` (and ``.xyz``, in the same extended format) keeps ``info`` and is written as the structures arrive.
+    ``.db`` is an ASE database. The keys of its rows are ``log_likelihood`` and related results, and other entries of
+    ``info`` that can be keys; all of ``info`` is in ``data["info"]``, and arrays for which ASE has no column are in
+    ``data["arrays"]``. Any other format is written by ``ase.io.write``; all but ``.traj`` drop ``info``. A warning
+    names what a format does not keep.
 
     Args:
-        path: Where to; an existing file is replaced.
+        path: File to write; an existing one is replaced.
         atoms: Structures, possibly a generator.
 
     Returns:
-        How many were written.
+        The number of structures written.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         OSError: If the path is a folder, or nothing can be written there.
-        ValueError: If ASE does not know the ending or cannot write these structures so, if ``.db`` cannot hold an entry
-            of ``info``, or extended xyz one of ``arrays``.
+        ValueError: If ASE does not know the ending or cannot write these structures in that format, if ``.db`` cannot
+            hold an entry of ``info``, or extended xyz one of ``arrays``.
 
     Warns:
         UserWarning: If the format does not keep all of the structures.
@@ -307,7 +360,7 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turns every error of ASE's writers, which have their own for each format, into one line."""
+    """Turns the errors of ASE's writers, which differ between formats, into a ``ValueError`` of one line."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
@@ -339,7 +392,7 @@ def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
 
 
 def _storable(atoms: Atoms, path: Path, lost: dict[str, None]) -> Atoms:
-    """Returns what the format of a path reads back as these atoms, and adds to ``lost`` what it does not keep."""
+    """Returns atoms in the form that a format reads back, and adds to ``lost`` what it does not keep."""
     if _ending(path) in _STREAMED:
         return extended(atoms, lost)
     arrays = [f"arrays[{name!r}]" for name in atoms.arrays if name not in ASE_ARRAYS]
@@ -367,7 +420,7 @@ def _write_database(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
 
 @contextmanager
 def _transaction(part: Path, path: Path) -> Iterator[Any]:
-    """Opens a database for rows that are committed together: one by one, writing takes forty times as long."""
+    """Opens a database for rows that are committed together; one by one, they take forty times as long."""
     from ase.db import connect
 
     database = connect(part)

@@ -1,4 +1,4 @@
-"""Entries of ``info`` as plain Python, which is what databases and JSON hold."""
+"""Entries of ``info`` as plain Python values, which databases and JSON can hold."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def as_plain(value: Any, name: str) -> Any:
-    """Returns a value as plain Python and arrays of numbers, the kinds that ase.db and JSON know.
+    """Returns a value as plain Python values and arrays of numbers, which ase.db and JSON can hold.
 
     Args:
         value: An entry of ``info`` or of ``arrays``, or all of them.
-        name: What to call it in an error.
+        name: Name of the value in an error.
 
     Raises:
-        ValueError: There is no such form of it, or two keys are the same as texts.
+        ValueError: If there is no such form of it, or two keys are equal as text.
 
     Example:
         >>> as_plain({"n": np.int64(3), 2: ("a", None)}, "info")
@@ -42,14 +42,14 @@ def as_plain(value: Any, name: str) -> Any:
 
 
 def text_keys(values: dict[Any, Any], name: str) -> dict[str, Any]:
-    """Returns a dictionary whose keys are texts.
+    """Returns a dictionary with its keys as text.
 
     Args:
         values: A dictionary with keys of any kind.
-        name: What to call it in an error.
+        name: Name of the dictionary in an error.
 
     Raises:
-        ValueError: Two of the keys are the same as texts.
+        ValueError: If two keys are equal as text.
 
     Example:
         >>> text_keys({1: "one"}, "info")

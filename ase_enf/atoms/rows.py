@@ -8,7 +8,7 @@ from ase import Atoms
 
 from ase_enf.atoms.plain import as_plain
 
-# The entries of this package by which the rows can be selected; the rest of them is in the row's data alone.
+# Entries of this package by which rows can be selected; all others are only in the data of a row.
 _KEYS = ("log_likelihood", "log_likelihood_stderr", "log_likelihood_kind", "seed", "index")
 _PREFIX = "enf_"
 _SCORE_KEYS = _KEYS[:3]
@@ -30,7 +30,7 @@ def database_row(atoms: Atoms) -> tuple[dict[str, Any], dict[str, Any]]:
         The keys, by which rows can be selected, and the data: all of ``info``, and the arrays that have no column.
 
     Raises:
-        ValueError: An entry is of a kind that ASE's databases cannot hold, or two keys are the same as texts.
+        ValueError: If an entry is of a kind that ASE's databases cannot hold, or two keys are equal as text.
 
     Example:
         >>> database_row(Atoms("H", info={"enf_seed": 3, "enf_model": "qm9"}))
@@ -47,7 +47,7 @@ def database_row(atoms: Atoms) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_key(key: str, value: Any) -> bool:
-    """Whether ase.db takes an entry as a key to select by, and its rows still work with an attribute of that name."""
+    """Whether ase.db accepts an entry as a key, and its rows still work with an attribute of that name."""
     from ase.db.core import check
     from ase.db.row import AtomsRow
 

@@ -1,7 +1,7 @@
 """Chemistry of ``Atoms``: bonds from distances, valences, RDKit molecules and SMILES.
 
-``bonds`` needs numpy and ASE only; ``convert`` imports RDKit and Open Babel inside the functions that use them, so that
-importing ``ase_enf.chem`` stays light.
+``bonds`` needs numpy and ASE only. ``convert`` imports RDKit and Open Babel inside the functions that use them, so that
+importing ``ase_enf.chem`` is fast.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""MMFF94 whose forces at one geometry are those of another method, from a single calculation by that method.
+"""MMFF94 corrected so that its forces at one geometry are those of another method, from one calculation by that method.
 
-A force field has stiffnesses that are about right, and minima that are not: relative to the width of a thermal
-ensemble at 300 K, its bonds and angles are shifted by half a standard deviation and more. A constant force between the
-atoms of each pair that is at most three bonds apart shifts them, and leaves the stiffnesses alone.
+The stiffnesses of a force field are about right, but its minima are not: its bonds and angles are shifted by half a
+standard deviation or more of a thermal ensemble at 300 K. A constant force between the atoms of every pair at most
+three bonds apart shifts the minima and leaves the stiffnesses almost unchanged.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ase_enf.chem.mmff import MMFF94
 from ase_enf.chem.topology import Topology
 
 Array = NDArray[np.float64]
-# Bonds between the atoms of a pair, at most: with three, the pairs fix bond lengths, angles and torsions.
+# Most bonds between the atoms of a pair: with three, the pairs determine bond lengths, angles and torsions.
 REACH = 3
-# Of the largest singular value: combinations of pairs below it (planar parts) get no force.
+# Combinations of pairs with singular values below this fraction of the largest (planar parts) get no force.
 _CUT = 1e-2
 
 
 class Anchored:
-    """U(x) = U_MMFF(x) − Σ_ij c_ij |x_i − x_j|, with c such that −∇U(x_0) is a given array of forces.
+    """U(x) = U_MMFF(x) − Σ_ij c_ij |x_i − x_j|, with c such that −∇U(x_0) matches given forces.
 
-    The coefficients of the pairs are those of least squares, and of these the smallest. It is called as
-    ``ase_enf.data.walkers`` calls an energy.
+    The coefficients c are the least-squares solution of smallest norm. An object is called as ``ase_enf.data.walkers``
+    calls an energy.
 
     Args:
         atoms: The molecule at x_0, Å.
-        forces: Its forces there by another method, eV / Å, shape (M, 3), without a net force or torque.
+        forces: Its forces at x_0 by another method, shape (M, 3), eV/Å, without net force or torque.
 
     Raises:
         ValueError: If there is not one force for each atom.
@@ -63,7 +63,15 @@ class Anchored:
         self.calls = 0
 
     def __call__(self, x: Array, wanted: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
-        """Takes (M, 3, K, C), Å; returns (K, C), eV, and (M, 3, K, C), eV / Å."""
+        """Computes energies and forces of several geometries.
+
+        Args:
+            x: Positions, shape (M, 3, K, C), Å.
+            wanted: Which of them to compute, shape (K, C); all when None. The others get an infinite energy.
+
+        Returns:
+            Energies, shape (K, C), eV, infinite where positions are not finite; and forces, shape (M, 3, K, C), eV/Å.
+        """
         energies, forces = np.full(x.shape[2:], np.inf), np.zeros_like(x)
         for place in np.ndindex(x.shape[2:]):
             here = x[(..., *place)]

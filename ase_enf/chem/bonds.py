@@ -1,11 +1,11 @@
 """Bonds from the published distance table, and the stability they imply.
 
-The table, its margins and its valences are those of the E-NF paper (appendix A.3; H, C, N, O, F) widened by Hoogeboom
-et al. 2022 (EDM, arXiv:2203.17003) to B, Si, P, S, Cl, As, Br and I. A pair of elements at distance d has
+The table, its margins and its valences are those of the E-NF paper (appendix A.3; H, C, N, O, F), extended by Hoogeboom
+et al. 2022 (EDM, arXiv:2203.17003) to B, Si, P, S, Cl, As, Br and I. The bond order of a pair at distance d is
 
-    order 1 if d < single + 10 pm,  2 if moreover d < double + 5 pm,  3 if moreover d < triple + 3 pm.
+    1 if d < single + 10 pm,  2 if also d < double + 5 pm,  3 if also d < triple + 3 pm,  otherwise 0.
 
-There is no aromatic order and there are no charges: this is a published metric, kept as published under its name.
+There are neither aromatic bonds nor charges: the metric is kept as it was published.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
-# Lengths in pm, {order: {pair: length}}: the pairs among H, C, N, O, F of the paper.
+# Bond lengths in pm, {order: {pair: length}}: the table of the paper, for H, C, N, O and F.
 QM9_LENGTHS: dict[int, dict[str, int]] = {
     1: {
         "H-H": 74, "H-C": 109, "H-N": 101, "H-O": 96, "H-F": 92,
@@ -32,7 +32,7 @@ QM9_LENGTHS: dict[int, dict[str, int]] = {
     3: {"C-C": 120, "C-N": 116, "C-O": 113, "N-N": 110},
 }  # fmt: skip
 
-# The further pairs of the wider table: they share no pair with the table above, so QM9 numbers do not change.
+# The pairs that EDM adds: none of them is in the table above, so results for QM9 do not change.
 WIDER_LENGTHS: dict[int, dict[str, int]] = {
     1: {
         "H-B": 119, "H-Si": 148, "H-P": 144, "H-As": 152, "H-S": 134, "H-Cl": 127, "H-Br": 141, "H-I": 161,
@@ -52,7 +52,7 @@ WIDER_LENGTHS: dict[int, dict[str, int]] = {
     3: {},
 }  # fmt: skip
 
-MARGINS: dict[int, int] = {1: 10, 2: 5, 3: 3}  # pm, added to the length of each order
+MARGINS: dict[int, int] = {1: 10, 2: 5, 3: 3}  # pm, added to the lengths of each order
 
 VALENCES: dict[str, tuple[int, ...]] = {
     "H": (1,), "C": (4,), "N": (3,), "O": (2,), "F": (1,), "B": (3,), "Al": (3,), "Si": (4,), "P": (3, 5), "S": (4,),
@@ -60,15 +60,15 @@ VALENCES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 _ELEMENTS = len(chemical_symbols)  # atomic numbers 0 (padding, or ASE's dummy "X") to 118
-_MOST_BONDS = 15  # sums of orders from here on are one column: no element has so many
-_PAIRS_AT_ONCE = 2**16  # pairs of atoms in one vectorised step: the temporaries stay in the processor's cache
+_MOST_BONDS = 15  # larger sums of bond orders are counted as this one, which satisfies no element
+_PAIRS_AT_ONCE = 2**16  # pairs of atoms in one vectorised step, so that temporaries stay in the processor's cache
 
 
 def _reach() -> NDArray[np.float64]:
-    """Distance below which a pair of elements reaches order 1, 2, 3, shape (3, 119, 119), Å; 0 where it never does.
+    """Distance below which a pair of elements has order 1, 2, 3, shape (3, 119, 119), Å; 0 where it never has it.
 
-    Each order is reached only inside the one before, hence the running minimum. Dividing by 100 here, and not
-    multiplying each distance, puts the boundary of C-C exactly at the float 1.64.
+    A pair has an order only if it has the lower ones, hence the running minimum. Lengths are divided by 100, rather
+    than distances multiplied, so that the limit of C-C is exactly the float 1.64.
     """
     reach = np.zeros((3, _ELEMENTS, _ELEMENTS))
     for lengths in (QM9_LENGTHS, WIDER_LENGTHS):
@@ -80,7 +80,7 @@ def _reach() -> NDArray[np.float64]:
 
 
 def _satisfied() -> NDArray[np.bool_]:
-    """Whether an element is satisfied by a sum of bond orders, shape (119, 16)."""
+    """Whether a sum of bond orders is a valence of an element, shape (119, 16)."""
     satisfied = np.zeros((_ELEMENTS, _MOST_BONDS + 1), dtype=bool)
     for symbol, valences in VALENCES.items():
         satisfied[atomic_numbers[symbol], list(valences)] = True
@@ -92,14 +92,14 @@ _SATISFIED = _satisfied()
 
 
 class Stability(NamedTuple):
-    """How many atoms of each structure have exactly their valence.
+    """Number of atoms of each structure that have exactly their valence.
 
-    A structure is stable when all its atoms are; one without atoms is not.
+    A structure is stable if all its atoms are; one without atoms is not.
 
     Attributes:
-        stable_atoms: shape (N,), number of atoms whose bond orders sum to their valence.
-        n_atoms: shape (N,), number of atoms.
-        stable: shape (N,), whether all atoms of the structure are stable.
+        stable_atoms: Number of atoms whose bond orders sum to a valence of their element, shape (N,).
+        n_atoms: Number of atoms, shape (N,).
+        stable: Whether all atoms of the structure are stable, shape (N,).
     """
 
     stable_atoms: NDArray[np.int64]
@@ -108,12 +108,12 @@ class Stability(NamedTuple):
 
 
 class SizeGroup(NamedTuple):
-    """Structures of one size as arrays: no padding, hence nothing that depends on batch mates.
+    """Structures of one size as arrays, without padding.
 
     Attributes:
-        index: shape (B,), places of the structures in the list they came from.
-        numbers: shape (B, M), atomic numbers.
-        positions: shape (B, M, 3), Å.
+        index: Indices of the structures in the list they came from, shape (B,).
+        numbers: Atomic numbers, shape (B, M).
+        positions: Positions, shape (B, M, 3), Å.
     """
 
     index: NDArray[np.int64]
@@ -122,17 +122,18 @@ class SizeGroup(NamedTuple):
 
 
 def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
-    """One ``Atoms`` or several as a list, after a check that they are non-periodic molecules of known elements.
+    """Returns one or several ``Atoms`` as a list, after checking that they are non-periodic and of known elements.
 
     Args:
-        atoms: One structure or an iterable of them.
+        atoms: One structure or an iterable of structures.
 
     Returns:
         A list of the same objects, in order.
 
     Raises:
-        TypeError: An item is not an ``Atoms``; its place is named.
-        ValueError: A structure is periodic or has an atomic number below 0 or above 118; its place is named.
+        TypeError: If an item is not an ``Atoms``; the message gives its index.
+        ValueError: If a structure is periodic or has an atomic number below 0 or above 118; the message gives its
+            index.
 
     Example:
         >>> from ase.build import molecule
@@ -162,17 +163,17 @@ def structures(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
 
 
 def size_groups(atoms: Atoms | Iterable[Atoms]) -> Iterator[SizeGroup]:
-    """The structures as arrays, grouped by number of atoms and cut into pieces of bounded memory.
+    """Yields structures as arrays, grouped by number of atoms and split into pieces of bounded memory.
 
     Args:
-        atoms: One structure or an iterable of them.
+        atoms: One structure or an iterable of structures.
 
     Yields:
-        Groups that together hold every structure once, sizes in ascending order.
+        Groups in ascending order of size, which together hold every structure once.
 
     Raises:
-        TypeError: An item is not an ``Atoms``.
-        ValueError: A structure is periodic or has a position that is not finite; its place is named.
+        TypeError: If an item is not an ``Atoms``.
+        ValueError: If a structure is periodic or has a position that is not finite; the message gives its index.
 
     Example:
         >>> from ase.build import molecule
@@ -198,10 +199,10 @@ def pair_distances(
     """Distances between all atoms of each structure, d_ij = |x_i − x_j|.
 
     Args:
-        positions: shape (B, M, 3), Å.
+        positions: Positions, shape (B, M, 3), Å.
 
     Returns:
-        shape (B, M, M), Å, symmetric with a zero diagonal.
+        Distances, shape (B, M, M), Å, symmetric with a zero diagonal.
 
     Example:
         >>> pair_distances(np.array([[[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]]])).tolist()
@@ -209,7 +210,7 @@ def pair_distances(
     """
     positions = np.asarray(positions, dtype=np.float64)
     squared = np.zeros(positions.shape[:2] + positions.shape[1:2])
-    for axis in range(positions.shape[2]):  # an axis at a time: no (B, M, M, 3) temporary
+    for axis in range(positions.shape[2]):  # one axis at a time needs no temporary of shape (B, M, M, 3)
         along = positions[:, :, axis]
         squared += np.square(along[:, :, None] - along[:, None, :])
     return np.sqrt(squared)
@@ -221,18 +222,18 @@ def bond_orders(
 ) -> NDArray[np.int8]:  # (B, M, M)
     """Bond orders of a padded batch from the published distance table.
 
-    order = [d < single + 10 pm] + [d < double + 5 pm] + [d < triple + 3 pm], each only inside the one before. Pairs
-    that are not in the table, among them everything with an element it lacks, never bond.
+    order = [d < single + 10 pm] + [d < double + 5 pm] + [d < triple + 3 pm], where each term requires the one before.
+    A pair that is not in the table never bonds, and neither does an element that the table lacks.
 
     Args:
-        numbers: shape (B, M), atomic numbers; 0 is padding and bonds with nothing.
-        positions: shape (B, M, 3), Å; at padding anything.
+        numbers: Atomic numbers, shape (B, M); 0 is padding, which bonds with nothing.
+        positions: Positions, shape (B, M, 3), Å; ignored at padding.
 
     Returns:
-        shape (B, M, M), orders 0 to 3, symmetric with a zero diagonal.
+        Orders 0 to 3, shape (B, M, M), symmetric with a zero diagonal.
 
     Raises:
-        ValueError: The shapes do not fit, or an atom's position is not finite (its structure is named).
+        ValueError: If the shapes do not fit, or a position is not finite; the message gives the structure.
 
     Reference:
         Satorras et al. 2021 (E-NF), appendix A.3; Hoogeboom et al. 2022 (EDM) for the elements beyond F.
@@ -262,14 +263,14 @@ def stable_atoms(
     numbers: NDArray[np.integer],  # (B, M), 0 = padding
     orders: NDArray[np.integer],  # (B, M, M)
 ) -> NDArray[np.bool_]:  # (B, M)
-    """Whether each atom's bond orders sum exactly to a valence of its element, Σ_j order_ij ∈ valences(i).
+    """Whether the bond orders of each atom sum exactly to a valence of its element, Σ_j order_ij ∈ valences(i).
 
     Args:
-        numbers: shape (B, M), atomic numbers; 0 is padding.
-        orders: shape (B, M, M), as ``bond_orders`` gives them.
+        numbers: Atomic numbers, shape (B, M); 0 is padding.
+        orders: Bond orders as returned by ``bond_orders``, shape (B, M, M).
 
     Returns:
-        shape (B, M); False at padding and for elements without a valence in the table.
+        Verdicts, shape (B, M); False at padding and for elements without a valence in the table.
 
     Example:
         >>> numbers = np.array([[1, 1]])
@@ -285,22 +286,22 @@ def n_fragments(
 ) -> NDArray[np.int64]:  # (B,)
     """Number of connected components of each bond graph.
 
-    Every atom takes the smallest label among itself and its neighbours until nothing changes: a component is then
-    the set of atoms with one label.
+    Every atom takes the smallest label among itself and its neighbours until nothing changes; the atoms of a component
+    then share one label.
 
     Args:
-        orders: shape (B, M, M), bond orders without padding (a padded atom would count as a fragment).
+        orders: Bond orders, shape (B, M, M), without padding, which would count as fragments.
 
     Returns:
-        shape (B,).
+        Numbers of fragments, shape (B,).
 
     Example:
         >>> n_fragments(np.array([[[0, 1, 0], [1, 0, 0], [0, 0, 0]]])).tolist()
         [2]
     """
     batch, size = orders.shape[:2]
-    apart = np.where(orders > 0, 0, size)  # added to the label of an atom out of reach, it exceeds all labels
-    apart[:, np.arange(size), np.arange(size)] = 0  # an atom sees its own label
+    apart = np.where(orders > 0, 0, size)  # added to a label, it exceeds all labels: such an atom is ignored
+    apart[:, np.arange(size), np.arange(size)] = 0  # an atom counts its own label
     labels = np.tile(np.arange(size), (batch, 1))
     while size:
         spread = np.min(labels[:, None, :] + apart, axis=2)
@@ -313,20 +314,20 @@ def n_fragments(
 def stability(atoms: Atoms | Iterable[Atoms]) -> Stability:
     """Atom and molecule stability of structures, as published.
 
-    An atom is stable when the orders of its bonds (``bond_orders``) sum exactly to its valence (``VALENCES``); a
-    molecule is stable when all its atoms are. An element without entries in the table never bonds and counts as
-    unstable: a verdict on such a molecule says that the table does not cover it, nothing about its chemistry. The
-    result of a structure does not depend on the others.
+    An atom is stable if the orders of its bonds (``bond_orders``) sum exactly to a valence of its element
+    (``VALENCES``); a molecule is stable if all its atoms are. An element without entries in the table never bonds and
+    counts as unstable: for such a molecule the verdict means that the table does not cover it, and says nothing about
+    its chemistry. The result for a structure does not depend on the others.
 
     Args:
-        atoms: One structure or an iterable of them.
+        atoms: One structure or an iterable of structures.
 
     Returns:
-        Counts and verdicts, one a structure, in order.
+        Counts and verdicts, one for each structure, in order.
 
     Raises:
-        TypeError: An item is not an ``Atoms``.
-        ValueError: A structure is periodic or has a position that is not finite; its place is named.
+        TypeError: If an item is not an ``Atoms``.
+        ValueError: If a structure is periodic or has a position that is not finite; the message gives its index.
 
     Reference:
         Satorras et al. 2021 (E-NF), appendix A.3.
@@ -349,7 +350,7 @@ def _require_finite(
     positions: NDArray[np.floating],  # (B, M, 3)
     places: Sequence[int] | NDArray[np.int64],  # (B,)
 ) -> None:
-    """Raises a ``ValueError`` that names the structures with positions that are not finite."""
+    """Raises a ``ValueError`` that gives the indices of structures whose positions are not finite."""
     broken = ~np.isfinite(positions).all(axis=(1, 2))
     if broken.any():
         named = ", ".join(str(place) for place in np.asarray(places)[broken][:5])

@@ -1,8 +1,8 @@
-"""``Atoms`` to RDKit molecules and SMILES: by the distance table, by RDKit's perception, by Open Babel's.
+"""``Atoms`` to RDKit molecules and SMILES: by the distance table, by RDKit's perception, or by Open Babel's.
 
-The three ways differ in what they may do. The table (``ase_enf.chem.bonds``) is the published metric: it looks at
-distances only, never fails and never corrects anything. RDKit and Open Babel look for a sensible Lewis structure.
-RDKit and Open Babel are imported inside the functions that use them.
+The table (``ase_enf.chem.bonds``) is the published metric: it looks at distances only, never fails and never corrects
+anything. RDKit and Open Babel search for a sensible Lewis structure; both are imported inside the functions that use
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ase_enf.chem.bonds import bond_orders, structures
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
 
-_MAX_ITERATIONS = 20_000  # of RDKit's search over bond orders: without a bound some inputs never return
+_MAX_ITERATIONS = 20_000  # limit of RDKit's search over bond orders, which does not end for some inputs
 
 
 class PerceptionError(ValueError):
@@ -28,12 +28,12 @@ class PerceptionError(ValueError):
 
 
 class Reading(NamedTuple):
-    """What RDKit makes of a bond graph.
+    """RDKit's reading of a bond graph.
 
     Attributes:
-        smiles: canonical SMILES of all its fragments, None where RDKit cannot sanitise the graph.
-        largest: canonical SMILES of its largest fragment, None where ``smiles`` is.
-        complete: whether it can be sanitised and no atom lacks a bond (equivalently an implicit hydrogen).
+        smiles: Canonical SMILES of all its fragments; None if RDKit cannot sanitise the graph.
+        largest: Canonical SMILES of its largest fragment; None if ``smiles`` is.
+        complete: Whether the graph can be sanitised and no atom lacks a bond, that is, has unpaired electrons.
     """
 
     smiles: str | None
@@ -42,27 +42,27 @@ class Reading(NamedTuple):
 
 
 def to_mol(atoms: Atoms, method: str = "table") -> Mol:
-    """An RDKit molecule with all atoms, in their order, and their positions as its conformer.
+    """Returns an RDKit molecule with all atoms in their order and the positions as its conformer.
 
-    Nothing is added: hydrogens that are missing stay missing (the atom is a radical). The molecule of "table" and
-    "openbabel" is not yet sanitised, see ``sanitise``; that of "rdkit" is.
+    Missing hydrogens are not added; an atom that lacks one is a radical. The molecule from "rdkit" is sanitised; those
+    from "table" and "openbabel" are not, see ``sanitise``.
 
     Args:
-        atoms: A molecule, positions in Å. It is not modified.
+        atoms: A molecule, positions in Å; it is not modified.
         method: "table" (the published distance table), "rdkit" (``rdDetermineBonds`` for a total charge of zero: formal
-            charges where they make a closed shell, radicals where they do not, no stereochemistry) or "openbabel"
-            (``ConnectTheDots``, ``PerceiveBondOrders``).
+            charges where they give a closed shell, radicals where they do not, no stereochemistry) or "openbabel"
+            (``ConnectTheDots`` and ``PerceiveBondOrders``).
 
     Returns:
         An ``rdkit.Chem.Mol`` with a 3D conformer.
 
     Raises:
-        TypeError: ``atoms`` is not an ``Atoms``.
-        ValueError: The method is unknown, or the structure is periodic or has a position that is not finite.
-        PerceptionError: "rdkit" or "openbabel" finds no bond orders.
+        TypeError: If ``atoms`` is not an ``Atoms``.
+        ValueError: If the method is unknown, or the structure is periodic or has a position that is not finite.
+        PerceptionError: If "rdkit" or "openbabel" finds no bond orders.
 
     Reference:
-        Kim & Kim 2015, Bull. Korean Chem. Soc. 36, 1769 for the search of "rdkit".
+        Kim & Kim 2015, Bull. Korean Chem. Soc. 36, 1769, for the search of "rdkit".
 
     Example:
         >>> from ase.build import molecule
@@ -81,21 +81,21 @@ def to_mol(atoms: Atoms, method: str = "table") -> Mol:
 
 
 def to_smiles(atoms: Atoms, method: str = "table") -> str | None:
-    """The canonical SMILES of a structure, or None where there is none.
+    """Returns the canonical SMILES of a structure, or None if it has none.
 
-    Hydrogens are implicit, stereochemistry is left out, fragments are separated by dots. An atom that lacks bonds is
-    written as the radical it is, ``[CH3]``.
+    Hydrogens are implicit, stereochemistry is left out, and fragments are separated by dots. An atom that lacks bonds
+    is written as a radical, such as ``[CH3]``.
 
     Args:
-        atoms: A molecule, positions in Å. It is not modified.
-        method: "table", "rdkit" or "openbabel", see ``to_mol``.
+        atoms: A molecule, positions in Å; it is not modified.
+        method: "table", "rdkit" or "openbabel"; see ``to_mol``.
 
     Returns:
-        The SMILES; None when no bond orders are found, RDKit cannot sanitise them, or an atom is ASE's dummy "X".
+        The SMILES; None if no bond orders are found, RDKit cannot sanitise them, or an atom is ASE's dummy "X".
 
     Raises:
-        TypeError: ``atoms`` is not an ``Atoms``.
-        ValueError: The method is unknown, or the structure is periodic or has a position that is not finite.
+        TypeError: If ``atoms`` is not an ``Atoms``.
+        ValueError: If the method is unknown, or the structure is periodic or has a position that is not finite.
 
     Example:
         >>> from ase.build import molecule
@@ -114,11 +114,11 @@ def bond_graph(
     numbers: NDArray[np.integer],  # (M,)
     orders: NDArray[np.integer],  # (M, M)
 ) -> Mol:
-    """The RDKit molecule of a matrix of bond orders, without conformer and not sanitised.
+    """Returns the RDKit molecule of a matrix of bond orders, without conformer and not sanitised.
 
     Args:
-        numbers: shape (M,), atomic numbers.
-        orders: shape (M, M), symmetric, 0 to 3.
+        numbers: Atomic numbers, shape (M,).
+        orders: Bond orders 0 to 3, symmetric, shape (M, M).
 
     Returns:
         A molecule whose atoms take no implicit hydrogens.
@@ -146,14 +146,14 @@ def read_graph(
     numbers: NDArray[np.integer],  # (M,)
     orders: NDArray[np.integer],  # (M, M)
 ) -> Reading:
-    """What RDKit makes of a matrix of bond orders: everything the metrics ask of a structure, in one pass.
+    """Reads a matrix of bond orders with RDKit and returns all that the metrics need, in one pass.
 
     Args:
-        numbers: shape (M,), atomic numbers.
-        orders: shape (M, M), symmetric, 0 to 3.
+        numbers: Atomic numbers, shape (M,).
+        orders: Bond orders 0 to 3, symmetric, shape (M, M).
 
     Returns:
-        SMILES of the whole and of its largest fragment, and whether no atom lacks a bond.
+        SMILES of the whole graph and of its largest fragment, and whether no atom lacks a bond.
 
     Example:
         >>> import numpy as np
@@ -169,10 +169,10 @@ def read_graph(
 
 
 def sanitise(mol: Mol) -> Mol | None:
-    """A sanitised copy of a molecule (valences, aromaticity, conjugation), or None where RDKit refuses.
+    """Returns a sanitised copy of a molecule (valences, aromaticity, conjugation), or None if RDKit rejects it.
 
     Args:
-        mol: A molecule. It is not modified.
+        mol: A molecule; it is not modified.
 
     Returns:
         The copy, or None.
@@ -188,19 +188,19 @@ def sanitise(mol: Mol) -> Mol | None:
     with quiet_rdkit():
         try:
             Chem.SanitizeMol(copy)
-        except ValueError:  # every MolSanitizeException of RDKit is one
+        except ValueError:  # RDKit's MolSanitizeException is a subclass
             return None
     return copy
 
 
 def canonical_smiles(mol: Mol) -> str:
-    """The canonical SMILES of a sanitised molecule, hydrogens implicit, without stereochemistry, isotopes or labels.
+    """Returns the canonical SMILES of a molecule, with implicit hydrogens and no stereochemistry, isotopes or labels.
 
     Args:
-        mol: A sanitised molecule. It is not modified.
+        mol: A sanitised molecule; it is not modified.
 
     Returns:
-        The SMILES, the same for every order of the atoms.
+        The SMILES, which does not depend on the order of the atoms.
 
     Example:
         >>> from rdkit import Chem
@@ -214,7 +214,7 @@ def canonical_smiles(mol: Mol) -> str:
 
 
 def _unmarked(mol: Mol) -> Mol:
-    """The molecule without stereochemistry, isotopes and labels: RDKit removes no hydrogen that is marked by one."""
+    """Returns a copy without stereochemistry, isotopes and labels, as RDKit removes no hydrogen marked by one."""
     from rdkit import Chem
 
     plain = Chem.Mol(mol)
@@ -226,13 +226,13 @@ def _unmarked(mol: Mol) -> Mol:
 
 
 def normalise_smiles(smiles: str) -> str | None:
-    """Any SMILES in the form that ``to_smiles`` writes.
+    """Returns a SMILES in the form that ``to_smiles`` writes.
 
     Args:
         smiles: Any SMILES.
 
     Returns:
-        The canonical SMILES without stereochemistry, isotopes and labels, or None where RDKit cannot read it.
+        The canonical SMILES without stereochemistry, isotopes and labels, or None if RDKit cannot read it.
 
     Example:
         >>> normalise_smiles("OCC"), normalise_smiles("[2H]C"), normalise_smiles("C(")
@@ -246,13 +246,13 @@ def normalise_smiles(smiles: str) -> str | None:
 
 
 def largest_fragment(mol: Mol) -> str:
-    """The canonical SMILES of the connected fragment with the most atoms (hydrogens count).
+    """Returns the canonical SMILES of the fragment with the most atoms, hydrogens included.
 
-    Among fragments of one size the last SMILES in alphabetical order is taken: the answer then does not depend on
+    Among fragments of equal size, the last SMILES in alphabetical order is taken, so that the result does not depend on
     the order of the atoms.
 
     Args:
-        mol: A sanitised molecule with at least one atom. It is not modified.
+        mol: A sanitised molecule with at least one atom; it is not modified.
 
     Returns:
         The SMILES.
@@ -270,7 +270,7 @@ def largest_fragment(mol: Mol) -> str:
 
 
 def rdkit_version() -> str:
-    """The version of the installed RDKit: canonical SMILES are comparable within one version.
+    """Returns the version of RDKit; canonical SMILES are comparable only within one version.
 
     Example:
         >>> rdkit_version().split(".")[0].isdigit()
@@ -291,7 +291,7 @@ def _rdkit_mol(atoms: Atoms) -> Mol:
     from rdkit.Chem import rdDetermineBonds
 
     unbonded = _with_conformer(bond_graph(atoms.numbers, np.zeros((len(atoms), len(atoms)), dtype=np.int8)), atoms)
-    for charged in (True, False):  # nitro groups need formal charges; radicals are found only without
+    for charged in (True, False):  # nitro groups need formal charges; radicals are found only without them
         mol = Chem.Mol(unbonded)
         with quiet_rdkit():
             try:
@@ -337,7 +337,7 @@ _PERCEIVE: dict[str, Callable[[Atoms], Mol]] = {
 
 
 def _with_conformer(mol: Mol, atoms: Atoms) -> Mol:
-    """Gives a molecule of this module the positions of its atoms, Å, as its only conformer."""
+    """Makes the positions of atoms, Å, the only conformer of a molecule, which it changes and returns."""
     from rdkit import Chem
 
     conformer = Chem.Conformer(len(atoms))
@@ -351,7 +351,7 @@ def _with_conformer(mol: Mol, atoms: Atoms) -> Mol:
 
 @contextmanager
 def quiet_rdkit() -> Iterator[None]:
-    """Keeps RDKit's messages about broken molecules off the terminal, and restores its settings at the end."""
+    """Suppresses RDKit's messages about broken molecules."""
     from rdkit import rdBase
 
     with rdBase.BlockLogs():
@@ -360,7 +360,7 @@ def quiet_rdkit() -> Iterator[None]:
 
 @contextmanager
 def _quiet_openbabel(ob: object) -> Iterator[None]:
-    """The same for Open Babel, whose log level is global."""
+    """Suppresses Open Babel's messages, and restores its global log level at the end."""
     log = ob.obErrorLog
     level = log.GetOutputLevel()
     log.SetOutputLevel(-1)

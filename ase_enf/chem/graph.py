@@ -1,8 +1,8 @@
-"""Molecular graphs: from a SMILES, from positions, and as a text in ``info``.
+"""Molecular graphs: from SMILES, from positions, and as text in ``info``.
 
-A graph is a matrix of bonds: 0 for none, 1, 2, 3 for their orders and 4 for an aromatic bond, by RDKit's model of
-aromaticity, so that the Kekulé structure does not matter. Hydrogens are atoms like all others. Charges, radicals and
-stereochemistry are no part of it.
+A graph is a matrix of bonds: 0 for none, 1, 2, 3 for bond orders, and 4 for an aromatic bond by RDKit's model of
+aromaticity, so that the choice of the Kekulé structure does not matter. Hydrogens are explicit atoms. Charges, radicals
+and stereochemistry are not part of a graph.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Graph(NamedTuple):
     """A molecule without positions.
 
     Attributes:
-        numbers: shape (M,), atomic numbers, hydrogens included.
-        bonds: shape (M, M), symmetric, 0 to 4.
-        smiles: canonical SMILES without stereochemistry.
+        numbers: Atomic numbers, hydrogens included, shape (M,).
+        bonds: Bonds 0 to 4, symmetric, shape (M, M).
+        smiles: Canonical SMILES without stereochemistry.
     """
 
     numbers: NDArray[np.int64]
@@ -38,16 +38,16 @@ class Graph(NamedTuple):
 
 
 def graph_of_smiles(smiles: str) -> Graph:
-    """The graph of a SMILES, with its hydrogens after the atoms that it writes.
+    """Returns the graph of a SMILES.
 
     Args:
         smiles: SMILES of one neutral closed-shell molecule; its stereochemistry is ignored.
 
     Returns:
-        The graph; atoms in the order of the SMILES, then hydrogens.
+        The graph: atoms in the order of the SMILES, then the implicit hydrogens.
 
     Raises:
-        ValueError: RDKit cannot read it, or it has charges, radicals, isotopes, or several fragments.
+        ValueError: If RDKit cannot read it, or it has charges, radicals, isotopes, or several fragments.
 
     Example:
         >>> water = graph_of_smiles("O")
@@ -77,16 +77,16 @@ def has_stereo(smiles: str) -> bool:
 
 
 def perceived_bonds(atoms: Atoms) -> NDArray[np.int8]:
-    """The graph of a structure as RDKit perceives it from the positions.
+    """Returns the graph that RDKit perceives from the positions of a structure.
 
     Args:
-        atoms: A molecule. It is not modified.
+        atoms: A molecule; it is not modified.
 
     Returns:
-        shape (M, M), symmetric, 0 to 4.
+        Bonds 0 to 4, symmetric, shape (M, M).
 
     Raises:
-        PerceptionError: RDKit finds no bonds, or a molecule with charges, radicals or several fragments.
+        PerceptionError: If RDKit finds no bonds, or finds charges, radicals or several fragments.
 
     Example:
         >>> from ase.build import molecule
@@ -95,24 +95,24 @@ def perceived_bonds(atoms: Atoms) -> NDArray[np.int8]:
     """
     mol = sanitise(to_mol(atoms, "rdkit"))  # sanitising perceives aromaticity
     if mol is None:
-        raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, bonds that RDKit refuses")
+        raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, bonds that RDKit rejects")
     if reason := _unfit(mol):
         raise PerceptionError(f"{atoms.get_chemical_formula()} has, by its positions, {reason}")
     return _bonds(mol)
 
 
 def bonds_of(atoms: Atoms) -> NDArray[np.int8]:
-    """The graph that a structure carries in ``info["enf_bonds"]``, or else the one perceived.
+    """Returns the graph that a structure carries in ``info["enf_bonds"]``, or else the perceived one.
 
     Args:
-        atoms: A molecule. It is not modified.
+        atoms: A molecule; it is not modified.
 
     Returns:
-        shape (M, M), symmetric, 0 to 4.
+        Bonds 0 to 4, symmetric, shape (M, M).
 
     Raises:
         PerceptionError: See ``perceived_bonds``.
-        ValueError: What it carries is no graph of its atoms.
+        ValueError: If the text in ``info`` is not a graph of its atoms.
 
     Example:
         >>> bonds_of(Atoms("H2", info={"enf_bonds": "0-1-1"})).tolist()
@@ -123,7 +123,10 @@ def bonds_of(atoms: Atoms) -> NDArray[np.int8]:
 
 
 def write_bonds(bonds: NDArray[np.integer]) -> str:
-    """A graph as a text that every format keeps: ``i-j-bond`` for each bond, separated by spaces.
+    """Returns a graph as text that every file format keeps: ``i-j-bond`` for each bond, separated by spaces.
+
+    Args:
+        bonds: Bonds 0 to 4, symmetric, shape (M, M).
 
     Example:
         >>> write_bonds(np.array([[0, 2], [2, 0]]))
@@ -134,17 +137,17 @@ def write_bonds(bonds: NDArray[np.integer]) -> str:
 
 
 def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
-    """The graph that ``write_bonds`` has written.
+    """Returns the graph that ``write_bonds`` wrote as text.
 
     Args:
         text: The text.
-        n_atoms: M.
+        n_atoms: Number M of atoms.
 
     Returns:
-        shape (M, M), symmetric, 0 to 4.
+        Bonds 0 to 4, symmetric, shape (M, M).
 
     Raises:
-        ValueError: The text is no list of bonds, or names an atom beyond ``n_atoms``.
+        ValueError: If the text is not a list of bonds, or an index is not below ``n_atoms``.
 
     Example:
         >>> read_bonds("0-1-2", 2).tolist()
@@ -166,7 +169,7 @@ def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
 
 
 def _unfit(mol: Mol) -> str | None:
-    """Returns in words what a molecule has that a graph cannot express, None if nothing."""
+    """Returns in words what a graph cannot express of a molecule, or None if it expresses everything."""
     from rdkit import Chem
 
     atoms = list(mol.GetAtoms())

@@ -1,4 +1,4 @@
-"""The MMFF94 force field (Halgren 1996) of RDKit as an ASE calculator, and conformers to start from."""
+"""RDKit's MMFF94 force field (Halgren 1996) as an ASE calculator, and starting conformers."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ KCAL = units.kcal / units.mol  # eV
 class MMFF94(Calculator):
     """Energies and forces of one molecule by MMFF94, in eV and eV/Å.
 
-    A force field knows one bond graph. It is that of ``atoms``, or of the first structure that is computed. A structure
-    whose atoms are bonded alike in another order is computed as that molecule; one with other bonds (by distance, see
-    ``ase_enf.chem.topology``) has no energy, and ``CalculationFailed`` says so: its Boltzmann weight in the ensemble of
-    this molecule is zero.
+    A force field belongs to one bond graph: that of ``atoms``, or of the first structure that is computed. A structure
+    with the same graph is computed whatever the order of its atoms. One with other bonds (by distance, see
+    ``ase_enf.chem.topology``) raises ``CalculationFailed``: in the ensemble of the molecule its Boltzmann weight is
+    zero.
 
     Args:
         atoms: The molecule; the first structure that is computed when None.
-        orders: Its bond orders, shape (M, M), 0 to 3; perceived by RDKit from the positions, for a neutral molecule,
-            when None.
-        variant: "MMFF94", or "MMFF94s", with planar nitrogen where it is delocalised.
+        orders: Its bond orders 0 to 3, shape (M, M); when None, RDKit perceives them from the positions of a neutral
+            molecule.
+        variant: "MMFF94", or "MMFF94s", in which delocalised nitrogen is planar.
 
     Raises:
-        ValueError: For an unknown variant, or orders that are not one for each pair of atoms.
-        CalculatorSetupError: When the energy is first asked for, if bonds are not found or an atom has no parameters.
+        ValueError: If the variant is unknown, or ``orders`` is not a symmetric matrix with a row for each atom.
+        CalculatorSetupError: If no bonds are found or an atom has no parameters; raised when the energy is first
+            requested.
+        CalculationFailed: If a structure has other bonds than the molecule; raised when its energy is requested.
 
     Reference:
         Halgren 1996, J. Comput. Chem. 17, 490; Tosco, Stiefl & Landrum 2014, J. Cheminform. 6, 37.
@@ -67,7 +69,7 @@ class MMFF94(Calculator):
         self.orders, self.variant = orders, variant
         self.molecule = None if atoms is None else atoms.copy()
         self.topology: Topology | None = None
-        self._field: Any = None  # RDKit's, which cannot be copied
+        self._field: Any = None  # RDKit's object, which cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_field": None, "topology": None}
@@ -102,13 +104,13 @@ class MMFF94(Calculator):
         """Returns energy and forces of the molecule, thirty times faster than through ``Atoms``.
 
         Args:
-            positions: shape (M, 3), Å, atoms in the order of the molecule; whether its bonds hold is not asked.
+            positions: Positions, shape (M, 3), Å, atoms in the order of the molecule; its bonds are not checked.
 
         Returns:
-            U, eV, and forces (M, 3), eV / Å.
+            Energy, eV, and forces, shape (M, 3), eV/Å.
 
         Raises:
-            CalculatorSetupError: If the calculator has no molecule yet, or none it can do.
+            CalculatorSetupError: If the calculator has no molecule yet, or MMFF94 cannot describe it.
 
         Example:
             >>> from ase.build import molecule
@@ -123,7 +125,7 @@ class MMFF94(Calculator):
         return self._at(positions)
 
     def _at(self, positions: NDArray[np.floating]) -> tuple[float, NDArray[np.float64]]:
-        """Energy and forces; RDKit's gradient uses the distances of its last energy, which therefore comes first."""
+        """Returns energy and forces, energy first: RDKit's gradient uses the distances of its last energy."""
         flat = positions.ravel().tolist()
         energy = KCAL * self._field.CalcEnergy(flat)
         return energy, -KCAL * np.reshape(self._field.CalcGrad(flat), (-1, 3))
@@ -146,7 +148,7 @@ class MMFF94(Calculator):
 
 
 def _bonded(atoms: Atoms, orders: NDArray[np.integer] | None = None) -> Mol:
-    """A sanitised molecule with the positions as its conformer."""
+    """Returns a sanitised molecule with the positions as its conformer."""
     from rdkit import Chem
 
     name = atoms.get_chemical_formula()
@@ -163,24 +165,25 @@ def _bonded(atoms: Atoms, orders: NDArray[np.integer] | None = None) -> Mol:
         raise CalculatorSetupError(f"{error}; give bond orders") from error
     sound = sanitise(mol)
     if sound is None:
-        raise CalculatorSetupError(f"{name}: RDKit refuses its bond orders; correct them")
+        raise CalculatorSetupError(f"{name}: RDKit rejects its bond orders; correct them")
     return sound
 
 
 def conformers(atoms: Atoms, n: int, seed: int = 0) -> list[Atoms]:
-    """Conformers of a molecule by RDKit's distance geometry, relaxed by MMFF94, in the order of its atoms.
+    """Returns conformers of a molecule by RDKit's distance geometry, relaxed by MMFF94 where it has parameters.
 
     Args:
-        atoms: A molecule, whose bonds are perceived.
-        n: How many are tried.
-        seed: Non-negative.
+        atoms: A molecule; its bonds are perceived from the positions.
+        n: Number of attempts.
+        seed: Seed of RDKit, not negative.
 
     Returns:
-        At most n conformers, of which several may be alike; the molecule itself where there is none.
+        At most n conformers, several of which may be alike, with atoms in the order of the molecule; the molecule
+        itself if there is none.
 
     Raises:
         ValueError: If n is below 1 or the structure is periodic.
-        CalculatorSetupError: If bonds are not found.
+        CalculatorSetupError: If no bonds are found.
 
     Reference:
         Riniker & Landrum 2015, J. Chem. Inf. Model. 55, 2562.

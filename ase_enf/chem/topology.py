@@ -1,7 +1,7 @@
-"""Which atoms are bonded, by distance, and which order of the atoms makes two molecules the same bond graph.
+"""Bonded atoms by distance, and the order of atoms in which a structure has the bond graph of a molecule.
 
-The rule is looser than the table of ``ase_enf.chem.bonds``, whose bounds fit relaxed structures: a thermal vibration
-does not break a bond here. Bond orders do not count.
+The rule is looser than the table of ``ase_enf.chem.bonds``, whose limits fit relaxed structures, so that a thermal
+vibration does not break a bond. Bond orders are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ase_enf.chem.convert import bond_graph
 
-# Of the sum of the covalent radii (Cordero et al. 2008): above every thermal bond, below every contact of two bonds.
+# Largest bond length in sums of covalent radii (Cordero et al. 2008): longer than thermally stretched bonds, shorter
+# than distances between atoms two bonds apart.
 REACH = 1.3
 
 
@@ -21,14 +22,14 @@ def connectivity(
     numbers: NDArray[np.integer],  # (M,)
     positions: NDArray[np.float64],  # (M, 3)
 ) -> NDArray[np.bool_]:
-    """Which pairs of atoms are closer than 1.3 times the sum of their covalent radii.
+    """Finds the pairs of atoms closer than 1.3 times the sum of their covalent radii.
 
     Args:
-        numbers: shape (M,), atomic numbers.
-        positions: shape (M, 3), Å.
+        numbers: Atomic numbers, shape (M,).
+        positions: Positions, shape (M, 3), Å.
 
     Returns:
-        Shape (M, M), symmetric, False on the diagonal.
+        Whether two atoms are bonded, shape (M, M), symmetric, False on the diagonal.
 
     Example:
         >>> from ase.build import molecule
@@ -44,7 +45,7 @@ def connectivity(
 
 
 class Topology:
-    """The bond graph of a molecule, to which others are compared.
+    """The bond graph of a molecule, for comparison with other structures.
 
     Args:
         atoms: The molecule, positions in Å.
@@ -66,19 +67,24 @@ class Topology:
         self.graph = bond_graph(self.numbers, self.bonds.astype(np.int8))
 
     def holds(self, positions: NDArray[np.float64]) -> bool:
-        """Whether atoms at these positions, (M, 3) in Å and in the order of the molecule, have exactly its bonds."""
+        """Whether atoms at given positions have exactly the bonds of the molecule.
+
+        Args:
+            positions: Positions, shape (M, 3), Å, atoms in the order of the molecule.
+        """
         return np.array_equal(connectivity(self.numbers, positions), self.bonds)
 
     def match(self, atoms: Atoms) -> NDArray[np.int64] | None:
-        """An order of atoms in which they have the elements and bonds of the molecule.
+        """Returns an order in which the atoms of a structure have the elements and bonds of the molecule.
 
-        Where equal atoms leave several, it is the given order if that is one, else the first that RDKit finds.
+        If equal atoms allow several, it is the given order if that is one of them, otherwise the first that RDKit
+        finds.
 
         Args:
             atoms: A structure, positions in Å.
 
         Returns:
-            Shape (M,), such that ``atoms[order]`` is the molecule; None where there is none.
+            Indices, shape (M,), such that ``atoms[order]`` is the molecule; None if there is no such order.
         """
         if len(atoms) != len(self.numbers):
             return None

@@ -1,4 +1,4 @@
-"""The command ``ase-enf``; :mod:`ase_enf.cli.command` parses and runs it, and each verb has a file."""
+"""The command ``ase-enf``: :mod:`ase_enf.cli.command` parses and runs it, and each verb has its own file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``ase-enf``: parses, runs a verb, and says in one line what went wrong."""
+"""The command ``ase-enf``: parses its arguments, runs a verb, and reports an error in one line."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from ase_enf.cli.score import add_score
 from ase_enf.cli.train import add_train
 
 _INTERRUPTED, _TERMINATED = 130, 143
+# Commands that several processes of torchrun may run: they divide the work, or only print.
+_OF_MANY = ("generate", "train", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code.
-
-    0 when the whole request was met; 2 with one line on standard error for bad input; 130 when interrupted, 143 when
-    terminated.
+    """Runs the command line.
 
     Args:
-        arguments: Words of the command line, ``sys.argv[1:]`` when None.
+        arguments: Words of the command line; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit code: 0 if the whole request was met, 2 for bad input, which is reported in one line on standard error,
+        130 if interrupted and 143 if terminated.
 
     Example:
         >>> main(["generate", "no-such-model", "-n", "3"])
@@ -42,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _speakable():
         training = any(word == "train" or word.startswith("--completion") for word in words)
         options, unknown = _parser(training).parse_known_args(words)
-        if unknown:  # by the command's own parser, which knows where its help is
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if unknown:  # reported by the parser of the command, which refers to the command's own help
+            options.parser.refuse_unknown(unknown)
         return _run(options)
 
 
@@ -52,28 +55,49 @@ def _run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(), _terminable():
         warnings.showwarning = show_warning
         try:
-            options.run(options)
+            return _tried(options)
         except KeyboardInterrupt as end:
             terminated = isinstance(end, _Terminated)
-            say("; ".join(["terminated" if terminated else "interrupted", *getattr(end, "__notes__", ())]))
+            say("; ".join(["terminated" if terminated else "interrupted", *_remarks(end)]))
             return _TERMINATED if terminated else _INTERRUPTED
-        except BrokenPipeError:
-            # The reader of a pipe has enough; flushing at exit would complain again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except Exception as error:
-            from ase_enf.flow.devices import out_of_memory
 
-            full = out_of_memory(error)
-            if not (full or isinstance(error, _user_errors())):
-                raise
-            say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
-            return USAGE
+
+def _tried(options: argparse.Namespace) -> int:
+    """Runs a command, reports an error that ends it, and returns the exit code."""
+    try:
+        _check_alone(options.command)
+        options.run(options)
+    except BrokenPipeError:
+        # The reader of the pipe has closed it; flushing at exit would raise the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        from ase_enf.flow.devices import out_of_memory
+
+        full = out_of_memory(error)
+        if not (full or isinstance(error, _user_errors())):
+            raise
+        say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
+        return USAGE
     return 0
 
 
+def _check_alone(command: str) -> None:
+    """Raises ``ValueError`` if every process of torchrun would do all the work and write the same files."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in _OF_MANY:
+        raise ValueError(f"{command} is for one process; leave torchrun out, and start one command for each part")
+
+
+def _remarks(end: KeyboardInterrupt) -> list[str]:
+    """Returns the notes of an interruption, such as how to continue, or else the error whose clean-up it cut short."""
+    errors, before = _user_errors(), end.__context__
+    while before is not None and not isinstance(before, errors):
+        before = before.__context__
+    cut = [] if before is None else [" ".join(str(before).split())]
+    return [*getattr(end, "__notes__", cut)]
+
+
 def _parser(training: bool) -> argparse.ArgumentParser:
-    """Builds the parser; the options of training are those of TrainConfig, which costs an import of torch."""
+    """Builds the parser; the options of ``train`` come from ``TrainConfig``, whose import loads torch."""
     parser = Parser(
         prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules."
     )
@@ -82,7 +106,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
         "--completion",
         action=PrintCompletion,
         choices=SHELLS,
-        help="print a script by which Tab completes in this shell, and exit; for bash: ase-enf --completion bash > "
+        help="print a script for Tab completion in this shell and exit; for bash: ase-enf --completion bash > "
         "~/.local/share/bash-completion/completions/ase-enf",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -97,7 +121,7 @@ def _parser(training: bool) -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version; reads it only when asked."""
+    """Prints the version, which is read only on request."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from ase_enf.flow.weights import package_version
@@ -108,7 +132,7 @@ class _Version(argparse.Action):
 
 @contextlib.contextmanager
 def _speakable() -> Iterator[None]:
-    """Lets a terminal that knows ASCII alone show "?" for what it has no letter for, instead of an error."""
+    """Prints "?" for characters that a terminal cannot encode, instead of raising an error."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -121,21 +145,21 @@ def _speakable() -> Iterator[None]:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a queue sends it at its time limit."""
+    """SIGTERM, which a queueing system sends at the time limit."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end the work as Control-C does, so that what is half written is removed and a run is saved."""
+    """Makes SIGTERM end the work as Control-C does, so that partial files are removed and a training run is saved."""
 
     def stop(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the cleaning up
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the clean-up
         raise _Terminated
 
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # signals are for the main thread
+    except ValueError:  # only the main thread can handle signals
         yield
         return
     try:
@@ -145,7 +169,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors that tell a user what to do; anything else is a defect and keeps its traceback."""
+    """Returns the errors that tell a user what to do; any other is a defect and keeps its traceback."""
     from ase.calculators.calculator import CalculatorError
 
     from ase_enf.flow.continuous import SolverError

@@ -1,4 +1,4 @@
-"""``ase-enf --completion SHELL``: a script by which a shell completes commands, options, models and files."""
+"""``ase-enf --completion SHELL``: a script for a shell to complete commands, options, models and files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from types import ModuleType
 
 SHELLS = ("bash", "zsh", "tcsh")
-_FILES = {"structures", "checkpoint", "output", "reference"}  # and what has one of these metavars
+# Arguments that are files or folders, by name or by metavar.
+_FILES = {"structures", "checkpoint", "output", "reference"}
 _FILE_METAVARS, _FOLDER_METAVARS = {"FILE", "PNG", "GIF"}, {"FOLDER"}
 _MODELS = {"model", "init_from"}
-# The functions of a shell that complete a model: a shipped name or a file.
+# Shell functions that complete a model: a shipped name or a file.
 _PREAMBLE = {
     "bash": '_ase_enf_models() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
     "zsh": "_ase_enf_models() {{ _alternative 'models:model:({names})' 'files:file:_files' }}",
@@ -19,23 +20,23 @@ _PREAMBLE = {
 
 
 class PrintCompletion(argparse.Action):
-    """Prints the script and exits."""
+    """Prints the completion script and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
-        """Prints the script for the shell that was named."""
+        """Prints the script for ``shell``."""
         print(script(parser, str(shell)))
         parser.exit()
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Returns the script for a shell.
+    """Returns the completion script for a shell.
 
     Args:
-        parser: Of ``ase-enf``, complete.
+        parser: Parser of ``ase-enf`` with all its commands.
         shell: One of ``SHELLS``.
 
     Raises:
-        SystemExit: With one line, where ``shtab``, which writes such scripts, is not installed.
+        SystemExit: With one line on standard error, if ``shtab``, which writes the script, is not installed.
     """
     from ase_enf.flow.weights import shipped
 
@@ -49,7 +50,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _describe(action: argparse.Action, shtab: ModuleType) -> None:
-    """Says how an argument is completed."""
+    """Tells ``shtab`` how to complete an argument."""
     if names := getattr(action, "names", None):
         action.choices = names
     elif action.dest in _MODELS:
@@ -62,7 +63,7 @@ def _describe(action: argparse.Action, shtab: ModuleType) -> None:
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """Yields the arguments of a parser and of its commands."""
-    for action in parser._actions:  # argparse has no other way
+    for action in parser._actions:  # argparse offers no public access
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from _actions(command)

@@ -1,4 +1,4 @@
-"""``ase-enf convert-en-flows``: the weights published with the paper, in this package's format."""
+"""``ase-enf convert-en-flows``: converts the weights published with the paper to the format of this package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ def add_convert(commands: Any) -> None:
     """Adds the command ``convert-en-flows``."""
     text = "Convert the QM9 weights published with the paper (en_flows) to this package's format."
     command = add_command(commands, "convert-en-flows", text, run_convert)
-    command.add_argument("checkpoint", help=".npz of the arrays, or the torch checkpoint; read without pickle")
-    command.add_argument("-o", "--output", required=True, help="the .safetensors to write")
+    command.add_argument(
+        "checkpoint", help="folder of flow.npy and dequantizer.npy, or an .npz or torch checkpoint; read without pickle"
+    )
+    command.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
     add_replacing(command)
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """Writes published weights in this package's format."""
+    """Writes published weights in the format of this package."""
     from ase_enf.atoms.files import require_folder
     from ase_enf.flow.en_flows import convert_en_flows
 

@@ -1,4 +1,4 @@
-"""``ase-enf info``: what a model is and how it was trained."""
+"""``ase-enf info``: describes a model and its training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from ase_enf.cli.arguments import add_command
 
 def add_info(commands: Any) -> None:
     """Adds the command ``info``."""
-    command = add_command(commands, "info", "What a model is and how it was trained.", run_info)
+    command = add_command(commands, "info", "Describe a model and its training.", run_info)
     command.add_argument(
-        "model", nargs="?", default=None, help="a shipped name or a path; a line on each shipped model when left out"
+        "model",
+        nargs="?",
+        default=None,
+        help="name of a shipped model or path of a file; without it, one line for each shipped model",
     )
-    command.add_argument("--json", action="store_true", help="everything, as JSON")
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run_info(options: argparse.Namespace) -> None:
-    """Says what a model is, or which ones are shipped."""
+    """Describes a model, or lists the shipped models."""
     from ase_enf.atoms.files import brief
     from ase_enf.flow.weights import PRETRAINED, read_header, shipped
 
@@ -45,7 +48,7 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def _in_short(name: str, header: dict[str, Any]) -> str:
-    """Returns one line on a shipped model: its name, elements, sizes, and what its card says in short."""
+    """Returns one line about a shipped model: its name, elements, sizes, and the short description of its card."""
     from ase_enf.flow.weights import PRETRAINED
 
     config, card = header["config"], PRETRAINED / f"{name}.md"
@@ -58,7 +61,7 @@ def _in_short(name: str, header: dict[str, Any]) -> str:
 
 
 def _described(header: dict[str, Any]) -> str:
-    """Returns what a weights file says of itself, a line each."""
+    """Returns the description in the header of a weights file, line by line."""
     from ase_enf.flow.modes import feature_mode
 
     config = header["config"]

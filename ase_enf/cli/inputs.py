@@ -1,4 +1,4 @@
-"""What commands read: structures, and references to compare them with."""
+"""Input of the commands: structures, and references to compare them with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,26 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 SMILES = (".smi", ".smiles", ".txt")
-_PIPED = (".extxyz", ".xyz", "")  # endings of pipes that are read; a shell gives those of <(...) none
+_PIPED = (".extxyz", ".xyz", "")  # accepted endings of pipes; the shell's <(...) has none
 
 
 def read_structures(path: str, split: str | None = None, n_atoms: int | None = None) -> list[Atoms]:
-    """Reads structures from anything that ASE or the QM9 reader knows, or from a pipe of (extended) xyz."""
+    """Reads structures from any file that ASE or the QM9 reader knows, or from a pipe of (extended) xyz.
+
+    Args:
+        path: The file or pipe.
+        split: Published split of QM9, such as "train"; all structures when None.
+        n_atoms: Keep only structures of this many atoms; all when None.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or holds no such structure.
+    """
     from ase_enf.data import qm9
 
     if not (path and Path(path).expanduser().exists()):
+        if _is_model(path):
+            raise FileNotFoundError(f"{path}: is a model, not a file; name a file that holds structures")
         raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
     with _seekable(Path(path).expanduser()) as source:
         atoms = qm9.load(source, split=split, n_atoms=n_atoms)
@@ -31,16 +43,23 @@ def read_structures(path: str, split: str | None = None, n_atoms: int | None = N
     return atoms
 
 
+def _is_model(name: str) -> bool:
+    """Whether a word is the name of a shipped model."""
+    from ase_enf.flow.weights import shipped_path
+
+    return bool(name) and shipped_path(name) is not None
+
+
 def _readable_pipe(path: Path) -> bool:
-    """Whether a path is a pipe from which structures are read."""
+    """Whether a path is a pipe from which structures can be read."""
     return path.suffix in _PIPED and stat.S_ISFIFO(path.stat().st_mode)
 
 
 @contextlib.contextmanager
 def _seekable(path: Path) -> Iterator[Path]:
-    """Yields a path that can be read more than once: of a pipe, that of a copy, which goes again.
+    """Yields a path that can be read more than once: for a pipe, that of a temporary copy.
 
-    Errors name the path that was typed.
+    Errors name the original path.
     """
     if not _readable_pipe(path):
         yield path
@@ -65,7 +84,15 @@ def _opens_like_xyz(path: Path) -> bool:
 
 
 def read_reference(name: str) -> Any:
-    """Returns what ``metrics.evaluate`` takes: a shipped name, SMILES, or structures."""
+    """Returns a reference for ``metrics.evaluate``: a shipped name, SMILES, or structures.
+
+    Args:
+        name: Name of a shipped reference, or path of a file of SMILES or structures.
+
+    Raises:
+        FileNotFoundError: If there is neither such a reference nor such a file.
+        ValueError: If the file cannot be read.
+    """
     from ase_enf.atoms.files import check_source
     from ase_enf.metrics import REFERENCES
 
@@ -84,7 +111,7 @@ def read_reference(name: str) -> Any:
 
 
 def _read_smiles(path: Path) -> list[str]:
-    """Reads the first word of every line."""
+    """Reads a file of SMILES, the first word of every line."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file of SMILES or of structures")
     try:

@@ -1,8 +1,9 @@
-"""What a command says while it works: a line each on standard error."""
+"""Messages of a command at work, one line each on standard error."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ase_enf.atoms.io import GrowingFile
+    from ase_enf.cli.inplace import InPlaceFile
     from ase_enf.cli.outputs import GrowingTable
 
 QUIET_SECONDS = 60.0
-"""Seconds after which long work says how far it is where there is no terminal."""
+"""Seconds between progress messages of long work where there is no terminal."""
 
 _Item = TypeVar("_Item")
 
 
 def say(text: str) -> None:
-    """Says one line, as all that is said to the user."""
+    """Prints one line for the user on standard error."""
     print(f"ase-enf: {text}", file=sys.stderr)
 
 
@@ -33,13 +35,30 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + "s" * (count != 1)
 
 
+def lasting(seconds: float) -> str:
+    """Returns an expected time in words, rounded up.
+
+    Example:
+        >>> lasting(50), lasting(70), lasting(3 * 3600)
+        ('about 1 minute', 'about 2 minutes', 'about 3 hours')
+    """
+    minutes = max(1, math.ceil(seconds / 60))
+    return f"about {counted(minutes, 'minute') if minutes < 120 else counted(math.ceil(minutes / 60), 'hour')}"
+
+
 def show_warning(message: Warning | str, *_: object) -> None:
-    """Says a warning in one line; takes the place of ``warnings.showwarning``."""
+    """Prints a warning in one line; replaces ``warnings.showwarning``."""
     say(f"warning: {' '.join(str(message).split())}")
 
 
 def minutely(stream: Iterator[_Item], total: int, noun: str) -> Iterator[_Item]:
-    """Yields what comes, and says once a minute how far that is where no terminal shows a bar."""
+    """Yields the items of a stream, and reports progress once a minute where no terminal shows a bar.
+
+    Args:
+        stream: The items.
+        total: Their number.
+        noun: Name of one item.
+    """
     said = time.monotonic()
     for count, item in enumerate(stream, start=1):
         yield item
@@ -49,14 +68,31 @@ def minutely(stream: Iterator[_Item], total: int, noun: str) -> Iterator[_Item]:
 
 
 @contextlib.contextmanager
-def kept(file: GrowingFile | GrowingTable, noun: str, total: int, start: int, by_number: bool) -> Iterator[None]:
-    """Says what is kept of work that ends early, and how to go on."""
+def kept(
+    file: GrowingFile | GrowingTable | InPlaceFile,
+    noun: str,
+    total: int,
+    start: int,
+    by_number: bool,
+    again: bool = False,
+) -> Iterator[None]:
+    """Reports, if the work ends early, what is saved and how to continue.
+
+    Args:
+        file: Where results are saved.
+        noun: Name of one result.
+        total: Number of results requested.
+        start: Index of the first of them.
+        by_number: Whether the command takes the number of results that remain, as ``-n``.
+        again: Whether repeating the same command continues the work.
+    """
     try:
         yield
     except BaseException:
-        if file.count:
-            there = f"{file.count} of {counted(total, noun)} {'is' if file.count == 1 else 'are'} in {file.path}"
+        if 0 < file.count < total:
+            where = "printed" if file.path is None else f"in {file.path}"
             rest = f" -n {total - file.count}" if by_number else ""
-            output = "--append" if file.can_append else "-o ANOTHER"
-            say(f"{there}; go on with --start {start + file.count}{rest} {output}")
+            output = "" if file.path is None else " --append" if file.can_append else " -o ANOTHER"
+            how = "the same command continues" if again else f"continue with --start {start + file.count}{rest}{output}"
+            say(f"{file.count} of {counted(total, noun)} {'is' if file.count == 1 else 'are'} {where}; {how}")
         raise

@@ -1,9 +1,10 @@
-"""``ase-enf score``: log-likelihoods of structures, written batch by batch."""
+"""``ase-enf score``: computes log-likelihoods of structures and writes them batch by batch."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ase_enf.cli import progress
-from ase_enf.cli.arguments import add_command, add_model, add_property, add_replacing, add_sampling
+from ase_enf.cli.arguments import add_command, add_model, add_property, add_renamed, add_replacing, add_sampling
+from ase_enf.cli.inplace import InPlaceFile
 from ase_enf.cli.inputs import read_structures
-from ase_enf.cli.outputs import TABLES, GrowingTable, check_free
-from ase_enf.cli.progress import counted, kept, say
+from ase_enf.cli.outputs import TABLES, GrowingTable, check_free, same_file
+from ase_enf.cli.progress import counted, kept, lasting, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,30 +25,49 @@ if TYPE_CHECKING:
     from ase_enf.atoms.io import GrowingFile
     from ase_enf.flow.model import ENF
 
+# Columns that identify the structure of a row.
+IDENTITY = ("index", "file", "smiles")
+
+# Structures that are scored, and saved, together. On a CPU a structure of 19 atoms takes some 20 seconds, in larger
+# batches hardly less; with few together an interruption loses little and progress is seen early.
+TOGETHER = {"cpu": 4, "cuda": 32}
+
 
 def add_score(commands: Any) -> None:
     """Adds the command ``score``."""
-    command = add_command(commands, "score", "Log-likelihood of structures, nats.", run_score)
+    command = add_command(commands, "score", "Compute the log-likelihood of structures, in nats.", run_score)
     add_model(command)
-    command.add_argument("structures", help="any file ASE reads, or a pipe of xyz; all its images are scored")
+    command.add_argument("structures", help="any file that ASE reads, or a pipe of xyz; all its images are scored")
     command.add_argument(
-        "-o", "--output", default=None, help=".csv for the table, .extxyz or .db for annotated structures"
+        "-o",
+        "--output",
+        default=None,
+        help="file to write: .csv for a table, .extxyz or .db for annotated structures; with --overwrite, may be the "
+        "file of the structures, which is replaced when all are scored; if interrupted, the same command continues",
     )
     add_replacing(command, ".csv, .extxyz, .xyz, .db, .traj")
     command.add_argument(
-        "--start", type=int, default=0, metavar="K", help="leave out the first K structures; work can be done in parts"
+        "--start", type=int, default=0, metavar="K", help="skip the first K structures, so that work can be split"
     )
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
-    command.add_argument("--probes", type=int, default=4, help="probes of hutchinson")
-    command.add_argument("--draws", type=int, default=2, help="of a bound: points that the dequantiser draws, K")
+    command.add_argument("--probes", type=int, default=4, help="number of probes for hutchinson")
     command.add_argument(
-        "--tolerance",
+        "--importance-samples",
+        type=int,
+        default=2,
+        metavar="K",
+        help="draws of the dequantiser, for a lower bound",
+    )
+    command.add_argument(
+        "--max-stderr",
         type=float,
         default=0.2,
-        help="refine (at most three times) where the integration error exceeds this, nats",
+        help="refine, at most three times, where the integration error exceeds this, nats",
     )
-    add_property(command, "NAME=VALUE", "of all structures, instead of what each has in its info")
-    add_sampling(command, "noise", batch_size=32)
+    for old, new in (("--draws", "--importance-samples"), ("--tolerance", "--max-stderr")):
+        add_renamed(command, old, new)
+    add_property(command, "NAME=VALUE", "property of all structures, instead of the value in the info of each")
+    add_sampling(command, "noise", batch_size=TOGETHER)
 
 
 def run_score(options: argparse.Namespace) -> None:
@@ -56,6 +77,7 @@ def run_score(options: argparse.Namespace) -> None:
     from ase_enf.sampling.properties import read_properties
     from ase_enf.scoring.score import check_request, with_scores
 
+    in_place = _check_in_place(options)
     check_free(options, options.output)
     file = _score_output(options)
     atoms = read_structures(options.structures)
@@ -65,17 +87,21 @@ def run_score(options: argparse.Namespace) -> None:
     as_table = isinstance(file, GrowingTable)
     if not as_table:
         check_structures(file.path, atoms)
-    flow = load(options.model, device=options.device, dtype=options.dtype)
-    flow.use_backend(options.backend)
-    checked = ("trace", "probes", "draws", "batch_size", "tolerance")
+    flow = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
+    if options.batch_size is None:
+        options.batch_size = TOGETHER.get(flow.device.type, TOGETHER["cpu"])
+    checked = ("trace", "probes", "importance_samples", "batch_size", "max_stderr")
     request = {name: getattr(options, name) for name in (*checked, "seed", "solver", "steps")}
     properties = read_properties(options.property) or None
     request["properties"] = properties
     seeds = [options.seed] * len(atoms)
     check_request(flow, atoms, seeds=seeds, properties=properties, **{name: request[name] for name in checked})
-    finite = True
-    with kept(file, "score", total, options.start, by_number=False), file:
-        for first, table in _scored(flow, atoms, options.start, request):
+    start, finite = options.start, True
+    if in_place:
+        file = _in_place(options, request, flow.name)
+        start, finite = file.start, file.finite
+    with kept(file, "score", total, start, by_number=False, again=in_place), file:
+        for first, table in _scored(flow, atoms, start, request):
             part = atoms[first : first + len(table)]
             rows = [_identified(table, part, first, options.structures)]
             for item in rows if as_table else with_scores(part, table, flow.name):
@@ -88,9 +114,10 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def _score_output(options: argparse.Namespace) -> GrowingFile | GrowingTable:
-    """Returns where scores go, if they can go there."""
+    """Returns the file or table to write scores to; raises an error if it cannot hold them."""
     from ase_enf.atoms.files import require_folder
     from ase_enf.atoms.io import KEEP_INFO, GrowingFile, keeps_info
+    from ase_enf.scoring.score import COLUMNS, RENAMED
 
     if not options.output:
         if options.append:
@@ -98,29 +125,62 @@ def _score_output(options: argparse.Namespace) -> GrowingFile | GrowingTable:
         return GrowingTable(None)
     if Path(options.output).suffix in TABLES:
         require_folder(options.output)
-        return GrowingTable(options.output, options.append)
-    file = GrowingFile(options.output, options.append, whole=_same_file(options.output, options.structures))
+        return GrowingTable(options.output, options.append, (*COLUMNS, *IDENTITY), RENAMED)
+    file = GrowingFile(options.output, options.append)
     if not keeps_info(options.output):
         raise ValueError(
             f"{options.output}: that format keeps no scores; use {', '.join(TABLES)} for a table or "
             f"{', '.join(KEEP_INFO)} for structures"
         )
-    if options.start and not options.append and _same_file(options.output, options.structures):
-        raise ValueError(f"--start {options.start}: would leave the first structures of {options.output} out of it")
     return file
 
 
-def _same_file(path: str, other: str) -> bool:
-    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+def _check_in_place(options: argparse.Namespace) -> bool:
+    """Returns whether scores go into the file of the structures; raises ``ValueError`` if that would lose some."""
+    path = options.output
+    if not same_file(path, options.structures):
+        return False
+    if Path(path).suffix in TABLES:
+        raise ValueError(f"-o {path}: a table would replace the structures that are scored; name another file")
+    if not (options.overwrite or options.append):
+        raise FileExistsError(
+            f"-o {path}: is the file that is scored; --overwrite writes the scores into it, or name another file"
+        )
+    if options.append:
+        raise ValueError(f"--append: {path} would hold its structures twice; use --overwrite, or another -o")
+    if options.start:
+        raise ValueError(f"--start {options.start}: would leave the first structures of {path} out of it; leave it out")
+    return True
+
+
+def _in_place(options: argparse.Namespace, request: dict[str, Any], model: str) -> InPlaceFile:
+    """Returns a file that will replace that of the structures, and reports what earlier processes have left."""
+    file = InPlaceFile(options.output, _described(options, request, model))
+    if file.start:
+        say(f"{counted(file.start, 'score')} found in {file.path}; continues from there")
+    for other in file.others:
+        say(f"{other} holds scores of another command or of an earlier content of the file; it is removed at the end")
+    return file
+
+
+def _described(options: argparse.Namespace, request: dict[str, Any], model: str) -> str:
+    """Returns, as text, everything besides the structures that scores depend on."""
+    from ase_enf.flow.weights import package_version, shipped_path
+
+    weights = (shipped_path(options.model) or Path(options.model)).read_bytes()
+    named = {name: value for name, value in request.items() if name != "batch_size"}
+    named |= {"version": package_version(), "model": model, "dtype": options.dtype}
+    return json.dumps(named | {"weights": hashlib.sha256(weights).hexdigest()}, sort_keys=True)
 
 
 def _scored(flow: ENF, atoms: list[Atoms], start: int, request: dict[str, Any]) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Yields the place of the first structure of every batch and the scores of it, in order."""
+    """Yields, batch by batch, the index of the first structure and the table of scores."""
     from tqdm import tqdm
 
     from ase_enf.scoring.score import score
 
-    total, size, said = len(atoms) - start, request["batch_size"], time.monotonic()
+    total, size, began = len(atoms) - start, request["batch_size"], time.monotonic()
+    said = began
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="structure", dynamic_ncols=True) as bar:
         for place in range(start, len(atoms), size):
             table = score(flow, atoms[place : place + size], **request, progress=False, first=place)
@@ -128,16 +188,17 @@ def _scored(flow: ENF, atoms: list[Atoms], start: int, request: dict[str, Any]) 
             bar.update(len(table))
             done = place - start + len(table)
             if bar.disable and time.monotonic() - said >= progress.QUIET_SECONDS and done < total:
-                say(f"{done} of {counted(total, 'structure')}")
                 said = time.monotonic()
+                say(f"{done} of {counted(total, 'structure')}, {lasting((said - began) * (total - done) / done)} left")
 
 
 def _identified(table: pd.DataFrame, atoms: list[Atoms], first: int, file: str) -> pd.DataFrame:
-    """Returns a table with the place of each structure in its file, the file and the SMILES by the distance table."""
+    """Adds to a table the index of each structure in its file, the file, and the SMILES by the distance table."""
     from ase_enf.chem import to_smiles
 
     try:
         smiles = [to_smiles(item) or "" for item in atoms]
-    except ImportError:  # a machine that only scores needs no RDKit
+    except ImportError:  # scoring does not need RDKit
         smiles = [""] * len(atoms)
-    return table.assign(index=range(first, first + len(table)), file=file, smiles=smiles)
+    values = (range(first, first + len(table)), file, smiles)
+    return table.assign(**dict(zip(IDENTITY, values, strict=True)))

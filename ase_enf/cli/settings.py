@@ -1,4 +1,4 @@
-"""Options of ``ase-enf train`` for the fields of ``TrainConfig``, in groups; each field explains itself."""
+"""Options of ``ase-enf train`` for the fields of ``TrainConfig``, in groups; the fields supply the help texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ase_enf.cli.arguments import add_renamed, flag
 
-# Title of a group in the help → its fields, in order. Fields that no group names are advanced.
+# Title of a group in the help → its fields, in order. Fields in no group are advanced.
 GROUPS = {
     "data": (),
     "model": (
@@ -32,11 +32,11 @@ class Setting(typing.NamedTuple):
     """A field of ``TrainConfig``.
 
     Attributes:
-        name: Of the field.
-        kind: The type of its values.
-        default: Its default.
-        text: What it is.
-        one_of: The names that a text may be, None for any text.
+        name: Name of the field.
+        kind: Type of its values.
+        default: Default value.
+        text: Help text.
+        one_of: Allowed names, for a field of type str; None for any.
     """
 
     name: str
@@ -75,12 +75,12 @@ def _plain_type(hint: Any) -> type:
 
 
 def add_groups(command: argparse.ArgumentParser) -> dict[str, Any]:
-    """Adds the groups of the help, and returns them by title."""
+    """Adds the groups of the help and returns them by title."""
     return {title: command.add_argument_group(title) for title in GROUPS}
 
 
 def add_settings(groups: dict[str, Any]) -> None:
-    """Adds an option for every field of ``TrainConfig`` to the group that names it."""
+    """Adds an option for every field of ``TrainConfig`` to its group."""
     from ase_enf.training.config import RENAMED
 
     fields = {field.name: field for field in settings()}
@@ -94,21 +94,21 @@ def add_settings(groups: dict[str, Any]) -> None:
 
 
 def _add_setting(group: Any, field: Setting) -> None:
-    # What is absent was not typed: a run that is resumed must know.
+    # An option that is not given stays absent: a resumed run must know which were given.
     default = "" if field.default in (None, "") else f" (default: {field.default})"
     about = {"default": argparse.SUPPRESS, "help": f"{field.text}{default}".replace("%", "%%")}
     if field.kind is bool:
         about |= {"action": argparse.BooleanOptionalAction}
     else:
         about |= {"type": field.kind, "metavar": _METAVARS.get(field.name, _METAVARS[field.kind])}
-    if field.name == "condition":  # once for each
+    if field.name == "condition":  # can be repeated
         about |= {"action": "append"}
     action = group.add_argument(flag(field.name), **about)
-    action.names = field.one_of  # not choices: the field itself says what it takes, in Python as well
+    action.names = field.one_of  # not choices: TrainConfig itself checks the value, with the same message in Python
 
 
 def typed_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields that were typed, with their values."""
+    """Returns the values of the fields given on the command line, by name."""
     typed = {field.name: getattr(options, field.name, None) for field in settings()}
     typed = {name: value for name, value in typed.items() if value is not None}
     if "condition" in typed:

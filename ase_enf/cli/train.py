@@ -1,4 +1,4 @@
-"""``ase-enf train``: begins a run, or goes on with one."""
+"""``ase-enf train``: starts a training run or resumes one."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from ase_enf.training.config import TrainConfig
 
 CURVE_FILE = "learning_curve.png"
-"""In the folder of a run: its losses, drawn when it ends."""
+"""Picture of the losses in the folder of a run, drawn when the run ends."""
 
 
 def add_train(commands: Any, complete: bool) -> None:
     """Adds the command ``train``.
 
     Args:
-        commands: Where it is added.
-        complete: Whether with the options that set fields of ``TrainConfig``, which cost an import of torch.
+        commands: Where to add it, the result of ``ArgumentParser.add_subparsers``.
+        complete: Whether to add the options for the fields of ``TrainConfig``, whose import loads torch.
     """
     command = add_command(commands, "train", "Train a flow on structures of any elements.", run_train)
     command.usage = (
@@ -47,23 +47,23 @@ def add_train(commands: Any, complete: bool) -> None:
     groups = add_groups(command)
     data, output = groups["data"], groups["output"]
     data.add_argument(
-        "--data", default=None, metavar="FILE", help="training structures: any file ASE reads, or QM9 in any form"
+        "--data", default=None, metavar="FILE", help="training structures: any file that ASE reads, or QM9 in any form"
     )
     data.add_argument("--valid", default=None, metavar="FILE", help="validation structures")
-    data.add_argument("--qm9-split", action="store_true", help="take the published train and valid splits of --data")
-    data.add_argument("--n-atoms", type=int, default=None, metavar="N", help="only structures of this many atoms")
+    data.add_argument("--qm9-split", action="store_true", help="use the published train and valid splits of --data")
+    data.add_argument("--n-atoms", type=int, default=None, metavar="N", help="use only structures of N atoms")
     output.add_argument(
         "--resume",
         default=None,
         metavar="FOLDER",
-        help="go on with the run in this folder; with --cool-down and --out, let a branch of it cool down there",
+        help="resume the run in this folder; with --cool-down and --out, train a branch whose learning rate falls to 0",
     )
     if complete:
         add_settings(groups)
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Trains, and says how far the run has come."""
+    """Starts or resumes a run, and reports its result."""
     from ase_enf.atoms.files import make_folder
     from ase_enf.training.folder import check_new_run, check_ours
     from ase_enf.training.loop import train
@@ -72,12 +72,12 @@ def run_train(options: argparse.Namespace) -> None:
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     check_apart(sources, folder)
-    trunk = options.resume if "out" in typed else None  # a branch
+    trunk = options.resume if "out" in typed else None  # the run that a branch starts from
     anew = bool(trunk) or not options.resume
     if anew:
         check_new_run(folder)
         check_ours(folder / DATA_FILE, lambda text: is_sources(json.loads(text)))
-        check_ours(folder / CURVE_FILE, lambda _: False)  # that of a run is beside its weights
+        check_ours(folder / CURVE_FILE, lambda _: False)  # without weights beside it, it is not of a run
     train_atoms, valid_atoms = (
         read_structures(sources[name], name if sources["split"] else None, sources["n_atoms"])
         for name in ("train", "valid")
@@ -88,14 +88,14 @@ def run_train(options: argparse.Namespace) -> None:
         write_json(make_folder(folder) / DATA_FILE, sources)
     model = train(config, train_atoms, valid_atoms, resume=not anew, source=described, branch_of=trunk)
     if main_process:
-        if not anew:  # only now is it known that data that moved are those of the run
+        if not anew:  # train has checked that moved data are those of the run
             write_json(folder / DATA_FILE, sources)
         _report_run(model, folder)
         _draw_curve(folder)
 
 
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
-    """Returns settings and data of a run that begins."""
+    """Returns settings and data of a new run."""
     from ase_enf.flow.loading import load
     from ase_enf.training.config import TrainConfig, model_fields
 
@@ -103,7 +103,7 @@ def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfi
     if "out" not in typed:
         raise ValueError("--out is missing; name the folder of the run")
     config = TrainConfig(**typed)
-    own = model_fields(load(config.init_from, device="cpu").config) if config.init_from else {}
+    own = model_fields(load(config.init_from, device="cpu", backend="torch").config) if config.init_from else {}
     for name, value in own.items():
         if typed.get(name, value) != value:
             raise ValueError(
@@ -113,14 +113,14 @@ def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfi
 
 
 def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
-    """Returns settings and data of a run that goes on."""
+    """Returns settings and data of a resumed run."""
     from ase_enf.training.config import RESUME_MAY_CHANGE
     from ase_enf.training.folder import CONFIG_FILE
 
     folder = Path(options.resume)
     if "out" in typed and "cool_down" not in typed:
         raise ValueError("--resume names the folder of the run; leave --out out, or add --cool-down for a branch")
-    anew = bool(options.data) and not (folder / DATA_FILE).exists()  # as for a run that Python began
+    anew = bool(options.data) and not (folder / DATA_FILE).exists()  # a run started in Python has no DATA_FILE
     if (options.qm9_split or options.n_atoms) and not anew:
         raise ValueError("--resume takes its part of the data from its folder; leave --qm9-split and --n-atoms out")
     saved = _saved_config(folder / CONFIG_FILE)
@@ -134,7 +134,7 @@ def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainC
     sources = new_sources(options) if anew else moved_sources(saved_sources(folder / DATA_FILE), options)
     for name in ("train", "valid"):
         if not Path(sources[name]).exists():
-            raise FileNotFoundError(f"{sources[name]}: no such file; say by --data and --valid where the data are now")
+            raise FileNotFoundError(f"{sources[name]}: no such file; give its new path by --data or --valid")
     return config, sources
 
 
@@ -148,7 +148,7 @@ def _saved_config(path: Path) -> TrainConfig:
     saved = migrated(saved)
     if unknown := sorted(saved.keys() - {field.name for field in dataclasses.fields(TrainConfig)}):
         raise ValueError(
-            f"{path}: {unknown[0]!r} is no setting of this ase-enf {package_version()}; take it out, or upgrade"
+            f"{path}: {unknown[0]!r} is not a setting of ase-enf {package_version()}; remove it, or upgrade"
         )
     try:
         return TrainConfig(**saved)
@@ -157,7 +157,7 @@ def _saved_config(path: Path) -> TrainConfig:
 
 
 def _report_run(model: ENF, folder: Path) -> None:
-    """Says how far a run has come, and where its weights are."""
+    """Reports the progress of a run, and where its weights are."""
     from ase_enf.flow.weights import read_header
     from ase_enf.training.folder import BEST_FILE, LAST_FILE
 
@@ -166,18 +166,18 @@ def _report_run(model: ENF, folder: Path) -> None:
     stopped = total is None or last["step"] < total
     if stopped:
         done = f"step {last['step']}" + (f" of {total}" if total else "")
-        say(f"stopped by the time limit at {done}; go on with ase-enf train --resume {folder}")
+        say(f"stopped by the time limit at {done}; continue with ase-enf train --resume {folder}")
     if best["validation_nll"] is not None:
         found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
         say(f"validation NLL {found}; weights in {folder}/{BEST_FILE}")
     elif stopped and not (folder / BEST_FILE).exists():
-        say(f"no validation yet; weights of now in {folder}/{LAST_FILE}")
+        say(f"no validation yet; current weights in {folder}/{LAST_FILE}")
     else:
-        say(f"the validation NLL is not finite; lower --learning-rate; weights of now in {folder}/{LAST_FILE}")
+        say(f"the validation NLL is not finite; lower --learning-rate; current weights in {folder}/{LAST_FILE}")
 
 
 def _draw_curve(folder: Path) -> None:
-    """Draws the learning curve of a run; a run has not failed where that cannot be drawn."""
+    """Draws the learning curve of a run; if that fails, it warns, as the run itself has succeeded."""
     try:
         from ase_enf.flow.weights import read_header
         from ase_enf.plot import learning_curve
@@ -188,4 +188,4 @@ def _draw_curve(folder: Path) -> None:
         per_step = last["training"]["batch_size"] * last["processes"]
         learning_curve(read_log(folder / LOG_FILE), folder / CURVE_FILE, per_step)
     except Exception as error:
-        show_warning(f"no learning curve is drawn: {' '.join(str(error).split())}")
+        show_warning(f"the learning curve could not be drawn: {' '.join(str(error).split())}")

@@ -15,27 +15,26 @@ if TYPE_CHECKING:
     from ase_enf.sampling.path import MoleculePath
 
 ANIMATED = 4
-"""Molecules in an animation."""
+"""Number of molecules in an animation."""
 
 
 def add_trajectory(command: argparse.ArgumentParser) -> None:
-    """Adds the options of paths."""
+    """Adds the options that write paths."""
     command.add_argument(
         "--trajectory",
         default=None,
         metavar="FILE",
-        help="write the path of each molecule from noise to data as well, in one file (.traj, .extxyz), the frames of "
-        "one molecule after those of another; the path is that of the sampler that draws: smooth with --churn 0, "
-        "trembling where noise is renewed",
+        help="also write the path of each molecule from noise to data, all in one file (.traj, .extxyz), molecule by "
+        "molecule; the path is that of the sampler: smooth with --churn 0, otherwise jittery from fresh noise",
     )
     command.add_argument(
-        "--gif", default=None, metavar="GIF", help=f"animation of these paths, of the first {ANIMATED} molecules"
+        "--gif", default=None, metavar="GIF", help=f"animate the paths of the first {ANIMATED} molecules"
     )
-    command.add_argument("--frames", type=int, default=60, help="frames of a path, one a step at most")
+    command.add_argument("--frames", type=int, default=60, help="number of frames of a path, at most one for each step")
 
 
 def check_trajectory(options: argparse.Namespace) -> None:
-    """Raises before any work if trajectory or animation could not be written."""
+    """Raises an error, before any work, if trajectory or animation cannot be written."""
     from ase_enf.atoms.io import check_output
     from ase_enf.plot import check_animation
 
@@ -44,18 +43,18 @@ def check_trajectory(options: argparse.Namespace) -> None:
     if options.frames < 2:
         raise ValueError(f"--frames {options.frames}: a path has at least 2, noise and molecule")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--trajectory and --gif are for one process; leave torchrun out, or these options")
+        raise ValueError("--trajectory and --gif work in one process only; leave out torchrun or these options")
     if options.trajectory:
         check_output(options.trajectory, options.n * options.frames)
     if options.gif:
         check_animation(options.gif)
     paths = [os.path.realpath(path) for path in (options.output, options.trajectory, options.gif) if path]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"--trajectory {options.trajectory}: molecules and their paths need a file each; name another")
+        raise ValueError(f"--trajectory {options.trajectory}: another output has that name; name a file for each")
 
 
 class Trajectories:
-    """Where the paths of molecules from noise to data go, while the molecules go on."""
+    """Collects the paths of molecules from noise to data, and passes the molecules on."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from ase_enf.atoms.io import GrowingFile
@@ -66,7 +65,7 @@ class Trajectories:
 
     @property
     def wanted(self) -> bool:
-        """Whether paths are asked for."""
+        """Whether paths are requested."""
         return bool(self._file or self._gif)
 
     def __enter__(self) -> Trajectories:
@@ -77,7 +76,7 @@ class Trajectories:
             self._file.__exit__(*error)
 
     def passed(self, stream: Iterator[MoleculePath]) -> Iterator[Atoms]:
-        """Yields the molecules of paths, of which the frames are kept."""
+        """Yields the molecule of each path, after its frames are written or kept."""
         for path in stream:
             for frame in path.frames if self._file else ():
                 self._file.add(frame)
@@ -86,7 +85,7 @@ class Trajectories:
             yield path.molecule
 
     def draw(self) -> None:
-        """Draws the animation, and says what was written."""
+        """Draws the animation, and reports what was written."""
         from ase_enf.plot import animate
 
         if self._file:

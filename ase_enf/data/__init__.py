@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Data that cannot be used; one line that names the source, the value found and what to do."""
+    """Data that cannot be used; the message is one line with the source, the value found and the remedy."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):

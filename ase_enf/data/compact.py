@@ -14,7 +14,7 @@ array           shape        meaning
                              ``ase_enf.data.properties``
 ==============  ===========  ========================================================================
 
-A file of the same name that ends in ``_properties.npz`` may lie beside it, with ``gdb_index`` and the last six.
+The last six may also be in a file beside it, whose name ends in ``_properties.npz``, with their own ``gdb_index``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BESIDE = "_properties.npz"
 
 
 class MoleculeTable(NamedTuple):
-    """B molecules with N atoms in all, laid out as the module's table says."""
+    """B molecules with N atoms in all, in the layout of the module's table."""
 
     numbers: NDArray[np.uint8]  # (N,)
     positions: NDArray[np.float32]  # (N, 3), Å
@@ -65,7 +65,7 @@ class MoleculeTable(NamedTuple):
         """Returns molecules as ``Atoms``.
 
         Args:
-            rows: Which of the B molecules, in which order; all by default.
+            rows: Indices of the molecules, in the wanted order; by default all of them.
 
         Returns:
             Non-periodic molecules with ``info["qm9_index"]``, ``info["qm9_smiles"]`` and the properties, where the
@@ -89,7 +89,7 @@ class MoleculeTable(NamedTuple):
         ]
 
     def _info(self, row: int) -> dict[str, Any]:
-        """Returns what the table knows of a molecule beside its atoms, as plain Python values."""
+        """Returns what the table knows about a molecule besides its atoms, as plain Python values."""
         info: dict[str, Any] = {}
         if self.gdb_index is not None:
             info["qm9_index"] = int(self.gdb_index[row])
@@ -104,13 +104,13 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
 
     Args:
         atoms: Non-periodic molecules; positions in Å are rounded to float32.
-        split: The split all of them belong to, or a code for each.
+        split: The split that all of them belong to, or a code for each.
 
     Returns:
         The table, with indices and SMILES if every molecule has them in its ``info``.
 
     Raises:
-        DataError: A molecule is periodic or of unknown elements, or the split is unknown or of another length.
+        DataError: If a molecule is periodic or of unknown elements, or the split is unknown or of another length.
 
     Example:
         >>> table = from_atoms([Atoms("H2", [[0, 0, 0], [0, 0, 0.74]]), Atoms("He")], split="valid")
@@ -118,7 +118,8 @@ def from_atoms(atoms: Sequence[Atoms], split: str | Sequence[int] | None = None)
         ([2, 1], [1, 1], None)
     """
     for row, molecule in enumerate(atoms):
-        _check_elements(molecule.numbers, f"molecule {row}")  # before its symbols are asked for: an IndexError
+        # First, because the symbols of an unknown element raise an IndexError.
+        _check_elements(molecule.numbers, f"molecule {row}")
         if molecule.pbc.any():
             raise DataError(f"molecule {row} ({molecule.symbols}) is periodic: the compact form has no cell")
     return MoleculeTable(
@@ -139,24 +140,24 @@ def read_npz(path: str | Path) -> MoleculeTable:
         path: The ``.npz``.
 
     Returns:
-        Its table, with the properties of a file beside it; arrays it does not know are ignored.
+        Its table, with the properties of a file beside it; unknown arrays are ignored.
 
     Raises:
-        DataNotFoundError: There is no such file.
-        DataError: The file is cut short, damaged, of another layout, or inconsistent.
+        DataNotFoundError: If there is no such file.
+        DataError: If the file is cut short, damaged, of another layout, or inconsistent.
 
     Example:
         >>> read_npz("tests/data/qm9_sample.npz").n_atoms.shape
         (600,)
     """
     try:
-        # Opened here, since numpy leaves its own handle open when the file turns out to be damaged.
+        # Opened here, because numpy does not close its own handle if the file is damaged.
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in MoleculeTable._fields if name in archive.files}
     except FileNotFoundError as error:
         raise DataNotFoundError(f"{path}: no such file") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, TypeError) as error:
-        # TypeError: a bare .npy array under this name, which is no context manager.
+        # TypeError: a bare .npy array under this name is no context manager.
         raise DataError(f"{path}: cannot be read as .npz, truncated or damaged? ({brief(error)})") from error
     missing = [name for name in _REQUIRED if name not in arrays]
     if missing:
@@ -184,15 +185,15 @@ def _joined(table: MoleculeTable, beside: Path) -> MoleculeTable:
 
 
 def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
-    """Writes a compact file, which appears when it is complete.
+    """Writes a compact file, which appears only when it is complete.
 
     Args:
         table: The molecules.
         path: The ``.npz`` to write or to replace.
-        **extra: Further arrays to keep beside the table.
+        **extra: Further arrays to store with the table.
 
     Raises:
-        DataError: The table is inconsistent.
+        DataError: If the table is inconsistent.
 
     Example:
         >>> import tempfile
@@ -209,7 +210,7 @@ def write_npz(table: MoleculeTable, path: str | Path, **extra: Any) -> None:
 
 
 def _checked(table: MoleculeTable, name: str) -> MoleculeTable:
-    """Returns the table if its arrays fit together."""
+    """Returns the table, after checking that its arrays fit together."""
     n, molecules = int(table.n_atoms.sum()), len(table.n_atoms)
     shapes = dict.fromkeys(table._fields, (molecules,)) | {"numbers": (n,), "positions": (n, 3)}
     for field, array in table._asdict().items():
@@ -227,7 +228,7 @@ def _checked(table: MoleculeTable, name: str) -> MoleculeTable:
 
 
 def _check_elements(numbers: NDArray[np.integer], name: str) -> None:
-    """Raises for atomic numbers of no element; 0 ("X") stands for the particles of models without elements."""
+    """Raises for atomic numbers that are no element; 0 ("X") is that of particles in models without elements."""
     unknown = numbers[(numbers < 0) | (numbers >= len(chemical_symbols))]
     if len(unknown):
         elements = len(chemical_symbols) - 1
@@ -261,7 +262,7 @@ def _property_columns(atoms: Sequence[Atoms]) -> dict[str, NDArray[np.float32]]:
 
 
 def _info_column(atoms: Sequence[Atoms], key: str, dtype: type) -> NDArray[Any] | None:
-    """Returns an entry of all molecules' ``info``, or None unless each has it."""
+    """Returns an entry of the ``info`` of all molecules; None unless every molecule has it."""
     if not atoms or any(key not in molecule.info for molecule in atoms):
         return None
     return np.array([molecule.info[key] for molecule in atoms], dtype=dtype)

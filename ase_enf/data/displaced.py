@@ -1,9 +1,9 @@
-"""Thermally displaced structures of a molecule about a geometry that is given, for sets of very many molecules.
+"""Thermally displaced structures of a molecule about a given geometry, for sets of very many molecules.
 
-Hamiltonian Monte Carlo from the geometry, on MMFF94 with the forces of another method there
-(``ase_enf.chem.anchored``). With GFN2-xTB as that method, its mean energy of such structures above its minimum is
-within about ten percent of that of its own ensemble, (3 M − 6) kT / 2 for a harmonic molecule; with MMFF94 alone it is
-half as much again. One calculation of the method a molecule, instead of some two hundred.
+Hamiltonian Monte Carlo from the geometry, on MMFF94 corrected to have the forces of another method there
+(``ase_enf.chem.anchored``). With GFN2-xTB as the method, the mean GFN2-xTB energy of such structures above the minimum
+is within about ten percent of that of its own ensemble, (3 M − 6) kT / 2 for a harmonic molecule; with MMFF94 alone it
+is half as much again. A molecule needs one calculation by the method instead of some two hundred.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from ase_enf.chem.topology import Topology
 from ase_enf.data import DataError
 from ase_enf.data.walkers import Walkers
 
-# Steps of a trajectory, their length in the units of Walkers (nine in ten trajectories of a molecule of 18 atoms are
-# accepted at 300 K), trajectories before the first structure and between two.
+# Steps of a trajectory; their length in the units of ``Walkers`` (nine in ten trajectories of a molecule of 18 atoms
+# are accepted at 300 K); trajectories before the first structure, and between two structures.
 LEAPFROG, STEP, BURN_IN, SPACING = 24, 0.055, 6, 4
-# Below this rate of acceptance MMFF94 and the forces do not belong together: other bonds, or strain it does not know.
+# Below this rate of acceptance MMFF94 does not suit the forces: bonds differ, or it does not know the strain.
 LEAST_ACCEPTED = 0.4
 
 
 def displaced(atoms: Atoms, forces: NDArray[np.floating], temperature: float, n: int = 1, seed: int = 0) -> list[Atoms]:
-    """Displaces a molecule as at a temperature.
+    """Returns structures of a molecule, displaced as at a temperature.
 
     Args:
-        atoms: The molecule at the geometry to displace it from, Å, near a minimum.
-        forces: Its forces there by the method that is to be imitated, eV / Å, shape (M, 3); zeros make the geometry
-            a minimum.
+        atoms: The molecule at the geometry from which it is displaced, near a minimum, Å.
+        forces: Its forces there by the method to imitate, shape (M, 3), eV/Å; zeros make the geometry a minimum.
         temperature: K.
-        n: Structures.
-        seed: Non-negative.
+        n: Number of structures.
+        seed: Seed of the random numbers, at least 0.
 
     Returns:
-        n centred structures with the bonds of the molecule, in ``info`` their ``thermal_temperature`` in K.
+        n centred structures with the bonds of the molecule; ``info`` has their ``thermal_temperature`` in K.
 
     Raises:
-        DataError: If a number is none, or if most trajectories are refused.
+        DataError: If a number is out of range, or if most trajectories are refused.
         CalculatorSetupError: If MMFF94 has no parameters for the molecule.
 
     Reference:

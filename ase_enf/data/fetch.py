@@ -1,4 +1,4 @@
-"""The published files of QM9: where they are fetched from, and where they are kept."""
+"""The published files of QM9: where they are downloaded from, and where they are kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REMOTES = {
         "a361887bacb427b8a0ce7903d92a53b4",
     ),
 }
-"""The files of figshare collection 978904 that ``download`` fetches, with their published sizes and checksums."""
+"""The files of figshare collection 978904 that ``download`` gets, with their published sizes and checksums."""
 
 _REMEDY = "try again later, or fetch it with a browser: a local file always works"
 
@@ -49,19 +49,19 @@ def download(
     timeout: float = 60.0,
     progress: bool | None = None,
 ) -> Path:
-    """Fetches a published file from figshare, unless it is there already, and checks its size and checksum.
+    """Downloads a published file from figshare, unless it is present, and checks its size and checksum.
 
     Args:
         what: ``"archive"`` (raw files, 86 MB) or ``"excluded"`` (``uncharacterized.txt``, 0.5 MB).
-        folder: Where to keep it; ``cache_folder`` by default, where ``load`` looks.
-        timeout: Seconds without an answer after which to give up.
+        folder: Where to keep it; by default ``cache_folder``, where ``load`` looks.
+        timeout: Seconds without an answer before it gives up.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
         The file.
 
     Raises:
-        DataError: The name is unknown, the server does not answer, or what came is not the published file.
+        DataError: If the name is unknown, the server does not answer, or what it sent is not the published file.
 
     Example:
         >>> atoms = load(download(), split="train")  # doctest: +SKIP
@@ -86,13 +86,13 @@ def download(
 
 
 def hide(progress: bool | None) -> bool | None:
-    """Returns tqdm's ``disable`` for a ``progress`` argument; its None means: a bar on a terminal only.
+    """Returns tqdm's ``disable`` for a ``progress`` argument; None means a bar on a terminal only.
 
     Args:
-        progress: Whether to show a bar; None leaves it to the terminal.
+        progress: Whether to show a bar; None for a bar on a terminal only.
 
     Returns:
-        The value to hand to tqdm.
+        The value for tqdm.
 
     Example:
         >>> hide(True), hide(False), hide(None)

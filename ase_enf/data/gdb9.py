@@ -1,6 +1,6 @@
 """Raw QM9 files (``dsgdb9nsd_*.xyz``) as ``Atoms``, and the plug-in that lets ``ase.io.read`` open them.
 
-The layout, M being the number of atoms (Ramakrishnan et al., Sci. Data 1, 140022 (2014), table 2)::
+The layout, with M the number of atoms (Ramakrishnan et al., Sci. Data 1, 140022 (2014), table 2)::
 
     M
     gdb <index> <15 properties>
@@ -9,7 +9,7 @@ The layout, M being the number of atoms (Ramakrishnan et al., Sci. Data 1, 14002
     <SMILES of GDB-17> <SMILES of the relaxed geometry>
     <InChI of the initial geometry> <InChI of the relaxed geometry>
 
-Where each entry goes, in its published unit (nothing is converted):
+Where each entry is found, in its published unit (nothing is converted):
 
 =========================================================  =================  ========================================
 place                                                      unit               meaning
@@ -32,9 +32,9 @@ place                                                      unit               me
 ``info["qm9_inchi_initial"]``                              –                  of the geometry it started from
 =========================================================  =================  ========================================
 
-The prefix keeps the energies out of the key ``energy``, which ASE's extxyz reader moves into a calculator.
+Thanks to the prefix no energy has the key ``energy``, which ASE's extxyz reader moves into a calculator.
 
-ASE loads this module on every ``import ase.io``, so it imports nothing that ASE has not imported already.
+ASE loads this module with every ``import ase.io``, and it imports nothing that ASE has not imported already.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ format = ExternalIOFormat(
     desc="Raw QM9 file (GDB-9)",
     code="+F",
     module=__name__,
-    # Anchored at the first line: a glob such as b"*\ngdb " would claim any file with such a line in its first 50 kB.
+    # Anchored at the first line, because a glob such as b"*\ngdb " would claim any file with such a line in its first
+    # 50 kB.
     magic_regex=rb"\s*\d+[ \t]*\r?\ngdb[ \t]+\d+[ \t]+-?\d",
 )
-"""What the entry point ``ase.ioformats: gdb9-xyz = ase_enf.data.gdb9:format`` hands to ASE."""
+"""The object of the entry point ``ase.ioformats: gdb9-xyz = ase_enf.data.gdb9:format``."""
 
 
 class Record(NamedTuple):
@@ -77,7 +78,7 @@ class Record(NamedTuple):
     inchi: tuple[str, str]  # initial, relaxed
 
     def to_atoms(self) -> Atoms:
-        """Returns the molecule as ``Atoms``, with everything published under the names of the module's table.
+        """Returns the molecule as ``Atoms``, with all published values under the names of the module's table.
 
         Returns:
             A non-periodic molecule.
@@ -101,7 +102,7 @@ class Record(NamedTuple):
 
 
 def parse_number(text: str) -> float:
-    """Returns the number that a token of a raw file means, exponents in the style of Mathematica included.
+    """Returns the number of a token of a raw file, which may have an exponent in the style of Mathematica.
 
     Args:
         text: A token, such as ``-0.0126981359`` or ``2.1997*^-6``.
@@ -110,7 +111,7 @@ def parse_number(text: str) -> float:
         Its value.
 
     Raises:
-        ValueError: It is not a finite number.
+        ValueError: If the token is not a finite number.
 
     Example:
         >>> parse_number("2.1997*^-6")
@@ -127,13 +128,13 @@ def parse_record(lines: Sequence[str], name: str = "<text>") -> Record:
 
     Args:
         lines: The M + 5 lines of the molecule.
-        name: What error messages call the source.
+        name: The name of the source in error messages.
 
     Returns:
         The molecule.
 
     Raises:
-        DataError: The lines are not one complete molecule.
+        DataError: If the lines are not one complete molecule.
 
     Example:
         >>> text = '''3
@@ -175,17 +176,17 @@ def parse_record(lines: Sequence[str], name: str = "<text>") -> Record:
 
 
 def parse(text: str, name: str = "<text>") -> list[Record]:
-    """Reads all molecules of a raw file: one as published, several where files were joined.
+    """Reads all molecules of a raw file: one in a published file, several if files were joined.
 
     Args:
         text: The file's text.
-        name: What error messages call it.
+        name: Its name in error messages.
 
     Returns:
         The molecules, in the order of the file.
 
     Raises:
-        DataError: The text is empty, or a molecule is damaged or cut short.
+        DataError: If the text is empty, or a molecule is damaged or cut short.
 
     Example:
         >>> parse("")
@@ -205,17 +206,17 @@ def parse(text: str, name: str = "<text>") -> list[Record]:
 
 
 def read_gdb9_xyz(fd: IO[str], index: slice | int = -1) -> Iterator[Atoms]:
-    """Reads raw QM9 files for ``ase.io.read``, which finds the function by its name.
+    """Reads raw QM9 files for ``ase.io.read``, which finds this function by its name.
 
     Args:
         fd: An open file.
-        index: Which of the molecules; a published file holds one.
+        index: Index of the molecules; a published file has one.
 
     Yields:
-        The molecules with everything published, see the table of the module.
+        The molecules with all published values; see the table of the module.
 
     Raises:
-        DataError: The file is not a complete raw QM9 file.
+        DataError: If the file is not a complete raw QM9 file.
 
     Example:
         >>> from ase.io import read
@@ -228,7 +229,7 @@ def read_gdb9_xyz(fd: IO[str], index: slice | int = -1) -> Iterator[Atoms]:
 
 
 def _count(line: str, name: str) -> int:
-    """Returns the number of atoms that opens a molecule."""
+    """Returns the number of atoms, with which a molecule begins."""
     try:
         n = int(line)
     except ValueError:
@@ -247,7 +248,7 @@ def _header(tokens: list[str]) -> tuple[int, dict[str, float]]:
 
 
 def _exactly(tokens: list[str], n: int) -> list[str]:
-    """Returns the tokens if there are n of them."""
+    """Returns the tokens, after checking that there are n of them."""
     if len(tokens) != n:
         raise ValueError(f"expected {n} values, found {len(tokens)}")
     return tokens

@@ -1,4 +1,4 @@
-"""Structures of any file that ASE reads: all of them, with all of their entries, or one clear line about the file."""
+"""All structures of any file that ASE reads, with all of their entries; or one line that says why that fails."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from ase.db.row import AtomsRow
 
 RECORDS = (".mol", ".sdf")
-"""Endings of files of which ASE reads the first molecule alone."""
+"""Endings of files of which ASE reads only the first molecule."""
 
 
 def read_images(source: Path) -> Iterator[Atoms]:
     """Yields all structures of a file that ASE reads, in its order.
 
     Args:
-        source: The file; a database keeps what ``ase.io.read`` would leave behind, its keys and data, in ``info``.
+        source: The file; for a database, its keys and data, which ``ase.io.read`` would drop, are in ``info``.
 
     Yields:
-        The structures, as ASE gives them.
+        The structures, as ASE reads them.
 
     Raises:
-        DataError: The file is damaged or of no kind that ASE reads.
+        DataError: If the file is damaged, or its format is not one that ASE reads.
 
     Example:
         >>> import tempfile
@@ -59,7 +59,7 @@ def _file_images(source: Path) -> Iterator[Atoms]:
             yield from iread(source, index=":", do_not_split_by_at_sign=True)
     except DataError:
         raise
-    except Exception as error:  # each of ASE's readers has its own errors for a damaged file
+    except Exception as error:  # ASE's readers have many kinds of errors for damaged files
         raise DataError(
             f"{source}: ASE cannot read it to the end ({brief(error)}); give a whole file that ASE reads, a folder or "
             "archive of raw files, or an .npz"
@@ -67,7 +67,7 @@ def _file_images(source: Path) -> Iterator[Atoms]:
 
 
 def _record_images(source: Path) -> Iterator[Atoms]:
-    """Yields the records of an SDF or MOL file, of which ASE takes the first and says nothing of the others."""
+    """Yields all records of an SDF or MOL file; ASE silently reads only the first."""
     from ase.io import read
     from ase.io.formats import open_with_compression
 
@@ -77,7 +77,7 @@ def _record_images(source: Path) -> Iterator[Atoms]:
         if len(re.findall(r"^M  END", record, re.MULTILINE)) > 1:
             raise DataError(f"{source}: record {number} holds several molecules; divide them by lines of $$$$")
         atoms = read(io.StringIO(record), format="sdf")
-        if not len(atoms):  # what ASE makes of V3000
+        if not len(atoms):  # ASE's result for V3000
             raise DataError(f"{source}: record {number} holds no atoms that ASE reads; write it as V2000")
         yield atoms
 
@@ -93,26 +93,26 @@ def _xyz_images(source: Path) -> Iterator[Atoms]:
 
 
 def _frames(lines: Iterator[str], source: Path) -> Iterator[str]:
-    """Yields the texts of the structures of an xyz file; at a blank line between two, ASE takes the file to be over."""
+    """Yields the text of each structure of an xyz file; ASE would stop at a blank line between two."""
     frame: list[str] = []
-    number, missing = 0, 0
+    number, missing = -1, 0  # structures are counted from zero, as ase.io.read does
     for line in lines:
         if missing:
             frame.append(line)
             missing -= 1
-        elif frame and line.lstrip().startswith("VEC"):  # rows of the cell, after the atoms
+        elif frame and line.lstrip().startswith("VEC"):  # rows of the cell, which follow the atoms
             frame.append(line)
         elif line.strip():
             if frame:
                 yield "".join(frame)
             number += 1
-            frame, missing = [line], _n_atoms(line, number, source) + 1  # with the comment
+            frame, missing = [line], _n_atoms(line, number, source) + 1  # and the comment line
     if frame:
         yield "".join(frame)
 
 
 def _n_atoms(line: str, number: int, source: Path) -> int:
-    """Returns the number of atoms that opens a structure of an xyz file."""
+    """Returns the number of atoms, with which a structure of an xyz file begins."""
     if not re.fullmatch(r"\d+", line.strip()):
         raise DataError(
             f"{source}: structure {number} must open with its number of atoms, found {line.strip()[:60]!r}; "
@@ -122,11 +122,11 @@ def _n_atoms(line: str, number: int, source: Path) -> int:
 
 
 def _database_images(source: Path) -> Iterator[Atoms]:
-    """Yields all structures of an ASE database, with the keys and the data that ``ase.io.read`` leaves behind."""
+    """Yields all structures of an ASE database, with the keys and the data that ``ase.io.read`` drops."""
     from ase.db import connect
 
     with source.open("rb") as handle:
-        if handle.read(len(SQLITE)) != SQLITE:  # connect would make a database of an empty file
+        if handle.read(len(SQLITE)) != SQLITE:  # connect would turn an empty file into a database
             raise DataError(f"{source}: is no ASE database; give one, or name the file by its format")
     try:
         with connect(source) as database:
@@ -144,10 +144,10 @@ def _database_images(source: Path) -> Iterator[Atoms]:
 
 
 def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys of a row as they were written, without those that ``info`` holds already.
+    """Returns the keys of a row as they were written, without those that ``info`` has already.
 
-    ASE computes properties such as ``row.charge``, which hide a key of that name. A key that ``ase_enf.atoms.rows``
-    made of an entry ``enf_...`` is left out for that entry.
+    ASE computes properties such as ``row.charge``, which hide a key of the same name. Where ``ase_enf.atoms.rows`` made
+    a key from an entry ``enf_...``, the entry is kept and the key left out.
     """
     keys = {key: vars(row)[key] for key in row.key_value_pairs}
     return {
@@ -158,7 +158,7 @@ def _own_keys(row: AtomsRow, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_arrays(value: Any, n: int) -> bool:
-    """Whether an entry of a row's data is what ``ase_enf.atoms.rows`` puts there: arrays of n atoms by name."""
+    """Whether an entry of a row's data has the form that ``ase_enf.atoms.rows`` gives it: arrays of n atoms by name."""
     return isinstance(value, dict) and all(
         isinstance(array, list | np.ndarray) and len(array) == n for array in value.values()
     )

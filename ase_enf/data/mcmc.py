@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo of particle systems in replica exchange with a harmonic system, and their free energies.
+"""Hamiltonian Monte Carlo of particle systems, with replica exchange to a harmonic system, and their free energies.
 
 A *ladder* is K + 1 replicas at 0 = λ_0 < ... < λ_K = 1, replica k with the density ``exp(−U_k)`` on the zero-mean
 subspace,
@@ -6,13 +6,13 @@ subspace,
     U_k = (1 − λ_k) U_ref + λ_k U,    U_ref = ½ k Σ_i |x_i − x̄|²,    λ = u^power.
 
 A sweep draws replica 0 anew from its Gaussian, moves every other replica by one HMC trajectory (Duane et al. 1987) and
-tries to exchange neighbours (Swendsen and Wang 1986). Why these: HMC goes far at an acceptance of 0.8 where MALA, which
-is HMC of one step, diffuses; but the barriers of DW4 (4.4 kT for each pair) and the condensation of LJ13 are left to
-the exchange, which brings the target configurations that were independent Gaussian draws at λ_0. Every such *renewal*
-is an independent start; their number says how well the whole mixed. And λ_0 is analytic, so a ladder gives ln Z too.
+tries to exchange neighbours (Swendsen and Wang 1986). HMC moves far at an acceptance of 0.8, where MALA, which is HMC
+of one step, diffuses. The barriers of DW4 (4.4 kT for each pair) and the condensation of LJ13 are left to the exchange,
+which brings to the target configurations that began as independent Gaussian draws at λ_0. Each such *renewal* is an
+independent start, and their number measures how well a run mixed. As λ_0 is analytic, a ladder also gives ln Z.
 
-Ladders share nothing but the lengths of their trajectories (step sizes tuned in the burn-in and fixed from then on, and
-a random factor of each sweep): the spread of the means of ladders is the standard error of everything here.
+Ladders share only the lengths of their trajectories: step sizes, which are tuned in the burn-in and fixed afterwards,
+and a random factor of each sweep. All standard errors here come from the spread of the means of ladders.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from ase_enf.data.particles import Array, System, resolve
 
 LADDERS, BURN_IN, LEAPFROG = 64, 500, 8
 TARGET_ACCEPTANCE = 0.8
-# Beyond what a hundred sweeps that mix show by chance; the level is of Student's t, as there may be but two ladders.
+# More than a hundred sweeps that mix show by chance. The level is that of Student's t, as there may be only two
+# ladders.
 _R_HAT, _LEVEL = 1.3, 1e-4
 
 
@@ -45,9 +46,9 @@ class Diagnostics(NamedTuple):
     energy_stderr: float
     equipartition: float  # <x·∇U>, which is (M − 1) n
     equipartition_stderr: float
-    drift: float  # of <U> from the first to the second half of the sweeps, kT; 0 in equilibrium
+    drift: float  # change of <U> from the first to the second half of the sweeps, kT; 0 in equilibrium
     drift_stderr: float
-    r_hat: float  # of U among half ladders; 1 when they agree
+    r_hat: float  # of U among half ladders; 1 if they agree
     effective_size: float  # of U: its variance / energy_stderr²
     renewals: float  # independent configurations that reached λ = 1, in each ladder
     acceptance: tuple[float, ...]  # (K,), of the trajectories, λ_1 to λ_K
@@ -56,12 +57,11 @@ class Diagnostics(NamedTuple):
     ladders: int
 
     def trouble(self, degrees_of_freedom: int) -> str:
-        """Says in what the run cannot be of equilibrium, nothing if it may be."""
+        """Says why the run cannot be in equilibrium; empty if it may be."""
         off, limit = self.equipartition - degrees_of_freedom, float(t.isf(_LEVEL / 2, self.ladders - 1))
         if not abs(self.drift) < limit * self.drift_stderr:
-            return (
-                f"<U> went by {self.drift:.2g} ± {self.drift_stderr:.2g} from the first half of the run to the second"
-            )
+            change = f"{self.drift:.2g} ± {self.drift_stderr:.2g}"
+            return f"<U> changed by {change} from the first half of the run to the second"
         if not abs(off) < limit * self.equipartition_stderr:
             value = f"{self.equipartition:.2f} ± {self.equipartition_stderr:.2f}"
             return f"<x·∇U> is {value}, by equipartition it is {degrees_of_freedom}"
@@ -91,7 +91,7 @@ class _Ladders:
         return z - z.mean(axis=0)
 
     def _dispersed(self) -> Array:
-        """The least energy of 16 draws of twice the reference's width: independent, hot, without overlaps."""
+        """The draw of lowest energy among 16 of twice the reference's width: independent, hot, without overlaps."""
         best, least = np.zeros(self.shape), np.full(self.replicas, np.inf)
         for _ in range(16):
             x = self._normal(*self.replicas) * 2.0 / math.sqrt(self.system.reference)
@@ -114,17 +114,17 @@ class _Ladders:
         return (self.work[-1:] + self._reference(x))[0], np.einsum("mnkc,mnkc->c", x, self.gradient[:, :, -1:])
 
     def sweep(self, adapt: bool) -> tuple[Array, Array]:
-        """Draws λ_0, moves the others, exchanges neighbours; ``adapt`` tunes the steps.
+        """Draws replica 0, moves the others and exchanges neighbours; ``adapt`` tunes the steps.
 
         Returns:
-            The rates of acceptance and of exchange, shapes (K,).
+            Rates of acceptance and of exchange, shapes (K,).
         """
         self.sweeps += 1
         fresh = self._normal(1, self.replicas[1]) / math.sqrt(self.system.reference)
         self.x[:, :, :1] = fresh
         self.work[:1], self.gradient[:, :, :1] = self._evaluate(fresh)
         self.born[0] = self.sweeps
-        with np.errstate(over="ignore", invalid="ignore"):  # a trajectory may run into a wall: it is refused
+        with np.errstate(over="ignore", invalid="ignore"):  # a trajectory that runs into a wall is refused
             accepted = self._trajectory()
             exchanged = np.zeros(len(self.path) - 1)
             for parity in (0, 1):
@@ -161,10 +161,10 @@ class _Ladders:
 
 
 def tuned(accepted: Array | float) -> Array:
-    """Returns the factor by which a step size changes in the burn-in, so that 0.8 of the trajectories are accepted.
+    """Returns the factor that changes a step size in the burn-in, so that 0.8 of the trajectories are accepted.
 
     Args:
-        accepted: Rate of acceptance of the last trajectories.
+        accepted: Rate of acceptance of the latest trajectories.
 
     Example:
         >>> float(tuned(0.8)), bool(tuned(0.2) < 1)
@@ -176,16 +176,16 @@ def tuned(accepted: Array | float) -> Array:
 def exchange(
     rungs: Array, energies: Array, arrays: Sequence[NDArray[Any]], parity: int, rng: np.random.Generator
 ) -> Array:
-    """Tries to exchange every second pair of neighbouring replicas, of which replica k has the density exp(−β_k U).
+    """Tries to exchange every second pair of neighbouring replicas; replica k has the density exp(−β_k U).
 
     A pair exchanges its configurations with probability min(1, exp((β_h − β_l) (U_h − U_l))) (Swendsen and Wang 1986).
 
     Args:
         rungs: β of the replicas, shape (K, 1), in units of 1 / U.
         energies: U of the replicas, shape (K, C), of C ladders.
-        arrays: What moves with a configuration, in place; shapes end in (K, C).
-        parity: 0 to begin with replicas 0 and 1, or 1 to begin with 1 and 2.
-        rng: Random numbers.
+        arrays: What moves with a configuration, changed in place; shapes end in (K, C).
+        parity: 0 if the first pair is replicas 0 and 1, 1 if it is 1 and 2.
+        rng: The source of random numbers.
 
     Returns:
         Rate of exchange of each pair, shape (number of pairs,).
@@ -206,7 +206,7 @@ def exchange(
 
 
 def r_hat(chains: Array) -> NDArray[np.float64]:
-    """Returns the potential scale reduction factor: 1 where chains agree, more where they do not (Gelman, Rubin 1992).
+    """Returns the potential scale reduction factor: 1 if chains agree, more if they do not (Gelman and Rubin 1992).
 
     Args:
         chains: Series of observables, shape (S, C, ...): S values of each of C chains.
@@ -224,7 +224,7 @@ def r_hat(chains: Array) -> NDArray[np.float64]:
 
 
 class Run(NamedTuple):
-    """What ``run`` returns, of S sweeps of C ladders."""
+    """What ``run`` returns, for S sweeps of C ladders."""
 
     positions: Array  # (S // thin, C, M, n), of the target
     energy: Array  # (S, C), U of the target
@@ -286,16 +286,17 @@ def run(
     work: bool = False,
     progress: bool | None = None,
 ) -> Run:
-    """Runs independent ladders (see the module).
+    """Runs independent ladders; see the module.
 
     Args:
         system: A system or its name.
-        seed: Of everything; the same gives the same bits with the same numpy on the same kind of machine.
-        sweeps: Of each ladder, after the burn-in.
-        ladders: How many, C.
-        burn_in: Sweeps that are left out, in which the step sizes are tuned.
-        thin: Sweeps between two stored configurations.
-        start: One configuration, shape (M, n), that all replicas start from; independent and hot ones by default.
+        seed: Seed of all random numbers; it gives the same bits with the same numpy on the same kind of machine.
+        sweeps: Number of sweeps of each ladder after the burn-in.
+        ladders: Number C of ladders.
+        burn_in: Number of first sweeps, which tune the step sizes and are left out.
+        thin: Number of sweeps between two stored configurations.
+        start: One configuration, shape (M, n), that all replicas start from; by default they start from independent hot
+            ones.
         work: Whether to store U − U_ref of all replicas.
         progress: Whether to show a progress bar; by default on a terminal.
 
@@ -303,7 +304,7 @@ def run(
         Configurations and series of the target.
 
     Raises:
-        DataError: The system or a number is none, or the start has no finite energy.
+        DataError: If the system is unknown, a number is out of range, or the start has no finite energy.
 
     Example:
         >>> run("dw4", sweeps=20, ladders=3, burn_in=5).positions.shape
@@ -363,26 +364,27 @@ def free_energy(
     burn_in: int = BURN_IN,
     progress: bool | None = None,
 ) -> FreeEnergy:
-    """Partition function and differential entropy of a system from the harmonic reference, in two ways.
+    """Partition function and differential entropy of a system, from the harmonic reference in two ways.
 
     ln Z_0 = ½ (M − 1) n ln 2π/k is analytic. Between neighbours the acceptance ratio of Bennett (J. Comput. Phys. 22,
-    245 (1976)) needs no quadrature; ln Z = ln Z_0 − ∫ <U − U_ref>_λ dλ by Gauss-Legendre in u does, and uses the same
-    configurations: their difference tells the error of the quadrature and of rungs with too little overlap. Errors are
-    of the spread between ladders; for BAR, of the first-order influence of each (the infinitesimal jackknife).
+    245 (1976)) needs no quadrature; ln Z = ln Z_0 − ∫ <U − U_ref>_λ dλ, by Gauss-Legendre in u, does, and uses the same
+    configurations. The difference shows the errors of the quadrature and of rungs with too little overlap. Standard
+    errors come from the spread between ladders, for BAR from the first-order influence of each (the infinitesimal
+    jackknife).
 
     Args:
         system: A system or its name.
-        seed: Of everything.
-        ladders: Number of independent chains.
-        sweeps: Of each.
-        burn_in: Sweeps before these.
+        seed: Seed of all random numbers.
+        ladders: Number of independent ladders.
+        sweeps: Number of sweeps of each ladder after the burn-in.
+        burn_in: Number of sweeps before these.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
         Values with standard errors.
 
     Raises:
-        DataError: The system or a number is none.
+        DataError: If the system is unknown, or a number is out of range.
 
     Example:
         >>> from ase_enf.data.particles import quadrature
@@ -413,8 +415,9 @@ def _bar(work: Array, rungs: Array) -> Array:
     """Σ_k ΔF_k, each the root of Σ f(δ w_k − ΔF) = Σ f(ΔF − δ w_{k+1}), f(x) = 1 / (1 + eˣ), δ = λ_{k+1} − λ_k.
 
     Returns:
-        Shape (C,), for each ladder that sum and its influence: the derivative by the ladder's weight among C of weight
-        1, times C. Their mean is the sum, their standard error that of the sum to first order.
+        Shape (C,): for each ladder that sum plus the influence of the ladder, which is C times the derivative with
+        respect to its weight, where all C have weight 1. The mean is the sum; the standard error is that of the sum to
+        first order.
     """
     totals = np.zeros(work.shape[2])
     for k, step in enumerate(np.diff(rungs)):

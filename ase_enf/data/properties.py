@@ -1,4 +1,4 @@
-"""Properties of molecules, one number each: where ``info`` has them, and the units of those of QM9.
+"""Properties of molecules, one number each: their keys in ``info``, and the units of those of QM9.
 
 ============  ==========  ===============================================
 ``info`` key  unit        meaning (QM9: B3LYP/6-31G(2df,p))
@@ -11,8 +11,8 @@
 ``Cv``        cal/mol/K   heat capacity at 298.15 K
 ============  ==========  ===============================================
 
-``ase_enf.data.qm9`` gives every molecule these keys where its source has them. Raw files that ``ase.io.read`` opens
-have the published values under ``qm9_gap`` and so on, orbital energies in Hartree; they are found, too, and converted.
+``ase_enf.data.qm9`` gives every molecule the keys that its source has. Raw files opened by ``ase.io.read`` have the
+published values under ``qm9_gap`` and so on, with orbital energies in Hartree; they are found as well, and converted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ UNITS = {"mu": "D", "alpha": "Bohr³", "homo": "eV", "lumo": "eV", "gap": "eV", 
 """Properties of QM9 that condition flows in the literature, and their units here."""
 
 DECIMALS = 5
-"""More than any of them has as published."""
+"""More than any published value has."""
 
 HARTREE = ("homo", "lumo", "gap")
-"""Those of them that QM9 publishes in Hartree."""
+"""The properties that QM9 publishes in Hartree."""
 
 
 def from_published(name: str, value: float) -> float:
@@ -41,12 +41,12 @@ def from_published(name: str, value: float) -> float:
         >>> round(from_published("gap", 0.25), 3)
         6.803
     """
-    exact = round(float(value), DECIMALS)  # as published, where it was kept in single precision
+    exact = round(float(value), DECIMALS)  # the published digits, if it was stored in single precision
     return exact * units.Hartree if name in HARTREE else exact
 
 
 def to_published(name: str, values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Returns properties in the unit that QM9 is published in; the inverse of ``from_published``.
+    """Returns properties in the units in which QM9 is published; the inverse of ``from_published``.
 
     Example:
         >>> round(float(to_published("gap", np.array(6.803))), 3)
@@ -56,15 +56,15 @@ def to_published(name: str, values: NDArray[np.floating]) -> NDArray[np.float64]
 
 
 def property_of(atoms: Atoms, name: str) -> float | None:
-    """Returns a property of a molecule, None where it has none.
+    """Returns a property of a molecule, None if it does not have it.
 
     Args:
         atoms: A molecule. Its property is ``info[name]``, or a key of that name of the ASE database it came from, or
             the published value under ``info["qm9_" + name]``.
-        name: Of the property.
+        name: Name of the property.
 
     Raises:
-        ValueError: If what is there is no finite number.
+        ValueError: If the entry is not a finite number.
 
     Example:
         >>> property_of(Atoms("He", info={"gap": 20.0}), "gap"), property_of(Atoms("He"), "gap")
@@ -88,18 +88,18 @@ def property_of(atoms: Atoms, name: str) -> float | None:
 
 
 def property_table(atoms: Iterable[Atoms], names: Sequence[str], required: bool = False) -> NDArray[np.float64]:
-    """Returns properties of many molecules, NaN where one is missing.
+    """Returns properties of many molecules, NaN for those that are missing.
 
     Args:
         atoms: B molecules.
         names: C properties.
-        required: Whether all molecules must have all of them.
+        required: Whether every molecule must have all of them.
 
     Returns:
-        shape (B, C).
+        Shape (B, C).
 
     Raises:
-        ValueError: If a required property is missing, with those that are there.
+        ValueError: If a required property is missing; the message names those that are present.
 
     Example:
         >>> property_table([Atoms("He", info={"gap": 20.0}), Atoms("Ne")], ["gap"])
@@ -113,14 +113,21 @@ def property_table(atoms: Iterable[Atoms], names: Sequence[str], required: bool 
             missing = names[row.index(None)]
             raise ValueError(
                 f"structure {index} ({item.get_chemical_formula()}): has no property {missing!r} in its info"
-                f"{_known(item)}; name one that all structures have"
+                f"{_known(item)}; {_remedy(item, missing)}"
             )
         rows.append([math.nan if value is None else value for value in row])
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
 
 
+def _remedy(atoms: Atoms, missing: str) -> str:
+    """Says what to do about a property that is not in ``info``; ASE reads energies of files into a calculator."""
+    if missing in getattr(atoms.calc, "results", {}):
+        return f"it is a result of its calculator: copy it to info under another name, such as my_{missing}"
+    return "name one that all structures have"
+
+
 def _known(atoms: Atoms) -> str:
-    """Returns in words which numbers a molecule has."""
+    """Says which numbers a molecule has."""
     pairs = atoms.info.get("key_value_pairs")
     every = {**(pairs if isinstance(pairs, dict) else {}), **atoms.info}
     there = sorted(key for key, value in every.items() if isinstance(value, float | int | np.number))

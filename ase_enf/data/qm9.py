@@ -1,4 +1,4 @@
-"""QM9 in every form in use, and its published split.
+"""QM9 in all of its usual forms, and its published split.
 
 QM9 (Ramakrishnan, Dral, Rupp, von Lilienfeld, Sci. Data 1, 140022 (2014)) is 133,885 molecules of H, C, N, O and F
 at B3LYP/6-31G(2df,p); 3,054 of them failed its consistency check and are left out of every split.
@@ -13,12 +13,13 @@ a folder                                       of raw files ``dsgdb9nsd_*.xyz``
 ``.db``, ``.extxyz``, ``.traj``, ...           whatever ASE reads
 =============================================  ================================================================
 
-All but the last give the same ``Atoms``: positions in Å to float32, ``info["qm9_index"]`` (1-based number in GDB-9),
-``info["qm9_smiles"]`` (published SMILES of the geometry) and, where the source has them, the properties of
-``ase_enf.data.properties`` (``info["gap"]`` in eV and so on), in the order of the index. What ASE reads is handed on as
-it is, in its own order. The other published energies and charges are in the raw files: ``ase.io.read`` opens those.
+All but the last give the same ``Atoms`` in the order of their indices: positions in Å, rounded to float32,
+``info["qm9_index"]`` (1-based number in GDB-9), ``info["qm9_smiles"]`` (published SMILES of the geometry) and, if the
+source has them, the properties of ``ase_enf.data.properties`` (``info["gap"]`` in eV and so on). What ASE reads is
+returned unchanged, in its own order. The other published energies and charges are in the raw files, which
+``ase.io.read`` opens.
 
-Without a path the environment variable ``ASE_ENF_QM9`` names the source, or else the archive ``download`` fetched.
+Without a path, the source is what the environment variable ``ASE_ENF_QM9`` names, or else the archive of ``download``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from ase_enf.folders import cache_folder
 __all__ = ["cache_folder", "download", "load", "published_split", "read_excluded", "save_npz"]
 
 N_EXCLUDED = 3_054
-"""Molecules in it that failed the consistency check."""
+"""Number of its molecules that failed the consistency check."""
 
 N_TRAIN, N_VALID, N_TEST = 100_000, 17_748, 13_083
 """Sizes of the published split of the other 130,831."""
@@ -55,10 +56,10 @@ ENVIRONMENT = "ASE_ENF_QM9"
 """Environment variable that names the source when no path is given; read at the time of the call."""
 
 CACHE_VERSION = 2
-"""Part of the key of a cached file: raised when the reader changes what it makes of the same source."""
+"""Part of the key of a cached file; it is raised when the reader gives other results for the same source."""
 
 AUTO_CACHE_MINIMUM = 2_000
-"""Smaller sources are read faster than a user would look for their cache."""
+"""Smaller sources are read so fast that a cache would not be worth its place."""
 
 
 _INDEX_KEYS = ("qm9_index", "gdb_index")
@@ -76,26 +77,26 @@ def load(
     """Loads QM9, or a part of it, from any form in the table of the module.
 
     Args:
-        path: The source; by default what ``ASE_ENF_QM9`` names, or else the archive that ``download`` fetched.
+        path: The source; by default what ``ASE_ENF_QM9`` names, or else the archive of ``download``.
         split: ``"train"``, ``"valid"`` or ``"test"`` of the published split (``published_split``); by default all
-            structures of the source, the excluded ones among them. A split that an ``.npz`` stores takes precedence.
-        n_atoms: Only the molecules of this many atoms: 19 gives QM9 Positional.
+            structures of the source, including the excluded ones. A split stored in an ``.npz`` takes precedence.
+        n_atoms: Only molecules with this many atoms are loaded; 19 gives QM9 Positional.
         excluded: Indices of the excluded molecules, or a file of them (``read_excluded``), from which the split is
-            computed; the published ones by default.
-        cache: Whether to keep a compact copy of a slow source (raw files), and in which folder. By default a source of
-            2,000 molecules or more is kept in ``cache_folder``. A copy is used only while name, size and modification
-            time of the source are the same. True keeps any, False none.
+            computed; by default the published ones.
+        cache: Whether to keep a compact copy of a slow source (raw files), or the folder to keep it in. By default the
+            copy of a source of 2,000 molecules or more is kept in ``cache_folder``; True keeps any copy, False none. A
+            copy is used only while name, size and modification time of the source are the same.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
         The molecules, positions in Å.
 
     Raises:
-        DataNotFoundError: There is no such source, or nothing in it.
-        DataError: The source is cut short, damaged or without the indices that a split needs; the split is unknown.
+        DataNotFoundError: If there is no such source, or nothing in it.
+        DataError: If the source is cut short, damaged or without the indices of a split, or the split is unknown.
 
     Warns:
-        UserWarning: Raw files hold only a part of the split that was asked for.
+        UserWarning: If raw files hold only part of the split.
 
     Example:
         >>> test = load("tests/data/qm9_sample.npz", split="test")
@@ -119,10 +120,10 @@ def load(
 
 
 def published_split(excluded: str | Path | Iterable[int] | None = None) -> dict[str, NDArray[np.int64]]:
-    """Returns the indices of the split of Anderson et al. that the papers on generating QM9 share.
+    """Returns the indices of the split of Anderson et al., which papers on generating QM9 share.
 
-    The 130,831 molecules kept, in the order of their index, are permuted with ``numpy.random.RandomState(0)``: the
-    first 100,000 are train, the next 17,748 valid, the last 13,083 (a tenth) test.
+    The 130,831 remaining molecules, in the order of their indices, are permuted with ``numpy.random.RandomState(0)``:
+    the first 100,000 are train, the next 17,748 valid, the last 13,083 (a tenth) test.
 
     Reference:
         Anderson, Hy, Kondor, "Cormorant", NeurIPS 2019; used by Satorras et al. 2021, sec. 5.
@@ -134,7 +135,7 @@ def published_split(excluded: str | Path | Iterable[int] | None = None) -> dict[
         Sorted 1-based indices under ``"train"``, ``"valid"`` and ``"test"``, shapes (100000,), (17748,) and (13083,).
 
     Raises:
-        DataError: The excluded indices are not 3,054 different ones of 1 to 133,885.
+        DataError: If the excluded indices are not 3,054 different ones of 1 to 133,885.
 
     Example:
         >>> {name: len(indices) for name, indices in published_split().items()}
@@ -159,8 +160,8 @@ def read_excluded(path: str | Path) -> NDArray[np.int64]:
         1-based indices, shape (3054,), sorted.
 
     Raises:
-        DataNotFoundError: There is no such file.
-        DataError: It does not hold 3,054 different indices of 1 to 133,885.
+        DataNotFoundError: If there is no such file.
+        DataError: If the file does not hold 3,054 different indices of 1 to 133,885.
 
     Example:
         >>> from importlib.resources import files
@@ -182,15 +183,15 @@ def read_excluded(path: str | Path) -> NDArray[np.int64]:
 
 
 def save_npz(atoms: Sequence[Atoms], path: str | Path, split: str | Sequence[int] | None = None) -> None:
-    """Writes molecules in the compact form, which ``load`` reads in a second or two for 100,000 of them.
+    """Writes molecules in the compact form, of which ``load`` reads 100,000 in a second or two.
 
     Args:
         atoms: Non-periodic molecules, of any elements; positions (Å) are rounded to float32.
-        path: The ``.npz`` to write, which appears when it is complete.
-        split: The split all of them belong to, or a code for each (0 train, 1 valid, 2 test, 3 excluded).
+        path: The ``.npz`` to write, which appears only when it is complete.
+        split: The split that all of them belong to, or a code for each (0 train, 1 valid, 2 test, 3 excluded).
 
     Raises:
-        ase_enf.data.compact.CompactError: A molecule is periodic, or the split is unknown or of another length.
+        DataError: If a molecule is periodic, or the split is unknown or of another length.
 
     Example:
         >>> import tempfile
@@ -213,7 +214,7 @@ def _locate(path: str | Path | None) -> Path:
         return source
     source = cache_folder() / REMOTES["archive"].name
     if not source.exists():
-        raise DataNotFoundError(f"QM9 is not here ({source} does not exist); {_REMEDY}")
+        raise DataNotFoundError(f"QM9 is missing ({source} does not exist); {_REMEDY}")
     return source
 
 
@@ -233,7 +234,7 @@ def _read_cached(source: Path, cache: str | Path | bool | None, progress: bool |
 
 
 def _fingerprint(source: Path) -> str:
-    """Returns what identifies the state of a source: names, sizes, modification times, version of the reader."""
+    """Returns a hash of the state of a source: names, sizes, modification times and version of the reader."""
     digest = hashlib.sha256(f"{CACHE_VERSION}".encode())
     for file in raw_files(source) if source.is_dir() else [source]:
         status = file.stat()
@@ -242,18 +243,18 @@ def _fingerprint(source: Path) -> str:
 
 
 def _read_copy(copy: Path, fingerprint: str) -> MoleculeTable | None:
-    """Reads a compact copy, or returns None if it is absent, damaged or of another state of the source."""
+    """Reads a compact copy; returns None if it is missing, damaged or of another state of the source."""
     try:
         with copy.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             if str(archive["fingerprint"]) != fingerprint:
                 return None
         return compact.read_npz(copy)
-    except Exception:  # any damage: the source is still there to be read
+    except Exception:  # whatever the damage, the source itself can be read
         return None
 
 
 def _write_copy(table: MoleculeTable, copy: Path, fingerprint: str, required: bool) -> None:
-    """Writes a compact copy; a failure is only a warning unless the copy was asked for."""
+    """Writes a compact copy; a failure is only a warning unless the copy was requested."""
     try:
         compact.write_npz(table, copy, fingerprint=np.array(fingerprint))
     except OSError as error:
@@ -274,7 +275,7 @@ def _in_split(
     wanted = published_split(excluded)[split]
     rows = np.isin(table.gdb_index, wanted)
     if is_raw(source) and rows.sum() < len(wanted):
-        # Half an unpacked archive looks like any folder, and would silently give a smaller training set.
+        # A half unpacked archive looks like any folder, and would silently give a smaller training set.
         warnings.warn(f"{source}: holds {rows.sum():,} of the {len(wanted):,} {split} molecules", stacklevel=3)
     return rows
 
@@ -321,7 +322,7 @@ def _excluded_indices(excluded: str | Path | Iterable[int] | None) -> NDArray[np
 
 
 def _checked_excluded(indices: Sequence[int] | NDArray[np.int32], name: str) -> NDArray[np.int64]:
-    """Returns the indices, sorted, if they are as many as the published permutation needs."""
+    """Returns the indices, sorted, after checking that they are as many as the published permutation needs."""
     unique = np.unique(np.asarray(indices, dtype=np.int64))
     if len(unique) != N_EXCLUDED or unique[0] < 1 or unique[-1] > N_MOLECULES:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Raw QM9 files, in a folder, in an archive or joined in one file, as a table of molecules."""
+"""Raw QM9 files, from a folder, an archive or one joined file, as a table of molecules."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ase_enf.data.fetch import REMOTES, hide
 from ase_enf.data.properties import UNITS
 
 N_MOLECULES = 133_885
-"""Molecules in QM9."""
+"""Number of molecules in QM9."""
 
 _EMPTY = "holds no raw QM9 files (dsgdb9nsd_*.xyz); give the folder or archive that has them, or an .npz"
 
 
 class _Molecule(NamedTuple):
-    """What the table keeps of a raw molecule: a tenth of the memory of the whole record."""
+    """What the table keeps of a raw molecule, which takes a tenth of the memory of the whole record."""
 
     index: int
     numbers: NDArray[np.uint8]  # (M,)
     positions: NDArray[np.float32]  # (M, 3), Å
     smiles: str
-    properties: tuple[float, ...]  # of ``properties.UNITS``, as published
+    properties: tuple[float, ...]  # those of ``properties.UNITS``, as published
 
 
 def is_raw(source: Path) -> bool:
@@ -45,7 +45,7 @@ def is_raw(source: Path) -> bool:
         source: An existing file or folder.
 
     Returns:
-        True for a folder, for a tar archive (by its name), and for a file that opens as raw files do.
+        True for a folder, for a tar archive (by its name), and for a file that begins like a raw file.
 
     Example:
         >>> is_raw(Path("tests/data/raw")), is_raw(Path("tests/data/qm9_sample.npz"))
@@ -68,8 +68,8 @@ def read_raw(source: Path, progress: bool | None = None) -> MoleculeTable:
         The table, with ``gdb_index``, ``smiles`` and properties, without ``split``.
 
     Raises:
-        DataNotFoundError: The source holds no raw files.
-        DataError: The archive or one of the files is cut short or damaged, or a molecule occurs twice.
+        DataNotFoundError: If the source holds no raw files.
+        DataError: If the archive or one of the files is cut short or damaged, or a molecule occurs twice.
 
     Example:
         >>> read_raw(Path("tests/data/raw")).gdb_index
@@ -113,7 +113,7 @@ def raw_files(folder: Path) -> list[Path]:
         Its files ``dsgdb9nsd_*.xyz``, sorted by name.
 
     Raises:
-        DataNotFoundError: There are none.
+        DataNotFoundError: If there is none.
 
     Example:
         >>> raw_files(Path("tests/data/raw"))[0].name
@@ -126,14 +126,14 @@ def raw_files(folder: Path) -> list[Path]:
 
 
 def _is_archive(source: Path) -> bool:
-    """Says whether a name is one of a tar archive; 3195389 is what figshare's server calls it."""
+    """Says whether a name is that of a tar archive; figshare's server calls the published one 3195389."""
     return re.search(r"\.(tar(\.(bz2|gz|xz))?|tbz2?|tgz|txz)$|^3195389$", source.name) is not None
 
 
 def _archive_texts(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields name and text of the raw files in an archive, in one pass; raises unless it is whole."""
+    """Yields name and text of the raw files in an archive, in one pass; raises if it is incomplete."""
     try:
-        # Decompressed here and not by tarfile, whose own streams take the end of a cut file for the end of the archive.
+        # Decompressed here, because the streams of tarfile take the end of a truncated file for the end of the archive.
         with _open_decompressed(source) as stream, tarfile.open(fileobj=(tail := _Tail(stream)), mode="r|") as archive:
             for member in archive:
                 if member.isfile() and re.search(r"(^|/)dsgdb9nsd_\d+\.xyz$", member.name):
@@ -147,7 +147,7 @@ def _archive_texts(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _open_decompressed(source: Path) -> BinaryIO:
-    """Opens a file for reading and decompresses it as its first bytes ask for, whatever its name."""
+    """Opens a file for reading, decompressed according to its first bytes, whatever its name."""
     with source.open("rb") as handle:
         magic = handle.read(6)
     if magic.startswith(b"BZh"):
@@ -160,7 +160,7 @@ def _open_decompressed(source: Path) -> BinaryIO:
 
 
 class _Tail:
-    """A stream that remembers its last 1024 bytes: a whole tar archive ends in that many zeros."""
+    """A stream that remembers its last 1024 bytes: a complete tar archive ends with as many zeros."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.last = stream, b""
@@ -173,7 +173,7 @@ class _Tail:
 
 
 def _pack(molecules: list[_Molecule], source: Path) -> MoleculeTable:
-    """Packs molecules into a table in the order of their index, each of which may occur once."""
+    """Packs molecules into a table in the order of their indices, each of which may occur only once."""
     molecules = sorted(molecules, key=lambda molecule: molecule.index)
     indices = np.array([molecule.index for molecule in molecules], dtype=np.int32)
     twice = indices[1:][np.diff(indices) == 0]

@@ -18,20 +18,20 @@ from ase_enf.atoms.files import atomic_write, brief
 from ase_enf.data import DataError, DataNotFoundError, mcmc
 from ase_enf.data.particles import Array, System, flat_atoms, resolve
 
-_LEAST_SWEEPS = 100  # of a run, for its diagnostics
+_LEAST_SWEEPS = 100  # of a run; its diagnostics need as many
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Configurations of a system, in random order, so that any first part of them is a sample too.
+    """Configurations of a system in random order, so that the first k are also a sample.
 
-    ``info`` holds ``system``, ``seed``, ``sha256`` (``fingerprint``), ``diagnostics`` (the fields of ``Diagnostics``)
-    and the settings of the run, all of them JSON.
+    ``info`` holds ``system``, ``seed``, ``sha256`` (see ``fingerprint``), ``diagnostics`` (the fields of
+    ``Diagnostics``) and the settings of the run, all as JSON values.
     """
 
     positions: Array  # (N, M, n), zero mean
     energies: Array  # (N,), kT
-    ladder: NDArray[np.int64]  # (N,), the independent ladder that each is from
+    ladder: NDArray[np.int64]  # (N,), the independent ladder that each comes from
     info: dict[str, Any]
 
     def __len__(self) -> int:
@@ -68,22 +68,22 @@ def sample(
     thin: int = 10,
     progress: bool | None = None,
 ) -> Samples:
-    """Draws samples of ``exp(−U)`` without duplicates; ``ase_enf.data.mcmc`` says how.
+    """Draws samples of ``exp(−U)`` without duplicates, by the method of ``ase_enf.data.mcmc``.
 
     Args:
         system: A system or its name.
-        n: How many.
-        seed: Of everything; the same gives the same bits with the same numpy on the same kind of machine.
+        n: Number of samples.
+        seed: Seed of all random numbers; it gives the same bits with the same numpy on the same kind of machine.
         ladders: Number of independent chains; each gives about n / ladders of the samples.
-        burn_in: Sweeps that are left out.
-        thin: Least number of sweeps between two samples of a ladder; U of LJ13 forgets itself in about 7.
+        burn_in: Number of first sweeps that are left out.
+        thin: Smallest number of sweeps between two samples of a ladder; the correlation time of U of LJ13 is about 7.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
-        The samples. A warning says when the chains disagree, or miss equipartition.
+        The samples, with a warning if chains disagree or miss equipartition.
 
     Raises:
-        DataError: There is no such system, a number is out of range, or chains stand still.
+        DataError: If there is no such system, a number is out of range, or chains do not move.
 
     Example:
         >>> drawn = sample("dw4", 100, seed=1, ladders=8, burn_in=100)
@@ -101,11 +101,11 @@ def sample(
     _, rows = np.unique(_rows(positions), return_index=True)
     if len(rows) < n:
         raise DataError(f"{system.name}: {len(rows)} different samples of {n}; use a longer burn_in or a larger thin")
-    shuffle = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # another stream than the run's
+    shuffle = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])  # not the stream of the run
     rows = shuffle.permutation(np.sort(rows))[:n]
     diagnostics = run.diagnostics()
     if trouble := diagnostics.trouble(system.degrees_of_freedom):
-        warnings.warn(f"{system.name}: {trouble}; these are no samples of exp(−U), use a longer burn_in", stacklevel=2)
+        warnings.warn(f"{system.name}: {trouble}; these are not samples of exp(−U); use a longer burn_in", stacklevel=2)
     info = {
         "system": system.name,
         "seed": seed,
@@ -124,13 +124,13 @@ def _rows(positions: Array) -> NDArray[np.void]:
 
 
 def dataset(system: System | str, sizes: Mapping[str, int], seed: int = 0, **settings: Any) -> dict[str, Samples]:
-    """Draws one set of samples for each name, each of ladders of its own.
+    """Draws one set of samples for each name, each from ladders of its own.
 
     Args:
         system: A system or its name.
-        sizes: Name → number of samples. A set depends on its name and size and on the seed, not on the others.
-        seed: Of all.
-        settings: Of ``sample``.
+        sizes: Name → number of samples. A set depends on its own name and size and on the seed, not on other sets.
+        seed: Seed of all sets.
+        settings: Options of ``sample``.
 
     Returns:
         Name → samples.
@@ -147,7 +147,7 @@ def dataset(system: System | str, sizes: Mapping[str, int], seed: int = 0, **set
 
 
 def save(path: str | Path, sets: Mapping[str, Samples]) -> None:
-    """Writes sets of samples to one ``.npz`` without pickle, which appears when it is complete.
+    """Writes sets of samples to one ``.npz`` without pickle, which appears only when it is complete.
 
     Args:
         path: The file.
@@ -169,7 +169,7 @@ def save(path: str | Path, sets: Mapping[str, Samples]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Samples]:
-    """Reads what ``save`` wrote and compares the hash of the positions.
+    """Reads what ``save`` wrote, and checks the hash of the positions.
 
     Args:
         path: The file.
@@ -178,8 +178,8 @@ def load(path: str | Path) -> dict[str, Samples]:
         Name → samples.
 
     Raises:
-        DataNotFoundError: There is no such file.
-        DataError: It is damaged, or ``save`` did not write it.
+        DataNotFoundError: If there is no such file.
+        DataError: If the file is damaged, or was not written by ``save``.
     """
     if not Path(path).is_file():
         raise DataNotFoundError(
@@ -195,7 +195,7 @@ def load(path: str | Path) -> dict[str, Samples]:
             for name in names
         }
         intact = all(fingerprint(s.positions) == s.info["sha256"] for s in sets.values())
-    except Exception as error:  # zip's, numpy's and json's own errors for a damaged file
+    except Exception as error:  # zip, numpy and json have errors of their own for a damaged file
         raise DataError(f"{path}: not a file of samples ({brief(error)}); draw them again") from error
     if not sets:
         raise DataError(f"{path}: holds no samples of ase_enf.data.samples.save")

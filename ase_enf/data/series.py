@@ -1,4 +1,4 @@
-"""Averages of correlated series: how many values count as independent, and how far an average can be trusted."""
+"""Averages of correlated series: the number of independent values, and the standard error of a mean."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-# Autocorrelations are summed up to this many of the times that the sum gives (Sokal 1997).
+# Autocorrelations are summed up to this multiple of the time that the sum gives (Sokal 1997).
 _WINDOW = 5.0
 
 
 def autocorrelation_time(series: Array) -> Array:
     """Integrated autocorrelation time of observables along several chains of one process, in steps.
 
-    τ = 1 + 2 Σ_{k=1}^{K} ρ_k,  K the least with K ≥ 5 max(1, τ(K))
+    τ = 1 + 2 Σ_{k=1}^{K} ρ_k,  K the smallest with K ≥ 5 max(1, τ(K))
 
-    ρ_k is the autocorrelation about the mean of all chains, so that chains that stay apart lengthen τ. Independent
+    ρ_k is the autocorrelation about the mean of all chains, so that chains that stay apart make τ longer. Independent
     values have τ = 1; S C values of C chains count as S C / τ.
 
     Args:
-        series: shape (S, C, ...): S values of each of C chains.
+        series: Shape (S, C, ...): S values of each of C chains.
 
     Returns:
-        Shape (...); NaN for an observable that does not vary. It is too short where it is not far below S.
+        Shape (...); NaN for an observable that does not vary. A time that is not far below S is an underestimate.
 
     Reference:
         Sokal 1997, in Functional Integration (NATO ASI B 361), 131.
@@ -53,7 +53,7 @@ def standard_error(series: Array) -> Array:
     """Standard error of the mean of correlated series, √(variance · τ / (S C)).
 
     Args:
-        series: shape (S, C, ...): S values of each of C chains.
+        series: Shape (S, C, ...): S values of each of C chains.
 
     Returns:
         Shape (...), in the unit of the series; zero for an observable that does not vary.

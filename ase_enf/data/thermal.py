@@ -1,13 +1,13 @@
 """Thermal ensembles of any ASE calculator: structures with the density exp(−U / kT) over centred positions.
 
-Hamiltonian Monte Carlo (Duane et al. 1987): momenta are drawn from their Gaussian, a leapfrog trajectory follows, and a
-Metropolis test on the total energy makes the density exact whatever the time step is. Nothing like that holds for
+Hamiltonian Monte Carlo (Duane et al. 1987): momenta are drawn from their Gaussian distribution, a leapfrog trajectory
+follows, and a Metropolis test on the total energy makes the density exact for any time step. This is not true of
 dynamics with a thermostat: their time step biases the density, and ASE's ``Langevin`` with its default ``fixcm=True``
-does not sample the canonical one at all for a small molecule of unequal masses (its documentation says so too).
+does not sample the canonical density of a small molecule of unequal masses at all (as its documentation says).
 
-Several walkers share the length of the steps, tuned in the burn-in and fixed from then on, and nothing else. Where a
-barrier keeps them apart, each may be a ladder of replicas at higher temperatures that exchange their configurations, or
-turn a side of the molecule about a bond.
+Several walkers share the length of the steps, which is tuned in the burn-in and fixed afterwards, and nothing else.
+Against barriers that keep walkers apart, each may be a ladder of replicas at higher temperatures that exchange their
+configurations, and may turn one side of the molecule about a bond.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from ase_enf.data.walkers import turn as turn_about
 LEAPFROG = 24
 # Sweeps between two saves of the state.
 SAVE_EVERY = 100
-# Walkers that agree stay below, by the rule of thumb of Vehtari et al. 2021 for few chains.
+# Walkers agree if they stay below: a rule of thumb for few chains of Vehtari et al. 2021.
 R_HAT = 1.1
-# Standard errors by which the virial may be off.
+# Number of standard errors by which the virial may be off.
 _OFF = 5.0
-_SAME_ENERGY = 1e-3  # eV; an iterative calculator repeats itself to less than that
+_SAME_ENERGY = 1e-3  # eV; iterative calculators reproduce their energies better than this
 
 
 class Diagnostics(NamedTuple):
-    """How well a run mixed; errors are standard errors that count the autocorrelation.
+    """How well a run mixed; errors are standard errors that account for autocorrelation.
 
     Attributes:
         energy: <U>, eV.
-        energy_stderr: Its error, eV.
+        energy_stderr: Error of ``energy``, eV.
         temperature: <−x·F> / ((3 M − 3) kB), K, which is the temperature of the run by equipartition.
-        temperature_stderr: Its error, K.
+        temperature_stderr: Error of ``temperature``, K.
         autocorrelation: The longest integrated autocorrelation time of the energy and of the sorted distances, frames.
         effective_size: Number of frames over ``autocorrelation``.
-        r_hat: The largest of the same observables among half walkers; 1 when they agree, NaN with too few frames.
-        acceptance: Of the trajectories, at each temperature.
-        exchange: Between neighbouring temperatures.
-        turned: Of the turns about each bond, at the temperature of the run.
-        refused: Trajectories at the temperature of the run that were refused because they changed a bond.
-        calls: Of the calculator, for the whole run.
+        r_hat: The largest r_hat of the same observables among half walkers; 1 if they agree, NaN for too few frames.
+        acceptance: Rate of acceptance of trajectories, at each temperature.
+        exchange: Rate of exchange between neighbouring temperatures.
+        turned: Rate of acceptance of the turns about each bond, at the temperature of the run.
+        refused: Number of trajectories at the temperature of the run that were refused because they changed a bond.
+        calls: Number of calls of the calculator in the whole run.
     """
 
     energy: float
@@ -79,7 +79,7 @@ class Diagnostics(NamedTuple):
     calls: int
 
     def trouble(self, temperature: float) -> str:
-        """Says in what the run cannot be of equilibrium at this temperature, K; nothing if it may be."""
+        """Says why the run cannot be in equilibrium at this temperature, K; empty if it may be."""
         if not abs(self.temperature - temperature) < _OFF * self.temperature_stderr:
             value = f"{self.temperature:.1f} ± {self.temperature_stderr:.1f} K"
             return f"the virial has a temperature of {value}; raise burn_in"
@@ -93,10 +93,10 @@ class Ensemble:
     """What :func:`run` returns.
 
     Args:
-        frames: n structures in the order of sweeps, those of one sweep in that of the walkers; ``info`` has their
+        frames: n structures in the order of sweeps, and of the walkers within each sweep; ``info`` has their
             ``thermal_energy`` in eV, ``thermal_walker`` and ``thermal_temperature`` in K.
-        walkers: Number of walkers C; frame i is of walker i mod C.
-        diagnostics: How well it mixed.
+        walkers: Number C of walkers; frame i belongs to walker i mod C.
+        diagnostics: How well the run mixed.
     """
 
     frames: list[Atoms]
@@ -110,17 +110,17 @@ class Ensemble:
 
 
 def sample(atoms: Atoms | Sequence[Atoms], calculator: Any, temperature: float, n: int, **options: Any) -> list[Atoms]:
-    """Samples structures of one molecule or cluster from exp(−U / kT), by any ASE calculator.
+    """Samples structures of one molecule or cluster from exp(−U / kT), with any ASE calculator.
 
     Args:
         atoms: One structure, or several (conformers) from which the walkers start in turn.
         calculator: An ASE calculator of energies and forces.
         temperature: K.
         n: How many.
-        options: Those of :func:`run`.
+        options: Options of :func:`run`.
 
     Returns:
-        n structures, centred, with their energy in ``calc`` and ``info``; a warning says what speaks against them.
+        n centred structures with their energy in ``calc`` and ``info``; a warning says if they are not in equilibrium.
 
     Raises:
         DataError: As :func:`run`.
@@ -156,34 +156,35 @@ def run(
     out: str | Path | None = None,
     progress: bool | None = None,
 ) -> Ensemble:
-    """Samples as :func:`sample`, and says how well it went.
+    """Samples like :func:`sample`, and returns diagnostics as well.
 
     Args:
-        atoms: One structure, or several of one composition in one order of the atoms.
+        atoms: One structure, or several with the same atoms in the same order.
         calculator: An ASE calculator of energies and forces.
         temperature: K.
-        n: How many, in all.
-        seed: Of everything; the same gives the same structures with the same calculator on the same kind of machine.
-        walkers: Independent walkers.
-        spacing: Trajectories between two structures of a walker.
-        leapfrog: Steps of a trajectory.
-        burn_in: Trajectories of every walker that are left out, in which the lengths of the steps are tuned.
+        n: Number of structures in all.
+        seed: Seed of all random numbers; it gives the same structures with the same calculator on the same kind of
+            machine.
+        walkers: Number of independent walkers.
+        spacing: Number of trajectories between two structures of a walker.
+        leapfrog: Number of steps of a trajectory.
+        burn_in: Number of first trajectories of every walker, which tune the lengths of the steps and are left out.
         hotter: Temperatures of further replicas of every walker, ascending, K; neighbours exchange configurations.
-        keep_bonds: Whether a trajectory that ends with other bonds than the first structure (by distance) is refused:
-            the ensemble is then that of this molecule, never of what it may react to.
-        turn: Bonds, two places of atoms each, about which one side is turned by a random angle after every trajectory,
-            with a test of its own and one call of the calculator: rotamers are reached whatever the barrier. Name no
-            double bond, whose isomers it would mix.
-        out: A file (.npz) to which the state is saved, and from which a run that was cut off goes on; with a larger n,
-            one that was finished too.
+        keep_bonds: Whether to refuse trajectories that end with other bonds (by distance) than the first structure. The
+            ensemble is then that of this molecule, without the products of its reactions.
+        turn: Bonds, each given by the indices of its two atoms. After every trajectory, one side of the molecule is
+            rotated about each of them by a random angle, with its own Metropolis test and one call of the calculator.
+            Rotamers are then reached whatever the barrier. Do not name double bonds: their isomers would be mixed.
+        out: A file (.npz) to which the state is saved, and from which an interrupted run continues, or a finished one
+            with a larger n.
         progress: Whether to show a progress bar; by default on a terminal.
 
     Returns:
         Structures and diagnostics.
 
     Raises:
-        DataError: If a number is none, the structures differ in composition or bonds or are periodic, the calculator
-            has no energy of them, or ``out`` holds another run.
+        DataError: If a number is out of range, the structures differ in composition or bonds or are periodic, the
+            calculator gives no energy for them, or ``out`` holds another run.
 
     Example:
         >>> from ase.calculators.lj import LennardJones
@@ -193,19 +194,16 @@ def run(
         True
     """
     starts = _checked(atoms, temperature, hotter, n, seed, walkers, spacing, leapfrog, burn_in)
-    topology = Topology(starts[0]) if keep_bonds else None
-    if topology is not None and not all(topology.holds(start.positions) for start in starts):
-        raise DataError("atoms: not all structures have the bonds of the first; give conformers, or keep_bonds=False")
-    temperatures = np.array([temperature, *hotter], dtype=float)
+    topology = _kept_bonds(starts) if keep_bonds else None
     bonds = (topology or Topology(starts[0])).bonds if turn else np.zeros((0, 0), bool)
     turns = [turn_about(bonds, *_pair(two)) for two in turn]
+    temperatures = np.array([temperature, *hotter], dtype=float)
     settings = {
         "symbols": str(starts[0].symbols), "temperatures": temperatures.tolist(), "seed": seed, "walkers": walkers,
         "spacing": spacing, "leapfrog": leapfrog, "burn_in": burn_in, "keep_bonds": keep_bonds,
         "calculator": type(calculator).__name__, "turn": [[one.first, one.second] for one in turns],
     }  # fmt: skip
-    forces = Forces(starts[0], calculator)
-    state = Walkers(starts, forces, kB * temperatures, walkers, leapfrog, seed, topology, turns)
+    state = Walkers(starts, Forces(starts[0], calculator), kB * temperatures, walkers, leapfrog, seed, topology, turns)
     sweeps = spacing * -(-n // walkers)
     book = _Book(settings, None if out is None else Path(out))
     book.restore(state)
@@ -231,7 +229,7 @@ def _checked(
     leapfrog: int,
     burn_in: int,
 ) -> list[Atoms]:
-    """Returns the structures to start from, centred."""
+    """Returns the structures to start from, as a list."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise DataError(f"temperature={temperature}: must be a positive number of K")
     if list(hotter) != sorted({temperature, *hotter} - {temperature}) or not all(t > temperature for t in hotter):
@@ -253,14 +251,22 @@ def _checked(
     return listed
 
 
+def _kept_bonds(starts: Sequence[Atoms]) -> Topology:
+    """Returns the bonds of the first structure, which all must have."""
+    topology = Topology(starts[0])
+    if not all(topology.holds(start.positions) for start in starts):
+        raise DataError("atoms: not all structures have the bonds of the first; give conformers, or keep_bonds=False")
+    return topology
+
+
 def _pair(two: Sequence[int]) -> tuple[int, int]:
     if len(two) != 2:
-        raise DataError(f"turn {list(two)}: need two places of bonded atoms")
+        raise DataError(f"turn {list(two)}: need the indices of two bonded atoms")
     return int(two[0]), int(two[1])
 
 
 class _Book:
-    """What a run leaves, in memory and in its file."""
+    """The record of a run, in memory and in its file."""
 
     def __init__(self, settings: dict[str, Any], path: Path | None) -> None:
         self.settings, self.path = settings, path
@@ -271,7 +277,7 @@ class _Book:
         self.swept = 0
 
     def note(self, state: Walkers, rates: Array, keep: bool) -> None:
-        """Takes down one sweep, and the configurations of those to be kept."""
+        """Records one sweep, and with ``keep`` its configurations."""
         self.rates, self.swept = self.rates + rates, self.swept + 1
         if keep:
             self.positions.append(state.x[:, :, 0].transpose(2, 0, 1).copy())
@@ -279,7 +285,7 @@ class _Book:
             self.virials.append(state.virial())
 
     def save(self, state: Walkers) -> None:
-        """Writes everything that the rest of the run depends on; whole or not at all."""
+        """Writes everything that the rest of the run depends on, completely or not at all."""
         if self.path is None:
             return
         about = {
@@ -290,21 +296,21 @@ class _Book:
             np.savez(
                 handle, about=np.array(json.dumps(about)), x=state.x, step_size=state.step_size,
                 rates=np.asarray(self.rates), energies=np.array(self.energies), virials=np.array(self.virials),
-                positions=np.array(self.positions), current=state.energies,
+                positions=np.array(self.positions), current=state.energies, forces=state.forces,
             )  # fmt: skip
 
     def restore(self, state: Walkers) -> None:
-        """Goes on from the file, if there is one."""
+        """Restores the state from the file, if there is one."""
         if self.path is None or not self.path.exists():
             return
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in file.files}
             about = json.loads(str(saved["about"]))
-            theirs = {"turn": []} | about["settings"]  # which earlier versions did not have
+            theirs = {"turn": []} | about["settings"]  # earlier versions did not have it
             different = [name for name in self.settings if theirs[name] != self.settings[name]]
-        except Exception as error:  # zipfile, numpy and json have errors of their own
-            raise DataError(f"{self.path}: no state of a thermal run ({error}); name another file") from error
+        except Exception as error:  # zipfile, numpy and json have many kinds of errors
+            raise DataError(f"{self.path}: not the state of a thermal run ({error}); name another file") from error
         if different:
             name = different[0]
             raise DataError(
@@ -314,7 +320,9 @@ class _Book:
         state.rng.bit_generator.state = about["rng"]
         state.energies, state.forces = state.evaluate(state.x)
         if not np.allclose(state.energies, saved["current"], rtol=0, atol=_SAME_ENERGY):
-            raise DataError(f"{self.path}: the calculator has other energies than that of the run; name another file")
+            raise DataError(f"{self.path}: the calculator gives other energies than that of the run; name another file")
+        if "forces" in saved:  # exactly those of the run, which evaluated them before it centred the positions
+            state.energies, state.forces = saved["current"], saved["forces"]
         state.sweeps, state.refused, state.evaluate.calls = about["sweeps"], about["refused"], about["calls"]
         self.swept = about["swept"]
         self.rates = saved["rates"] if saved["rates"].ndim else 0.0
@@ -323,9 +331,9 @@ class _Book:
         )
 
     def ensemble(self, atoms: Atoms, temperature: float, n: int, state: Walkers) -> Ensemble:
-        """Returns the first n structures and what the series say."""
+        """Returns the first n structures, with diagnostics of the series."""
         walkers = self.settings["walkers"]
-        kept = -(-n // walkers)  # a file may hold more
+        kept = -(-n // walkers)  # a file may have more
         series = [np.array(values[:kept]) for values in (self.positions, self.energies, self.virials)]
         frames = []
         for k in range(n):
@@ -343,7 +351,7 @@ class _Book:
 def _diagnostics(
     numbers: NDArray[np.integer], positions: Array, energies: Array, virials: Array, rates: Array, state: Walkers
 ) -> Diagnostics:
-    """Returns what series of S frames of C walkers, shapes (S, C, ...), say."""
+    """Returns the diagnostics of series of S frames of C walkers, shapes (S, C, ...)."""
     per_kelvin = kB * (3 * len(numbers) - 3)
     observables = _observables(numbers, positions, energies)
     varying = observables[..., observables.std(axis=(0, 1)) > 0]
@@ -369,7 +377,7 @@ def _diagnostics(
 def _observables(numbers: NDArray[np.integer], positions: Array, energies: Array) -> Array:
     """Returns the energy and the distances between atoms of each pair of elements, sorted, shape (S, C, 1 + pairs).
 
-    Sorted, they do not tell equal atoms apart: a methyl group that never turns is no trouble.
+    Sorted distances do not tell equal atoms apart, so that a methyl group need not turn.
     """
     rows, columns = np.triu_indices(len(numbers), 1)
     distances = np.linalg.norm(positions[:, :, rows] - positions[:, :, columns], axis=-1)  # (S, C, pairs)

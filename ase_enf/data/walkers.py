@@ -1,8 +1,8 @@
-"""Walkers of Hamiltonian Monte Carlo on the energies of any ASE calculator.
+"""Walkers of Hamiltonian Monte Carlo with the energies of any ASE calculator.
 
-The total momentum is zero in every draw, in the metric of the inertias, so that the relative positions are sampled
-exactly. The inertias are no masses: the density does not depend on them, and a heavier hydrogen allows longer steps.
-What no trajectory crosses, a turn of one side of the molecule about a bond may jump.
+The total momentum of every draw is projected to zero in the metric of the inertias, so that relative positions are
+sampled exactly. Inertias are not masses: the density does not depend on them, and heavier hydrogens allow longer steps.
+Rotations of one side of the molecule about a bond pass barriers that no trajectory crosses.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from ase_enf.data import DataError
 from ase_enf.data.mcmc import exchange, tuned
 from ase_enf.data.series import Array
 
-# Inertia of hydrogen, that of any other element being one, and the first step in the units that follow.
+# Inertia of hydrogen, where that of all other elements is one; and the first length of a step, in the units that
+# follow.
 LIGHT, FIRST_STEP = 0.3, 0.02
 
 
 class Forces:
-    """U and F of arrays of positions by a calculator; one that it cannot do has an infinite energy.
+    """U and F of arrays of positions by a calculator; where it fails, the energy is infinite.
 
     Args:
-        atoms: A structure, of which elements, charges and magnetic moments are kept.
+        atoms: A structure, which gives elements, charges and magnetic moments.
         calculator: An ASE calculator.
 
     Example:
@@ -50,7 +51,7 @@ class Forces:
         self.reason = ""
 
     def __call__(self, x: Array, wanted: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
-        """Takes (M, 3, K, C), Å; returns (K, C), eV, and (M, 3, K, C), eV / Å."""
+        """Returns energies (K, C), eV, and forces (M, 3, K, C), eV/Å, at positions x (M, 3, K, C), Å."""
         energies, forces = np.full(x.shape[2:], np.inf), np.zeros_like(x)
         for place in np.ndindex(x.shape[2:]):
             positions = x[(..., *place)]
@@ -69,12 +70,12 @@ class Forces:
 
 
 class Turn(NamedTuple):
-    """A bond to turn about.
+    """A bond about which one side of a molecule turns.
 
     Attributes:
-        first: Place of the atom whose side stays.
-        second: Place of the atom whose side turns.
-        moved: Places of the atoms that turn, (m,).
+        first: Index of the atom whose side stays.
+        second: Index of the atom whose side turns.
+        moved: Indices of the atoms that turn, shape (m,).
     """
 
     first: int
@@ -83,15 +84,15 @@ class Turn(NamedTuple):
 
 
 def turn(bonds: NDArray[np.bool_], first: int, second: int) -> Turn:
-    """Returns which atoms turn about a bond: those that hang on its second atom, or the others, if they are fewer.
+    """Returns which atoms turn about a bond: those on the side of its second atom, or of its first if they are fewer.
 
     Args:
         bonds: Which atoms are bonded, shape (M, M).
-        first: Place of an atom.
-        second: Place of the atom bonded to it.
+        first: Index of an atom.
+        second: Index of an atom bonded to it.
 
     Raises:
-        DataError: If the two are not bonded, or by a ring too.
+        DataError: If the two are not bonded, or the bond is in a ring.
 
     Example:
         >>> chain = np.eye(4, k=1, dtype=bool) | np.eye(4, k=-1, dtype=bool)
@@ -99,7 +100,7 @@ def turn(bonds: NDArray[np.bool_], first: int, second: int) -> Turn:
         (array([2, 3]), 0)
     """
     if not (0 <= min(first, second) and max(first, second) < len(bonds) and bonds[first, second]):
-        raise DataError(f"turn ({first}, {second}): need two places of bonded atoms")
+        raise DataError(f"turn ({first}, {second}): need the indices of two bonded atoms")
     cut = bonds.copy()
     cut[first, second] = cut[second, first] = False
     sides = connected_components(cut, directed=False)[1]
@@ -111,7 +112,7 @@ def turn(bonds: NDArray[np.bool_], first: int, second: int) -> Turn:
 
 
 def _cross(a: Array, b: Array) -> Array:
-    """Vector products of (3, K, C) and (m, 3, K, C), along the axis of three."""
+    """Cross products of (3, K, C) and (m, 3, K, C), along the axis of size three."""
     return np.cross(a[None], b, axis=1)
 
 
@@ -119,17 +120,17 @@ class Walkers:
     """The state of C walkers of K replicas each; arrays end in (K, C).
 
     Args:
-        starts: Structures from which the walkers start in turn.
-        evaluate: Energies and forces.
+        starts: Structures that the walkers start from, in turn.
+        evaluate: Returns energies and forces.
         kt: Thermal energy of each replica, eV, shape (K,); the first is that of the run.
-        walkers: C.
-        leapfrog: Steps of a trajectory.
-        seed: Of everything.
-        topology: Bonds that no trajectory may change, None for all.
-        turns: For each bond to turn about, its two atoms and which atoms turn, the second of the two among them.
+        walkers: Number C of walkers.
+        leapfrog: Number of steps of a trajectory.
+        seed: Seed of all random numbers.
+        topology: Bonds that no trajectory may change; None if all may change.
+        turns: The bonds to turn about; see :func:`turn`.
 
     Raises:
-        DataError: If there is no energy of a structure to start from.
+        DataError: If the calculator gives no energy for a structure to start from.
 
     Example:
         >>> from ase.calculators.lj import LennardJones
@@ -159,7 +160,7 @@ class Walkers:
         self.energies, self.forces = evaluate(self.x)
         if not np.isfinite(self.energies).all():
             reason = evaluate.reason or "it is not finite"
-            raise DataError(f"atoms: the calculator has no energy of a structure to start from ({reason})")
+            raise DataError(f"atoms: the calculator gives no energy for a structure to start from ({reason})")
         self.step_size = np.full((len(kt), 1), FIRST_STEP)
         self.sweeps = self.refused = 0
 
@@ -167,14 +168,14 @@ class Walkers:
         """Moves every replica by one trajectory and one turn about each bond, and exchanges neighbours.
 
         Args:
-            adapt: Whether to tune the steps, which is right in the burn-in only.
-            hard: Whether to tune them in large paces.
+            adapt: Whether to tune the steps, which is allowed in the burn-in only.
+            hard: Whether to tune them quickly.
 
         Returns:
             Rates of acceptance (K), of exchange (K − 1) and of the turns at the temperature of the run, in one array.
         """
         self.sweeps += 1
-        with np.errstate(over="ignore", invalid="ignore"):  # a trajectory may run into a wall: it is refused
+        with np.errstate(over="ignore", invalid="ignore"):  # a trajectory that runs into a wall is refused
             accepted = self._trajectory().mean(axis=1)
             turned = [self._turn(turn)[0].mean() for turn in self.turns]
             exchanged = np.zeros(len(self.kt) - 1)
@@ -187,7 +188,7 @@ class Walkers:
         return np.concatenate([accepted, exchanged, turned])
 
     def _trajectory(self) -> NDArray[np.bool_]:
-        """Returns which replicas, (K, C), were moved."""
+        """Moves the replicas by one trajectory; returns which were accepted, shape (K, C)."""
         step = self.step_size * self.rng.uniform(0.7, 1.3, self.energies.shape)  # against periodic trajectories
         noise = self.rng.standard_normal(self.x.shape)
         momentum = np.sqrt(self.inertia * self.kt) * noise
@@ -198,12 +199,12 @@ class Walkers:
         for i in range(self.leapfrog):
             x = x + step * momentum / self.inertia
             energies, forces = self.evaluate(x, going)
-            going &= np.isfinite(energies)  # what has left the calculator's reach is refused, and costs no more
+            going &= np.isfinite(energies)  # after a failure a trajectory is refused, and costs no more calls
             momentum += (0.5 if i == self.leapfrog - 1 else 1.0) * step * forces
         return self._decide(before - self._total(energies, momentum), x, energies, forces)
 
     def _turn(self, turn: Turn) -> NDArray[np.bool_]:
-        """Turns one side of a bond by a uniform angle, a proposal as likely as its reverse that keeps volumes."""
+        """Turns one side of a bond by a uniform angle: a symmetric proposal that preserves volumes."""
         origin = self.x[turn.first]
         axis = self.x[turn.second] - origin
         axis = axis / np.linalg.norm(axis, axis=0)
@@ -216,7 +217,7 @@ class Walkers:
         return self._decide((self.energies - energies) / self.kt, x, energies, forces)
 
     def _decide(self, log_ratio: Array, x: Array, energies: Array, forces: Array) -> NDArray[np.bool_]:
-        """Moves the replicas that Metropolis's test accepts, unless a bond has changed."""
+        """Moves the replicas that the Metropolis test accepts, unless a bond has changed."""
         accepted = np.log(self.rng.random(log_ratio.shape)) < log_ratio
         if self.topology is not None:
             for place in zip(*np.nonzero(accepted), strict=True):

@@ -1,1 +1,1 @@
-"""From a molecule and a calculator to free energies: a thermal ensemble, a flow of it, and the flow reweighted."""
+"""From a molecule and a calculator to free energies: a thermal ensemble, a flow trained on it, and reweighted draws."""

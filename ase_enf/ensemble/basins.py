@@ -1,4 +1,4 @@
-"""Shares and free energies of basins, by walkers and by weights, with errors that know how few samples there are."""
+"""Populations and free energies of basins, from walkers and from weighted draws, with honest errors for few samples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from ase_enf.data.series import Array, autocorrelation_time, standard_error
 from ase_enf.scoring.reweight import FEW
 
-# Degrees from 180 up to which a torsion is trans.
+# A torsion less than this many degrees from 180 is trans.
 _TRANS = 60.0
 
 
 class Torsions:
-    """A basin by torsions: "trans" within 60° of 180°, else "gauche", for each; mirror images are one basin.
+    """Names a basin by its torsions: each is "trans" within 60° of 180°, otherwise "gauche".
 
-    A flow of an equivariant network draws mirror images alike, so that the sign of a torsion says nothing.
+    Mirror images share a basin: an equivariant flow draws both with the same density, so the sign of a torsion carries
+    no information.
 
     Args:
-        atoms: Places of the four atoms of each torsion.
+        atoms: Indices of the four atoms of each torsion.
 
     Example:
         >>> from ase.build import molecule
@@ -35,7 +36,7 @@ class Torsions:
         self.atoms = [tuple(four) for four in atoms]
 
     def __call__(self, atoms: Atoms) -> str:
-        """Returns the name of the basin that a structure is in."""
+        """Returns the name of the basin of a structure."""
         angles = [atoms.get_dihedral(*four) for four in self.atoms]
         return " ".join("trans" if abs(angle - 180.0) < _TRANS else "gauche" for angle in angles)
 
@@ -44,9 +45,9 @@ class Basins(NamedTuple):
     """Which structures are in which basin.
 
     Attributes:
-        names: of the basins, the most frequent among the walkers first.
-        walkers: shape (S, C), the basin of each frame, its place in ``names``.
-        draws: shape (n,), of each draw, −1 for one without weight.
+        names: Names of the basins, the most frequent among the walkers first.
+        walkers: Basin of each frame as an index into ``names``, shape (S, C).
+        draws: Basin of each draw as an index into ``names``, −1 for a draw without weight, shape (n,).
     """
 
     names: list[str]
@@ -57,14 +58,17 @@ class Basins(NamedTuple):
 def assign(
     basin: Callable[[Atoms], Any], frames: Sequence[Atoms], walkers: int, samples: Sequence[Atoms], weights: Array
 ) -> Basins:
-    """Names the basin of every frame and of every sample that has a weight.
+    """Finds the basin of every frame and of every sample that has a weight.
 
     Args:
         basin: A function of one structure that returns the name of its basin.
-        frames: Frames of the walkers in turn.
-        walkers: C; frames of a last, incomplete sweep are left out.
+        frames: Frames of the walkers, one of each walker in turn.
+        walkers: Number C of walkers; frames of a last, incomplete sweep are left out.
         samples: n draws of the flow, atoms in the order of the molecule.
-        weights: shape (n,).
+        weights: Their weights, shape (n,).
+
+    Returns:
+        The basins.
 
     Example:
         >>> from ase.build import molecule
@@ -82,20 +86,21 @@ def assign(
 
 
 def free_energies(basins: Basins, weights: Array) -> pd.DataFrame:
-    """Shares p of the basins, and their free energies −ln(p / p of the first basin) in kT.
+    """Populations p of the basins, and their free energies F = −ln(p / p_0) relative to the first basin, in kT.
 
-    Errors are of first order: of the walkers with the autocorrelation of the series, of the weights by the delta method
-    for a ratio. There is none (infinite) where a basin, or the first one, has fewer than ten effective samples of its
-    own: then nobody can tell what has been missed, and the delta method, which sees only what was found, errs low.
+    Errors are of first order: for the walkers they include the autocorrelation of the series, for the weights they come
+    from the delta method for a ratio. An error is infinite where the basin, or the first one, has fewer than ten
+    effective samples: the delta method sees only what was drawn, and so underestimates the error of so few.
 
     Args:
         basins: Which structures are in which basin.
         weights: Normalised weights, shape (n,).
 
     Returns:
-        A row a basin: ``share_md``, its error and its effective samples; ``share_flow``, of the draws as they are;
-        ``share_reweighted``, its error and its effective samples; ``free_energy_md`` and
-        ``free_energy_reweighted``, kT, with errors.
+        One row for each basin: ``share_md``, the population among the walkers, with its error and the effective number
+        of samples; ``share_flow``, that among the unweighted draws; ``share_reweighted``, that among the weighted
+        draws, with its error and the effective number of samples; ``free_energy_md`` and ``free_energy_reweighted``,
+        kT, with errors.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -133,7 +138,7 @@ def free_energies(basins: Basins, weights: Array) -> pd.DataFrame:
 
 
 def _effective(inside: Array) -> float:
-    """Effective number of frames in a basin; one that holds all frames or none is no series to judge by."""
+    """Effective number of frames in a basin; all are counted where it holds all or none, as nothing then varies."""
     if inside.std() == 0:
         return float(inside.sum())
     return float(inside.sum() / max(float(autocorrelation_time(inside)), 1.0))
@@ -144,7 +149,7 @@ def _kish(weights: Array) -> float:
 
 
 def _against_first(basins: Basins, weights: Array, place: int) -> dict[str, float]:
-    """−ln(p_b / p_0) with the error of its first-order influence, by walkers and by weights."""
+    """−ln(p_b / p_0) and its first-order error, from the walkers and from the weights."""
     found = {}
     first, here = basins.walkers == 0, basins.walkers == place
     p, q = first.mean(), here.mean()

@@ -1,4 +1,4 @@
-"""Calculators by name, and a calculator that is bound to one molecule."""
+"""Calculators by name, and a calculator restricted to one molecule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ase_enf.chem.topology import Topology
 
 _XTB = {"gfn2": "GFN2-xTB", "gfn1": "GFN1-xTB"}
 NAMES = (*_XTB, "mmff")
-# Energy of what is not the molecule, eV: a Boltzmann factor of exactly zero, and yet a number.
+# Energy of a structure that is not the molecule, eV: finite, but its Boltzmann factor is exactly zero.
 OUTSIDE = 1e9
 
 
@@ -22,7 +22,10 @@ def calculator(name: str, atoms: Atoms) -> Any:
 
     Args:
         name: "gfn2" or "gfn1" (tight binding, by tblite), or "mmff" (MMFF94, by RDKit).
-        atoms: The molecule it is for; neutral.
+        atoms: The neutral molecule it is meant for.
+
+    Returns:
+        An ASE calculator.
 
     Raises:
         ValueError: If the name is unknown, or its package is not installed.
@@ -45,15 +48,38 @@ def calculator(name: str, atoms: Atoms) -> Any:
     return TBLite(method=_XTB[name], verbosity=0)
 
 
-class OneMolecule(Calculator):
-    """The energies of a calculator for structures that are one molecule in any order of the atoms, and no others.
+def as_calculator(given: Any, atoms: Atoms) -> Any:
+    """Returns a calculator that is given itself or by its name.
 
-    A flow is invariant under permutations of equal atoms, and now and then draws another isomer or a broken molecule.
-    Those are no part of the ensemble of the molecule: their energy here is 10⁹ eV, so that their weight is zero.
+    Args:
+        given: An ASE calculator, or a name for :func:`calculator`.
+        atoms: The molecule it is meant for.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the name is unknown, or its package is not installed.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> type(as_calculator("mmff", molecule("CH3OH"))).__name__
+        'MMFF94'
+    """
+    if isinstance(given, str):
+        return calculator(given, atoms)
+    if isinstance(given, type) or not all(hasattr(given, name) for name in ("get_potential_energy", "get_forces")):
+        raise TypeError(f"calculator={given!r}: must be an ASE calculator or one of the names {', '.join(NAMES)}")
+    return given
+
+
+class OneMolecule(Calculator):
+    """Restricts a calculator to one molecule: any other structure has an energy of 10⁹ eV and thus no weight.
+
+    A flow draws equal atoms in any order, and occasionally another isomer or a broken molecule. Atoms are reordered
+    before the calculator sees them; isomers and broken molecules do not belong to the ensemble of the molecule.
 
     Args:
         atoms: The molecule.
-        calculator: Any ASE calculator of energies, eV; it is given the atoms in the order of ``atoms``.
+        calculator: Any ASE calculator of energies, eV; it receives the atoms in the order of ``atoms``.
 
     Example:
         >>> from ase.build import molecule

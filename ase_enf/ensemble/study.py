@@ -1,12 +1,14 @@
-"""A study in stages, each kept in a folder and resumed from it: sample, train, draw, reweight, report."""
+"""A study in stages, each saved in a folder and resumed from it: sample, train, draw, reweight, report."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from ase_enf.chem.mmff import conformers
 from ase_enf.chem.topology import Topology
 from ase_enf.data import thermal
 from ase_enf.ensemble.basins import Torsions, assign, free_energies
-from ase_enf.ensemble.calculators import OUTSIDE, OneMolecule
+from ase_enf.ensemble.calculators import OUTSIDE, OneMolecule, as_calculator
 from ase_enf.flow.model import ENF
 from ase_enf.plot.ensembles import torsion_histogram, weight_histogram
 from ase_enf.scoring.reweight import Reweighted, ReweightingError, reweight
@@ -30,11 +32,13 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
 
-# Draws of a part, which is what an interruption may cost.
+STRUCTURE_FILES = ("thermal.extxyz", "samples.extxyz")
+"""Structures that a study writes to its folder: frames of the walkers, and draws of the flow."""
+# Draws saved together; an interruption loses at most this many.
 PART = 500
-# A molecule's part of the frames that is validated on: the last of every walker.
+# Fraction of the frames used for validation: the last ones of every walker.
 _VALID = 0.1
-_SEEDS = 1_000_003  # parts of different seeds never share one
+_SEEDS = 1_000_003  # seed of a part: seed * _SEEDS + its number, so that studies with different seeds share none
 _ARRAYS = ("log_weights", "energies", "log_prob", "log_prob_error")
 
 
@@ -43,9 +47,9 @@ class Study:
     """What :func:`boltzmann` returns.
 
     Args:
-        ensemble: Frames of the walkers, and how well they mixed.
+        ensemble: Frames of the walkers, and diagnostics of how well they mixed.
         flow: The trained flow.
-        reweighted: Draws of the flow, atoms in the order of the molecule, with their weights.
+        reweighted: Draws of the flow with their weights, atoms in the order of the molecule.
         table: Free energies of the basins, see :func:`ase_enf.ensemble.basins.free_energies`; None without basins.
     """
 
@@ -56,10 +60,13 @@ class Study:
 
 
 def default_training(steps: int = 6000) -> TrainConfig:
-    """Returns what a flow of one small molecule is trained by: given types, 4 layers of width 64.
+    """Returns the default training settings for one small molecule: given types, 4 layers of width 64.
 
     Args:
-        steps: Optimizer steps.
+        steps: Number of optimizer steps.
+
+    Returns:
+        The settings.
 
     Example:
         >>> default_training().features
@@ -85,59 +92,54 @@ def boltzmann(
 ) -> Study:
     """Samples a molecule's thermal ensemble, trains a flow on it, draws from the flow and reweights the draws.
 
-    The ensemble is that of one molecule: no stage counts another isomer or a broken molecule. Every stage is kept in
-    ``out``; called again with the same settings, what is finished is read and what was cut off goes on.
+    The ensemble is that of one molecule: no stage counts another isomer or a broken molecule. Every stage is saved in
+    ``out``; a second call with the same settings reads the finished stages and continues the interrupted one.
 
     Args:
-        atoms: The molecule; conformers to start from are made by RDKit.
-        calculator: An ASE calculator of energies and forces, eV and Å.
+        atoms: The molecule; RDKit makes the conformers that the walkers start from.
+        calculator: An ASE calculator of energies and forces, eV and eV/Å, or the name of one: "gfn2", "gfn1", "mmff".
         temperature: K.
-        out: A folder, which is made.
-        n: Frames of the walkers.
-        draws: Of the flow.
-        torsions: Torsions whose basins and histograms are reported, four places of atoms each.
-        basin: A function of a structure, with the atoms in the order of the molecule, that names its basin; by default
-            that of the torsions. Equal atoms come in any order, and mirror images too.
-        training: How to train; :func:`default_training` by default. Its ``out`` is that of the study.
+        out: Folder for everything that is written; created if necessary.
+        n: Number of frames of the walkers.
+        draws: Number of draws of the flow.
+        torsions: Torsions whose basins and histograms are reported, as four atom indices each.
+        basin: A function of one structure, with its atoms in the order of the molecule, that returns the name of its
+            basin; that of the torsions by default. It must not depend on the order of equal atoms or on handedness:
+            the flow draws every such order and both mirror images.
+        training: Training settings; :func:`default_training` by default. ``out`` and ``seed`` in it are replaced.
         sampling: Options of :func:`ase_enf.data.thermal.run`.
-        seed: Of every stage.
-        progress: Show bars; by default on a terminal only.
+        seed: Seed of every stage.
+        progress: Whether to show progress bars; by default on a terminal only.
 
     Returns:
         Ensemble, flow, weights and free energies. The folder holds ``report.md``, ``free_energies.csv``,
-        ``thermal.extxyz``, ``samples.extxyz``, pictures of torsions and weights, and the run of the flow.
+        ``thermal.extxyz``, ``samples.extxyz``, histograms of torsions and weights, and the training run.
 
     Raises:
-        ValueError: For a bad option, or a folder with stages of other settings.
+        TypeError: If ``calculator`` is neither a name nor a calculator.
+        ValueError: For a bad option, or a folder with stages computed at other settings.
         ReweightingError: If none of the draws is the molecule, or the calculator fails on all of them.
 
     Example:
         >>> from ase.build import molecule
-        >>> from ase_enf.ensemble.calculators import calculator
-        >>> ethanol = molecule("CH3CH2OH")
-        >>> study = boltzmann(ethanol, calculator("gfn2", ethanol), 300.0, "result")  # doctest: +SKIP
+        >>> study = boltzmann(molecule("CH3CH2OH"), "gfn2", 300.0, "result")  # doctest: +SKIP
         >>> print(study.reweighted)  # doctest: +SKIP
     """
     torsions = _checked_torsions(atoms, torsions)
+    calculator = as_calculator(calculator, atoms)
     if draws < 1:
         raise ValueError(f"draws={draws}: must be at least 1")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature}: must be a positive number of K")
-    folder = make_folder(out)
     show = sys.stderr.isatty() if progress is None else progress
-    options = {"seed": seed, "out": folder / "thermal.npz", "progress": show} | (sampling or {})
-    ensemble = thermal.run(conformers(atoms, 8, seed), calculator, temperature, n, **options)
-    write_structures(folder / "thermal.extxyz", ensemble.frames)
+    with _begun(out) as folder:
+        options = {"seed": seed, "out": folder / "thermal.npz", "progress": show} | (sampling or {})
+        ensemble = thermal.run(conformers(atoms, 8, seed), calculator, temperature, n, **options)
+    write_structures(folder / STRUCTURE_FILES[0], ensemble.frames)
     flow = _trained(ensemble, training or default_training(), folder / "flow", seed, show)
     found = _drawn(flow, atoms, calculator, temperature, draws, folder / "draws", seed, show)
-    write_structures(folder / "samples.extxyz", found.samples)
-    basin = basin or (Torsions(torsions) if torsions else None)
-    table = None
-    if basin is not None:
-        basins = assign(basin, ensemble.frames, ensemble.walkers, found.samples, found.weights)
-        table = free_energies(basins, found.weights)
-        with atomic_write(folder / "free_energies.csv") as handle:
-            handle.write(table.to_csv(index=False).encode())
+    write_structures(folder / STRUCTURE_FILES[1], found.samples)
+    table = _basin_table(basin or (Torsions(torsions) if torsions else None), ensemble, found, folder)
     study = Study(ensemble, flow, found, table)
     _draw_pictures(study, atoms, torsions, folder)
     with atomic_write(folder / "report.md") as handle:
@@ -145,16 +147,35 @@ def boltzmann(
     return study
 
 
+@contextlib.contextmanager
+def _begun(path: str | Path) -> Iterator[Path]:
+    """Creates a folder, and removes a new one if a bad option ends the work before anything is written to it."""
+    new = not Path(path).exists()
+    folder = make_folder(path)
+    try:
+        yield folder
+    except ValueError:
+        if new:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                folder.rmdir()
+        raise
+
+
 def _checked_torsions(atoms: Atoms, torsions: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     listed = [tuple(int(place) for place in four) for four in torsions]
+    bonds = Topology(atoms).bonds
     for four in listed:
         if len(set(four)) != 4 or len(four) != 4 or min(four) < 0 or max(four) >= len(atoms):
-            raise ValueError(f"torsion {list(four)}: need four different places of atoms from 0 to {len(atoms) - 1}")
+            raise ValueError(f"torsion {list(four)}: need four different atom indices from 0 to {len(atoms) - 1}")
+        for first, second in itertools.pairwise(four):
+            if not bonds[first, second]:
+                pair = " and ".join(f"{atoms.symbols[place]}{place}" for place in (first, second))
+                raise ValueError(f"torsion {list(four)}: {pair} are not bonded; name four atoms along bonds")
     return listed
 
 
 def _trained(ensemble: thermal.Ensemble, training: TrainConfig, folder: Path, seed: int, progress: bool) -> ENF:
-    """The flow of an ensemble; a run that is there goes on."""
+    """Trains a flow on an ensemble; an unfinished run is continued."""
     frames, walkers = ensemble.frames, ensemble.walkers
     first = len(frames) - max(walkers, round(_VALID * len(frames)) // walkers * walkers)
     if first < 1:
@@ -175,31 +196,33 @@ def _drawn(
     seed: int,
     progress: bool,
 ) -> Reweighted:
-    """Draws of a flow in parts, of which those that are there are read."""
+    """Draws from a flow in parts and reweights them; parts already on disk are read."""
     folder.mkdir(exist_ok=True)
     topology, bound = Topology(atoms), OneMolecule(atoms, calculator)
     weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
     mark = f"{hashlib.sha256(weights).hexdigest()[:16]} {type(calculator).__name__} {temperature:g} {seed}"
+    formula = atoms.get_chemical_formula()
     parts: list[dict[str, np.ndarray]] = []
     for k, start in enumerate(range(0, draws, PART)):
         count = min(PART, draws - start)
         path = folder / f"part_{k:04d}_{count}.npz"
         part = read_part(path, mark)
         if part is None:
-            formula = atoms.get_chemical_formula()
             found = reweight(
                 flow, bound, count, temperature, seed=seed * _SEEDS + k, formula=formula, progress=progress
             )
             part = _part(found, topology, mark)
-            buffer = io.BytesIO()
-            np.savez(buffer, **part)
-            with atomic_write(path) as handle:
-                handle.write(buffer.getvalue())
+            _write_part(path, part)
         parts.append(part)
+    return _joined(parts, atoms, temperature)
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]], atoms: Atoms, temperature: float) -> Reweighted:
+    """Joins all parts; draws that are not the molecule get neither energy nor weight."""
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in (*_ARRAYS, "positions")}
     outside = arrays["energies"] >= OUTSIDE
     if outside.all():
-        raise ReweightingError(f"none of {draws} draws is the molecule; train longer, or raise n")
+        raise ReweightingError(f"none of {len(outside)} draws is the molecule; train longer, or raise n")
     arrays["energies"][outside], arrays["log_weights"][outside] = math.nan, -math.inf
     samples = []
     for k, positions in enumerate(arrays.pop("positions")):
@@ -215,7 +238,7 @@ def _drawn(
 
 
 def _part(found: Reweighted, topology: Topology, mark: str) -> dict[str, np.ndarray]:
-    """A part as arrays, atoms in the order of the molecule; those that are another one stay as they are, by element."""
+    """A part as arrays, atoms in the order of the molecule; in draws of other molecules only the elements match."""
     positions = []
     for atoms in found.samples:
         order = topology.match(atoms)
@@ -228,15 +251,25 @@ def _part(found: Reweighted, topology: Topology, mark: str) -> dict[str, np.ndar
     return arrays | counts | {"positions": np.array(positions)}
 
 
+def _write_part(path: Path, part: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **part)
+    with atomic_write(path) as handle:
+        handle.write(buffer.getvalue())
+
+
 def read_part(path: Path, mark: str) -> dict[str, np.ndarray] | None:
-    """Returns a part of the draws that is on disk; None if there is none.
+    """Returns a part of the draws from disk, or None if there is none.
 
     Args:
-        path: Its file.
-        mark: What tells its flow and its settings apart.
+        path: File of the part.
+        mark: Identifies the flow and the settings.
+
+    Returns:
+        Arrays by name, or None.
 
     Raises:
-        ValueError: If it is of another flow or of other settings.
+        ValueError: If the part was drawn from another flow or with other settings.
 
     Example:
         >>> read_part(Path("no-such-part.npz"), "") is None
@@ -251,8 +284,21 @@ def read_part(path: Path, mark: str) -> dict[str, np.ndarray] | None:
     return part
 
 
+def _basin_table(
+    basin: Callable[[Atoms], Any] | None, ensemble: thermal.Ensemble, found: Reweighted, folder: Path
+) -> pd.DataFrame | None:
+    """Returns free energies of the basins and writes them to a file; None without basins."""
+    if basin is None:
+        return None
+    basins = assign(basin, ensemble.frames, ensemble.walkers, found.samples, found.weights)
+    table = free_energies(basins, found.weights)
+    with atomic_write(folder / "free_energies.csv") as handle:
+        handle.write(table.to_csv(index=False).encode())
+    return table
+
+
 def _draw_pictures(study: Study, atoms: Atoms, torsions: Sequence[tuple[int, ...]], folder: Path) -> None:
-    """Histograms of torsions and of weights."""
+    """Draws histograms of torsions and of weights."""
     weight_histogram(study.reweighted.log_weights, folder / "log_weights.png")
     ours = study.reweighted.weights > 0
     samples = [sample for sample, counts in zip(study.reweighted.samples, ours, strict=True) if counts]
@@ -270,19 +316,22 @@ def _draw_pictures(study: Study, atoms: Atoms, torsions: Sequence[tuple[int, ...
 
 
 def report(study: Study, atoms: Atoms, temperature: float) -> str:
-    """Returns what a study found, in Markdown.
+    """Returns a report on a study in Markdown.
 
     Args:
         study: The study.
         atoms: Its molecule.
         temperature: K.
+
+    Returns:
+        The text of ``report.md``.
     """
     d, trouble = study.ensemble.diagnostics, study.ensemble.diagnostics.trouble(temperature)
     lines = [
         f"# {atoms.get_chemical_formula()} at {temperature:g} K",
         "",
         f"Walkers: {len(study.ensemble.frames)} frames of {study.ensemble.walkers} walkers, {d.calls} calls of the "
-        f"calculator; <U> = {d.energy:.4f} ± {d.energy_stderr:.4f} eV; temperature by the virial "
+        f"calculator; ⟨U⟩ = {d.energy:.4f} ± {d.energy_stderr:.4f} eV; temperature by the virial "
         f"{d.temperature:.0f} ± {d.temperature_stderr:.0f} K; longest autocorrelation time {d.autocorrelation:.1f} "
         f"frames, {d.effective_size:.0f} effective frames; r_hat {d.r_hat:.3f}; "
         f"{100 * d.acceptance[0]:.0f} % accepted, {d.refused} refused for a changed bond."
@@ -298,12 +347,12 @@ def report(study: Study, atoms: Atoms, temperature: float) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_row(row) for row in study.table.to_dict("records")]
-        lines += ["", "An error of inf: fewer than ten effective samples, from which none can be told."]
+        lines += ["", "An error of inf means fewer than ten effective samples: too few to estimate an error."]
     return "\n".join([*lines, ""])
 
 
 def _row(row: dict[str, Any]) -> str:
-    """A basin as a row of the report."""
+    """Returns a basin as a row of the table in the report."""
     pairs = [
         f"{row[name]:.3f} ± {row[f'{name}_stderr']:.3f}"
         for name in ("share_md", "share_reweighted", "free_energy_md", "free_energy_reweighted")

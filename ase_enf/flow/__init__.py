@@ -1,1 +1,1 @@
-"""The model: its density and its transport, from the velocity field to the file of weights."""
+"""The model: its density and its transport, from the velocity field to the weights file."""

@@ -1,4 +1,4 @@
-"""Base distributions: centred Gaussian on positions, Gaussian on features, and the prior of sizes (eq. 11)."""
+"""Base distributions: centred Gaussian of positions, Gaussian of features, and the size prior (eq. 11)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def position_log_prob(z: Tensor, mask: Tensor) -> Tensor:
 
 
 def feature_log_prob(z: Tensor, mask: Tensor) -> Tensor:
-    """Log-density of the standard Gaussian on features, ``Σ_i log N(z_i; 0, I)``.
+    """Log-density of the standard Gaussian of features, ``Σ_i log N(z_i; 0, I)`` (eq. 11).
 
     Args:
         z: Features, shape (B, M, F), zero at padding.
@@ -57,10 +57,10 @@ def sample_latent(
     """Draws one latent molecule: a Gaussian projected on the zero-mean subspace, and Gaussian features.
 
     Args:
-        rng: Source of randomness; with one for each molecule, a molecule does not depend on its batch.
-        n_atoms: M.
-        dimension: n.
-        features: F.
+        rng: Source of randomness; with one of its own, a molecule does not depend on the rest of its batch.
+        n_atoms: Number M of atoms.
+        dimension: Dimension n of space.
+        features: Number F of features of an atom.
 
     Returns:
         z_x, shape (M, n), with zero mean, and z_h, shape (M, F), both float64.
@@ -71,7 +71,14 @@ def sample_latent(
 
 
 def check_counts(name: str, counts: Mapping[Any, int]) -> None:
-    """Raises ``ValueError`` for a count of molecules that is negative or beyond any data set.
+    """Checks counts of molecules.
+
+    Args:
+        name: Name of the counts in the message.
+        counts: What is counted → count.
+
+    Raises:
+        ValueError: If a count is negative or larger than any data set.
 
     Example:
         >>> check_counts("sizes", {3: 10**400})
@@ -87,10 +94,10 @@ class SizePrior:
     """Categorical distribution p_M of the number of atoms: counts of the training set divided by their sum.
 
     Args:
-        counts: Size → count.
+        counts: Number of atoms → number of molecules.
 
     Raises:
-        ValueError: If there is no count, or one that is negative or beyond any data set.
+        ValueError: If there is no molecule, or a count is negative or larger than any data set.
 
     Example:
         >>> prior = SizePrior({3: 1, 5: 3})
@@ -111,16 +118,28 @@ class SizePrior:
         return int(size) in self.counts
 
     def log_prob(self, sizes: Iterable[int] | Tensor) -> Tensor:
-        """Returns log p_M(M) in nats, float64, −inf for a size never seen; a tensor is not read by the host."""
+        """Returns log p_M(M), nats, float64; −inf for an unseen size.
+
+        Args:
+            sizes: Numbers of atoms, shape (B,); the host does not wait for a tensor on a GPU.
+        """
         sizes = sizes if isinstance(sizes, Tensor) else torch.tensor(list(sizes))
-        if sizes.device not in self._tables:  # kept, because making it would halt a GPU
+        if sizes.device not in self._tables:  # cached: copying it to a GPU would make the host wait
             known, log_p = torch.from_numpy(self._sizes), torch.from_numpy(np.log(self._probabilities))
             self._tables[sizes.device] = known.to(sizes.device), log_p.to(sizes.device)
         known, log_p = self._tables[sizes.device]
         return torch.where(sizes.unsqueeze(-1) == known, log_p, -math.inf).amax(dim=-1)
 
     def sample(self, rng: np.random.Generator, weights: Mapping[int, float] | None = None) -> int:
-        """Draws one size, by p_M or by weights of the sizes that p_M has."""
+        """Draws one size.
+
+        Args:
+            rng: Source of randomness.
+            weights: Weight of each size that p_M has, to draw by instead of p_M.
+
+        Returns:
+            Number M of atoms.
+        """
         if weights is None:
             return int(rng.choice(self._sizes, p=self._probabilities))
         shares = np.array([weights[size] for size in self.counts])

@@ -1,4 +1,4 @@
-"""What conditions a flow: features of nodes, features of pairs, and numbers of the whole molecule."""
+"""What conditions a flow: features of nodes, features of pairs, and properties of the whole molecule."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Equal bins of a histogram between the least and the largest value of the training set.
+# Number of equal bins of a histogram between the smallest and the largest value of the training set.
 BINS = 100
-# Standard deviations of a condition are so many units of the network's input. Adam moves a weight by the learning rate,
-# however small its gradient, so that an input of a wide spread is learned sooner.
+# Units of the network's input in one standard deviation of a condition. Adam moves a weight by about the learning rate,
+# however small its gradient, so an input with a wide spread is learned sooner.
 SPREAD = 10.0
-# How far beyond the training set a value may be asked for, in parts of its range.
+# How far outside the range of the training set a requested value may be, as a fraction of that range.
 MARGIN = 0.05
-# Bond orders: 1, 2, 3 and aromatic (4 in ``Batch.bonds``); then atoms two and three bonds apart.
+# Bond orders: 1, 2, 3 and aromatic (4 in ``Batch.bonds``).
 BOND_KINDS = 4
+# Two more columns mark atoms two and three bonds apart.
 GRAPH_FEATURES = BOND_KINDS + 2
 
 
@@ -32,7 +33,7 @@ class Context(NamedTuple):
 
 
 def split_context(context: Tensor | Context | None) -> Context:
-    """Returns a context as both of its parts; a tensor is one of nodes alone.
+    """Returns a context with both parts; a tensor holds features of the nodes only.
 
     Example:
         >>> split_context(torch.zeros(1, 2, 3)).pairs is None
@@ -44,11 +45,11 @@ def split_context(context: Tensor | Context | None) -> Context:
 def graph_features(bonds: Tensor, dtype: torch.dtype) -> Tensor:
     """Features a_ij of a molecular graph: the kind of bond, one-hot, and whether i and j are two or three bonds apart.
 
-    Neighbours two bonds apart are those that an angle holds, three bonds apart those that a torsion does.
+    An angle fixes the distance of atoms two bonds apart, a torsion that of atoms three bonds apart.
 
     Args:
-        bonds: 0 for none, 1, 2, 3, or 4 for an aromatic bond; symmetric, shape (B, M, M), whole numbers.
-        dtype: Of the result.
+        bonds: 0 for no bond, 1, 2, 3, or 4 for an aromatic bond; integers, symmetric, shape (B, M, M).
+        dtype: Floating type of the result.
 
     Returns:
         Shape (B, M, M, 6).
@@ -74,21 +75,21 @@ def graph_features(bonds: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """A number of the whole molecule that conditions a flow, such as its gap, and what training knows of it.
+    """A property c of the whole molecule that conditions a flow, such as the gap, and its statistics in training.
 
-    The network sees 10 (c − mean) / std, and whether c is there at all.
+    The network sees 10 (c − mean) / std, and whether c is known.
 
     Args:
         name: Key in ``info``.
-        unit: Of the value, in words; empty where nobody said.
-        mean: Mean of the training set.
-        std: Its standard deviation.
-        low: Its least value.
-        high: Its largest value.
+        unit: Unit of the value, in words; empty where it was not stated.
+        mean: Mean over the training set.
+        std: Standard deviation over the training set.
+        low: Smallest value in the training set.
+        high: Largest value in the training set.
         counts: Histogram of the training set for each number of atoms: counts in ``BINS`` equal bins from low to high.
 
     Raises:
-        ValueError: For numbers that are no condition.
+        ValueError: If the numbers are not finite, do not spread, or do not form such histograms.
 
     Example:
         >>> gap = Condition.of("gap", "eV", np.array([4.0, 6.0, 8.0]), np.array([9, 9, 18]))
@@ -122,9 +123,12 @@ class Condition:
 
         Args:
             name: Key in ``info``.
-            unit: Of the values.
-            values: Of each molecule, shape (N,).
-            sizes: Number of atoms of each, shape (N,).
+            unit: Unit of the values.
+            values: Value of each molecule, shape (N,).
+            sizes: Number of atoms of each molecule, shape (N,).
+
+        Raises:
+            ValueError: If all values are equal, or one is not finite.
         """
         values = np.asarray(values, dtype=np.float64)
         low, high = float(values.min()), float(values.max())
@@ -133,7 +137,15 @@ class Condition:
         return cls(name, unit, float(values.mean()), float(values.std()), low, high, counts)
 
     def check(self, low: float, high: float | None = None) -> None:
-        """Raises ``ValueError`` for a value, or a range, far outside the training set."""
+        """Checks a requested value or range against the training set.
+
+        Args:
+            low: The value, or the lower end of the range.
+            high: The upper end of the range; None for a single value.
+
+        Raises:
+            ValueError: If it is not finite, in the wrong order, or far outside the training set.
+        """
         high = low if high is None else high
         span, unit = MARGIN * (self.high - self.low), f" {self.unit}" if self.unit else ""
         asked = f"{low:g}" if low == high else f"{low:g}:{high:g}"
@@ -149,9 +161,16 @@ class Condition:
         return self.low - span <= value <= self.high + span
 
     def size_weights(self, low: float, high: float) -> dict[int, float]:
-        """Returns p(c in the bins from low to high | M) of the training set for every M, zero ones left out.
+        """Returns p(c in the bins from low to high | M) in the training set for every M where it is not zero.
 
-        Where no molecule is in those bins, the nearest ones that have some count.
+        If those bins are empty, the range is widened bin by bin until it holds a molecule.
+
+        Args:
+            low: Lower end of the range, in the unit of the property.
+            high: Upper end of the range.
+
+        Returns:
+            Number M of atoms → probability.
         """
         first, last = self._bins(low, high)
         table = np.array(list(self.counts.values()))
@@ -161,11 +180,23 @@ class Condition:
         return {size: float(part) for size, part in zip(self.counts, inside, strict=True) if part}
 
     def draw(self, rng: np.random.Generator, low: float, high: float, size: int) -> float:
-        """Draws a value between low and high from the histogram, that of this number of atoms where it has any."""
+        """Draws a value between low and high from a histogram of the training set.
+
+        The histogram is that of molecules with ``size`` atoms; if it is empty there, that of all molecules.
+
+        Args:
+            rng: Source of randomness.
+            low: Lower end of the range, in the unit of the property.
+            high: Upper end of the range.
+            size: Number M of atoms.
+
+        Returns:
+            A value, in the unit of the property.
+        """
         if low == high:
             return low
         edges = np.linspace(self.low, self.high, BINS + 1)
-        inside = np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)  # of each bin
+        inside = np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)  # width of each bin
         rows = [np.array(self.counts[size])] if size in self.counts else []
         rows.append(np.sum(list(self.counts.values()), axis=0))
         for row in rows:
@@ -183,10 +214,10 @@ class Condition:
 
 
 def read_conditions(items: Sequence[Condition | Mapping[str, Any]]) -> tuple[Condition, ...]:
-    """Returns conditions from themselves or from what JSON makes of them.
+    """Returns conditions, given as such or as mappings read from JSON.
 
     Raises:
-        ValueError: If two have one name.
+        ValueError: If two have the same name.
     """
     conditions = tuple(item if isinstance(item, Condition) else Condition(**item) for item in items)
     names = [condition.name for condition in conditions]
@@ -196,13 +227,16 @@ def read_conditions(items: Sequence[Condition | Mapping[str, Any]]) -> tuple[Con
 
 
 def condition_features(values: Tensor | None, like: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Returns what the network sees of the conditions, the same for all atoms, shape (B, M, 2 C).
+    """Returns the network's input for the conditions, the same for all atoms of a molecule.
 
     Args:
-        values: In their own units, NaN where unknown, shape (B, C); None where nothing is known.
-        like: Something of shape (B, M, ...), for shape, dtype and device.
-        mean: Of each condition, shape (C,).
-        std: Of each condition, shape (C,).
+        values: Values in their own units, NaN where unknown, shape (B, C); None where none is known.
+        like: A tensor of shape (B, M, ...) that sets shape, dtype and device.
+        mean: Mean of each condition, shape (C,).
+        std: Standard deviation of each condition, shape (C,).
+
+    Returns:
+        Scaled values, zero where unknown, then 1 where known and 0 where not, shape (B, M, 2 C).
 
     Example:
         >>> values, like = torch.tensor([[7.0, torch.nan]]), torch.zeros(1, 1, 3)

@@ -1,6 +1,6 @@
 """The continuous flow: integrates any velocity field ``(t, x, h) → (dx, dh)`` and its log-determinant (eq. 2, 7).
 
-Time runs from data (t = 0) to latent (t = 1). ``ladj`` always is ``∫_{t0}^{t1} Tr J dt`` in the direction of travel.
+Time runs from data (t = 0) to latent (t = 1). ``ladj`` is always ``∫_{t0}^{t1} Tr J dt`` in the direction of travel.
 This module is the only caller of torchdiffeq.
 """
 
@@ -15,34 +15,36 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ase_enf.atoms.batch import check_whole
 from ase_enf.flow import fixed_steps
 from ase_enf.flow.divergence import Divergence, Field, Moment, Velocity
 from ase_enf.flow.quadrature import check_intervals, clenshaw_curtis, integrate, rule
+from ase_enf.geometry import subspace_dim
 from ase_enf.threads import map_threads
 
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 
-# Not dopri8 and bosh3: torchdiffeq interpolates their last step, which costs them all digits beyond the fifth.
+# Not dopri8 and bosh3: torchdiffeq interpolates their last step, which is accurate to about five digits only.
 ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
-# By which factor the error of the path is assumed to grow with half the fixed steps, or with tolerances LOOSENED times
-# as large. For fixed steps it is that of one order less than the method's own, because the steps may be too large for
-# the full order; an adaptive method follows its tolerance so loosely that the coarser solve may err by little more.
+# Factor by which the error of the path is assumed to grow with half the fixed steps, or with tolerances LOOSENED times
+# as large. For fixed steps it corresponds to one order less than the method's own, because the steps may be too long
+# for the full order; an adaptive method follows its tolerance so loosely that a coarser solve may err little more.
 PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0, "dopri5": 2.0}
 LOOSENED = 10.0
 
-# An adaptive solve takes some hundred evaluations; one that needs more than this would not end.
+# An adaptive solve takes some hundred evaluations; one that needs more than this is taken not to end.
 MAX_EVALUATIONS = 10_000
 
-# Intervals of the quadrature of the trace.
+# Default number of intervals of the quadrature of the trace.
 INTERVALS = 48
 
 
 class SolverError(RuntimeError):
-    """The adaptive solver could not integrate: its step underflowed or the state left the finite numbers.
+    """The adaptive solver failed: its step size underflowed, or the state is no longer finite.
 
-    Fixed steps carry a non-finite state to the end; whoever asked for them looks at the result.
+    Fixed steps never raise it; they carry a non-finite state to the end, and the caller checks the result.
     """
 
 
@@ -55,12 +57,12 @@ class Solver:
         steps: Number of fixed steps; ignored by adaptive methods.
         rtol: Relative tolerance of adaptive methods.
         atol: Absolute tolerance of adaptive methods.
-        warp: Fixed steps lie at ``t = (k / steps)^warp``: above 1 they are denser near the data, where a flow is stiff.
-            The quadrature of the trace is in u with t = u^warp, too, whatever the method (and in t below 1); whole
-            numbers keep smooth integrands smooth.
+        warp: Fixed steps lie at ``t = (k / steps)^warp``; above 1 they are denser near the data, where a flow is stiff.
+            With every method, the quadrature of the trace is in u, with t = u^max(warp, 1). A whole number keeps a
+            smooth integrand smooth.
 
     Raises:
-        ValueError: For an unknown method, steps < 1, tolerances that are not positive.
+        ValueError: If the method is unknown, steps is below 1, or a tolerance or warp is not positive.
 
     Example:
         >>> Solver("midpoint", steps=4, warp=2.0).grid().tolist()
@@ -77,8 +79,7 @@ class Solver:
         known = (*ADAPTIVE, *EVALUATIONS_PER_STEP)
         if self.method not in known:
             raise ValueError(f"solver {self.method!r} is unknown; choose one of {', '.join(known)}")
-        if self.steps < 1:
-            raise ValueError(f"solver steps={self.steps}: need at least 1")
+        check_whole("solver steps", self.steps, 1)
         if min(self.rtol, self.atol, self.warp) <= 0:
             raise ValueError(f"solver rtol={self.rtol}, atol={self.atol}, warp={self.warp}: all must be positive")
 
@@ -93,7 +94,7 @@ class Solver:
         return f"{self.method}, {self.steps} steps, warp {self.warp:g}"
 
     def coarser(self) -> Solver:
-        """Returns a cheaper solver of about ``PATH_REDUCTION`` times the error: half the steps, a looser tolerance.
+        """Returns a cheaper solver of about ``PATH_REDUCTION`` times the error: half the steps or looser tolerances.
 
         Example:
             >>> str(Solver("rk4", steps=8).coarser()), str(Solver().coarser())
@@ -104,7 +105,7 @@ class Solver:
         return replace(self, steps=max(self.steps // 2, 1))
 
     def finer(self, dtype: torch.dtype = torch.float64) -> Solver:
-        """Returns a dearer solver: twice the steps, or tighter tolerances down to what ``dtype`` resolves.
+        """Returns a more accurate solver: twice the steps, or tighter tolerances as far as ``dtype`` resolves them.
 
         Example:
             >>> str(Solver().finer()), str(Solver().finer(torch.float32).finer(torch.float32).finer(torch.float32))
@@ -122,11 +123,19 @@ class Solver:
 
 
 def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solver) -> Solver:
-    """Turns a name, a number of steps or nothing into a ``Solver``.
+    """Returns a ``Solver`` from what a caller gave: a solver, the name of a method, a number of steps, or nothing.
+
+    Args:
+        solver: A solver, which is returned as it is; or the name of a method; or None for that of the default.
+        steps: Number of fixed steps; None for that of the default.
+        default: Supplies whatever is not given.
+
+    Returns:
+        The solver.
 
     Raises:
-        TypeError: For anything else, such as a ``StochasticSampler``, which solves no ODE and has no likelihood.
-        ValueError: For an unknown method, or steps for an adaptive one.
+        TypeError: If ``solver`` is anything else, such as a ``StochasticSampler``, which has no likelihood.
+        ValueError: If the method is unknown, or steps are given for an adaptive method or beside a ``Solver``.
 
     Example:
         >>> resolve_solver(None, 10, Solver("midpoint")).steps
@@ -137,7 +146,7 @@ def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solv
             raise ValueError(f"steps={steps}: the given Solver already says {solver.steps}; leave one of them out")
         return solver
     if not (solver is None or isinstance(solver, str)):
-        raise TypeError(f"solver {solver}: renewed noise has no likelihood; give a Solver or the name of a method")
+        raise TypeError(f"solver {solver}: has no likelihood; give a Solver or the name of a method")
     chosen = Solver(
         method=solver or default.method,
         steps=default.steps if steps is None else steps,
@@ -151,7 +160,7 @@ def resolve_solver(solver: str | Solver | None, steps: int | None, default: Solv
 
 
 class Transformed(NamedTuple):
-    """Where the flow took a batch."""
+    """Result of transporting a batch along the flow."""
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
@@ -159,33 +168,33 @@ class Transformed(NamedTuple):
     error: Tensor  # (B,), estimated error of the quadrature of ladj, nats
     samples: Tensor  # (P, B), ladj by each probe alone; (1, B) for an exact trace
     traces: Tensor  # (Q, P, B), Tr J at the Q nodes of the quadrature, in the order of t
-    nfe: int  # evaluations of the velocity, those inside traces included
+    nfe: int  # number of evaluations of the velocity, including those for the traces
 
 
 class Again(NamedTuple):
-    """Where another solver took a batch, see ``ContinuousFlow.again``."""
+    """Result of transporting a batch with another solver; see ``ContinuousFlow.again``."""
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
-    ladj: Tensor  # (B,), by a quarter of the intervals, float64
+    ladj: Tensor  # (B,), from a quarter of the intervals, float64
     nfe: int
 
 
 class Regularised(NamedTuple):
-    """Where the flow took a batch in training, with the terms of Finlay et al. (2020)."""
+    """Result of transporting a batch in training, with the regularisers of Finlay et al. (2020)."""
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
     ladj: Tensor  # (B,)
     kinetic: Tensor  # (B,), ∫ ‖f‖² dt
-    jacobian: Tensor  # (B,), ∫ ‖vᵀ J‖² dt with the trace's own probe v
+    jacobian: Tensor  # (B,), ∫ ‖vᵀ J‖² dt with the same probe v as the trace
     nfe: int
 
 
 class ContinuousFlow:
     """The flow of a velocity field between t = 0 (data) and t = 1 (latent) (eq. 7).
 
-    Likelihoods solve for the state alone and integrate the trace by quadrature along the solved path: the trace does
+    Likelihoods solve for the state alone and integrate the trace by quadrature along the solved path. The trace does
     not feed back into the state, so it is needed at a few nodes only, and nested rules estimate the error.
 
     Args:
@@ -194,7 +203,7 @@ class ContinuousFlow:
         solver: How to integrate the state.
 
     Example:
-        A linear field has a known flow: dx/dt = a x gives x(1) = eᵃ x(0) and ladj = a (M − 1) n on the subspace.
+        The flow of a linear field is known: dx/dt = a x gives x(1) = eᵃ x(0) and ladj = a (M − 1) n on the subspace.
 
         >>> from ase_enf.flow import divergence
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
@@ -228,11 +237,12 @@ class ContinuousFlow:
         end: float,
         trace: TraceMethod | None = None,
         intervals: int = INTERVALS,
+        known: Tensor | None = None,
     ) -> Transformed:
-        """Integrates from ``start`` to ``end`` and, when a trace method is given, ``ladj = ∫ Tr J dt``.
+        """Integrates the state from ``start`` to ``end`` and, given a trace method, ``ladj = ∫ Tr J dt`` (eq. 2, 7).
 
-        The quadrature is Clenshaw-Curtis in u with t = u^warp, ``∫ Tr J(u^w) w u^{w−1} du``; its nodes are those of a
-        fixed grid too, and its error is estimated from the rules nested in it.
+        The quadrature is Clenshaw-Curtis in u with t = u^w, ``∫ Tr J(u^w) w u^{w−1} du``. Its nodes are added to the
+        grid of a fixed-step solver, and its error is estimated from the nested rules.
 
         Args:
             x: Positions, shape (B, M, n).
@@ -240,11 +250,16 @@ class ContinuousFlow:
             start: 0 or 1.
             end: 1 or 0.
             trace: ``divergence.exact`` or a closure over probes; None leaves ladj at zero.
-            intervals: Of the quadrature, a multiple of 8; one more node.
+            intervals: Number Q − 1 of intervals of the quadrature, a multiple of 8.
+            known: Tr J at every other node, shape ((Q + 1) / 2, P, B), from a path with half the intervals. The caller
+                accounts for the error of that path; see ``likelihood.path_error``.
+
+        Returns:
+            State, ladj and its error.
 
         Raises:
             SolverError: If the solver fails.
-            ValueError: If ``intervals`` is no multiple of 8.
+            ValueError: If ``intervals`` is not a multiple of 8.
         """
         self.nfe = 0
         if trace is None:
@@ -253,24 +268,28 @@ class ContinuousFlow:
             return Transformed(*path[-1], zero[0, 0], zero[0, 0], zero[0], zero[:0], self.nfe)
         check_intervals(intervals)
         times, stretch = self.nodes(intervals)
-        # The path stops at every node, so that more nodes refine it, too.
+        # The path stops at every node, so more nodes also make it more accurate.
         path = self._solve(x, h, times if start < end else times.flip(0))
         states = path if start < end else path[::-1]
-        traces = self._traces(trace, times, states)
+        if known is None:
+            traces = self._traces(trace, times, states)
+        else:
+            between = self._traces(trace, times[1::2], states[1::2])
+            traces = torch.cat([torch.stack([known[:-1], between], dim=1).flatten(0, 1), known[-1:]])
         weighted = traces * stretch.to(traces)[:, None, None]
         samples = integrate(weighted).value * (1.0 if start < end else -1.0)
         error = integrate(weighted.mean(dim=1)).error  # of the mean over probes
         return Transformed(*path[-1], *(t.to(x) for t in (samples.mean(dim=0), error, samples, traces)), self.nfe)
 
     def _traces(self, trace: TraceMethod, times: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Returns Tr J at these times and states, shape (Q, P, B), float64."""
+        """Returns Tr J at the given times and states, shape (Q, P, B), float64."""
         x = states[0][0]
         moments = times.to(x)
 
         def at_node(k: int) -> Tensor:
             return trace(Moment(self.velocity, moments[k]), *states[k]).samples.double()
 
-        # The nodes of a solved path are independent, but a graph is recorded, and a GPU is filled, by one at a time.
+        # The nodes of a solved path are independent: threads share them, unless autograd records or one fills a GPU.
         alone = torch.is_grad_enabled() or x.device.type != "cpu"
         nodes = range(len(times))
         self.nfe += len(nodes)
@@ -282,19 +301,22 @@ class ContinuousFlow:
         return u**warp, warp * u ** (warp - 1.0)
 
     def trajectory(self, x: Tensor, h: Tensor, times: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns the states at ``times`` (monotonic, the first being that of x and h)."""
+        """Returns the states (x, h) at monotonic ``times``, the first of which is that of the given x and h."""
         self.nfe = 0
         return self._solve(x, h, times.double())
 
     def again(self, x: Tensor, h: Tensor, trace: TraceMethod, intervals: int, solver: Solver) -> Again:
-        """Goes from data to latent space by another solver, for an estimate of the path's error.
+        """Transports data to latent space with another solver, to estimate the error of the path.
 
         Args:
             x: Positions at t = 0, shape (B, M, n).
-            h: Features there, shape (B, M, F).
-            trace: As of :meth:`transport`.
-            intervals: Of the quadrature whose nodes this path stopped at; every fourth serves here.
-            solver: The other one.
+            h: Features at t = 0, shape (B, M, F).
+            trace: As in :meth:`transport`.
+            intervals: Number of intervals of the original quadrature; the trace is computed at every fourth node.
+            solver: The other solver.
+
+        Returns:
+            Latent state and ladj.
         """
         other = ContinuousFlow(self.velocity, self.mask, solver)
         times = self.nodes(intervals)[0]
@@ -303,24 +325,51 @@ class ContinuousFlow:
         return Again(*path[-1], ladj, other.nfe)
 
     def every_fourth(self, traces: Tensor) -> Tensor:
-        """Returns ∫_0^1 Tr J dt by a quarter of the intervals, shape (B,), from traces at every fourth node alone."""
+        """Returns ∫_0^1 Tr J dt, shape (B,), from traces at every fourth node of a quadrature."""
         stretch = self.nodes(4 * (len(traces) - 1))[1][::4]
         return rule(traces.mean(dim=1) * stretch.to(traces)[:, None])
+
+    def unresolved(self, x: Tensor, h: Tensor, traces: Tensor) -> Tensor:
+        """Returns ∫ |Tr J| dt over those parts of the path where fixed steps are too long to be stable.
+
+        The mean eigenvalue of J is Tr J / D, where D is the dimension of the state, and the largest is assumed to be
+        twice the mean. Where a step is not stable for that eigenvalue, neither is one of twice the length, and their
+        difference does not measure the error.
+
+        Args:
+            x: Positions, shape (B, M, n).
+            h: Features, shape (B, M, F).
+            traces: Tr J at the nodes of the quadrature, shape (Q, P, B).
+
+        Returns:
+            Nats, shape (B,); zero for an adaptive solver.
+        """
+        if self.solver.adaptive:
+            return torch.zeros_like(x[:, 0, 0])
+        times, stretch = self.nodes(len(traces) - 1)
+        limit = 0.5 * fixed_steps.STABLE[self.solver.method] / fixed_steps.longest_steps(self.solver.grid(), times)
+        dimensions = subspace_dim(self.mask, x.shape[-1]) + h.shape[-1] * self.mask.sum(dim=-1)
+        size = traces.mean(dim=1).abs()  # (Q, B)
+        too_long = size > limit.to(traces)[:, None] * dimensions
+        return rule(size * too_long * stretch.to(traces)[:, None]).to(x)
 
     def forward_regularised(
         self, x: Tensor, h: Tensor, probes: tuple[Tensor, Tensor], parameters: Sequence[Tensor], adjoint: bool = False
     ) -> Regularised:
-        """Takes data to latent space with trace and regularisers inside the solver, differentiable for training.
+        """Takes data to latent space, integrating trace and regularisers with the state; differentiable for training.
 
         kinetic = ∫ ‖f‖² dt and jacobian = ∫ ‖vᵀ J‖² dt (Finlay et al. 2020), with one probe v for the whole solve. The
-        tolerance is met on average over the batch, which is faster; likelihoods that are reported use :meth:`forward`.
+        tolerance is met on average over the batch, which is faster; reported likelihoods use :meth:`forward`.
 
         Args:
             x: Positions, shape (B, M, n).
             h: Features, shape (B, M, F).
             probes: v for x (B, M, n) and for h (B, M, F).
-            parameters: What the adjoint differentiates for, besides the state.
-            adjoint: Constant-memory adjoint instead of back-propagation through the solver.
+            parameters: Tensors besides the state that the adjoint computes gradients for.
+            adjoint: Whether to use the constant-memory adjoint instead of back-propagation through the solver.
+
+        Returns:
+            Latent state, ladj and regularisers.
 
         Raises:
             SolverError: If the solver fails.
@@ -330,7 +379,7 @@ class ContinuousFlow:
 
         def augmented(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             self._count(t)
-            # The adjoint's forward runs without a graph; only inside one may y be part of it.
+            # The adjoint's forward pass records no graph: the trace then needs a leaf of its own.
             attached = torch.is_grad_enabled() and state[0].requires_grad
             y = state[0] if attached else state[0].detach().requires_grad_(True)
             with torch.enable_grad():
@@ -370,26 +419,26 @@ class ContinuousFlow:
         return [(state[..., :n], state[..., n:]) for state in y]
 
     def _norm(self, x: Tensor, h: Tensor) -> Callable[[Tensor], Tensor]:
-        """Each molecule must meet the tolerance by itself: root mean square over its real entries, then the worst."""
+        """Returns a norm by which each molecule meets the tolerance: the largest of their root mean squares."""
         entries = (self.mask.sum(dim=-1) * (x.shape[-1] + h.shape[-1])).to(x.dtype)
         return lambda y: (y.square().sum(dim=(1, 2)) / entries).max().sqrt()
 
     def _settings(self, times: Tensor) -> dict[str, object]:
-        """Returns what torchdiffeq has to know for one solve between two times."""
+        """Returns torchdiffeq's settings for one solve between two times."""
         if self.solver.adaptive:
             return {"rtol": self.solver.rtol, "atol": self.solver.atol}
         grid = fixed_steps.refine(self.solver.grid().to(times), times)
-        # The adjoint comes back over the same grid in the other direction.
+        # The adjoint runs backwards over the same grid.
         return {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
 
     def _guard(self, integrate: Callable[[], Tensor]) -> Tensor:
         try:
             return integrate()
         except AssertionError as error:  # torchdiffeq asserts on underflow of dt and on non-finite values
-            raise self._failure(str(error).split(":")[0]) from None  # what follows is a whole tensor
+            raise self._failure(str(error).split(":")[0]) from None  # torchdiffeq prints a whole tensor after the colon
 
     def _count(self, t: Tensor) -> None:
-        """Counts an evaluation, and ends a solve that would not end where ``python -O`` leaves assertions out."""
+        """Counts an evaluation, and stops a solve that would run forever under ``python -O``, without assertions."""
         self.nfe += 1
         if self.solver.adaptive and (self.nfe > MAX_EVALUATIONS or not math.isfinite(t.detach())):
             raise self._failure("the step size vanishes or is not finite")

@@ -17,7 +17,7 @@ DEQUANTIZERS = ("fixed", "learned")
 
 
 class Lifted(NamedTuple):
-    """Continuous features h̃ and the log-density of the q that drew them."""
+    """Continuous features h̃ and their log-density under q."""
 
     features: Tensor  # (B, M, K + 1): K type scores, then the charge
     log_q: Tensor  # (B,), nats
@@ -66,7 +66,7 @@ def lift_charges(u: Tensor, charges: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Reads discrete values back: argmax of the type scores, floor of the charge; inverse of the lifts for any noise.
+    """Returns discrete features: argmax of the type scores, floor of the charge; inverts both lifts for any noise.
 
     Args:
         features: h̃, shape (B, M, K + 1).
@@ -79,10 +79,10 @@ def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FixedQ(nn.Module):
-    """q(h̃|h) without parameters: Gaussian scores around the one-hot type, narrow noise in the middle of the interval.
+    """q(h̃|h) without parameters: Gaussian scores around the one-hot type, and narrow noise at mid-interval for charges.
 
-    Its noise does not shrink during training, which is what flow matching needs (a learned q would collapse under a
-    regression loss).
+    Flow matching needs it: its noise does not shrink during training, whereas a learned q would collapse under the
+    regression loss.
 
     Args:
         type_noise: Standard deviation of the scores.
@@ -103,12 +103,12 @@ class FixedQ(nn.Module):
 
 
 class LearnedQ(nn.Module):
-    """q(h̃|h, x) whose mean and standard deviation are given by an EGNN on the discrete features and positions (§4).
+    """q(h̃|h, x) with mean and standard deviation from an EGNN of the discrete features and the positions (§4).
 
     Args:
         n_types: Number K of types.
-        hidden: Width.
-        layers: Layers.
+        hidden: Width of the network.
+        layers: Number of layers.
     """
 
     def __init__(self, n_types: int, hidden: int = 64, layers: int = 4) -> None:
@@ -126,7 +126,14 @@ class LearnedQ(nn.Module):
 
 
 def build_q(kind: str, n_types: int) -> nn.Module:
-    """Builds q by name.
+    """Builds q by its name.
+
+    Args:
+        kind: "fixed" or "learned".
+        n_types: Number K of types.
+
+    Returns:
+        A :class:`FixedQ` or a :class:`LearnedQ`.
 
     Raises:
         ValueError: If ``kind`` is unknown.
@@ -141,7 +148,7 @@ def build_q(kind: str, n_types: int) -> nn.Module:
 def lift(q: nn.Module, x: Tensor, types: Tensor, charges: Tensor, mask: Tensor, noise: Tensor) -> Lifted:
     """Draws h̃ ~ q(·|h) by reparametrisation, ``u = μ + σ ε``, and evaluates log q(h̃|h) (eq. 12).
 
-    log q(h̃|h) = Σ_i Σ_k log N(u_ik; μ_ik, σ_ik²) − log|∂h̃/∂u|_ik
+    log q(h̃|h) = Σ_i Σ_k [log N(u_ik; μ_ik, σ_ik²) − log|∂h̃/∂u|_ik]
 
     Args:
         q: :class:`FixedQ` or :class:`LearnedQ`.

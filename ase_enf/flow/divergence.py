@@ -11,21 +11,21 @@ from torch.utils.checkpoint import checkpoint
 
 # (t, x, h) → (dx, dh), mask and context bound by closure.
 Velocity = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# (x, h) → (dx, dh): a velocity field at one moment, mask and context bound by closure.
+# (x, h) → (dx, dh): a velocity field at one time, mask and context bound by closure.
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 PROBES = ("rademacher", "gaussian")
-# Pairs of atoms that one vectorised reverse pass may hold; beyond, one direction at a time is as fast.
+# Most pairs of atoms in one vectorised reverse pass; beyond that, one direction at a time is as fast.
 VECTORISED_PAIRS = 8192
 
 
 class Moment:
-    """A velocity at one moment, a ``Field``; it passes on the closed form of the trace where the velocity has one.
+    """A velocity at one time, which is a ``Field``, with the closed form of its trace where the velocity has one.
 
     Args:
-        velocity: ``(t, x, h) → (dx, dh)``. It may have a method ``trace(t, x, h)`` that returns (dx, dh, Tr J), or None
-            where it cannot.
-        t: The moment, shape () or (B,).
+        velocity: ``(t, x, h) → (dx, dh)``. Its method ``trace(t, x, h)``, if any, returns (dx, dh, Tr J), or None if
+            there is no closed form.
+        t: The time, shape () or (B,).
     """
 
     def __init__(self, velocity: Velocity, t: Tensor) -> None:
@@ -37,7 +37,7 @@ class Moment:
         return self.velocity(self.t, x, h)
 
     def closed_form(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Returns dx, dh and the exact trace (B,), None where the velocity knows no closed form."""
+        """Returns dx, dh and the exact trace (B,), or None if the velocity has no closed form of it."""
         trace = getattr(self.velocity, "trace", None)
         return None if trace is None else trace(self.t, x, h)
 
@@ -48,7 +48,7 @@ class Divergence(NamedTuple):
     dx: Tensor  # (B, M, n)
     dh: Tensor  # (B, M, F)
     trace: Tensor  # (B,)
-    samples: Tensor  # (P, B), one estimate a probe; (1, B) for the exact trace
+    samples: Tensor  # (P, B), one estimate for each probe; (1, B) for the exact trace
 
 
 def _directional(
@@ -69,8 +69,8 @@ def _directional(
 
 
 def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Evaluates the field on leaves (or on the graph that leads to x and h, when it must be kept)."""
-    # A leaf of its own where nothing upstream needs a gradient, so that the caller's tensor keeps its flag.
+    """Evaluates the field at x and h: at new leaves, or at the given tensors if their graph must be kept."""
+    # A new leaf, so that requires_grad of the caller's tensor does not change.
     x = x if create_graph and x.requires_grad else x.detach().requires_grad_(True)
     h = h if create_graph and h.requires_grad else h.detach().requires_grad_(h.numel() > 0)
     dx, dh = field(x, h)
@@ -80,16 +80,16 @@ def _evaluate(field: Field, x: Tensor, h: Tensor, create_graph: bool) -> tuple[T
 def exact(field: Field, x: Tensor, h: Tensor, create_graph: bool = False) -> Divergence:
     """Trace of the Jacobian, by the velocity's closed form or by one reverse pass for each of the M (n + F) directions.
 
-    Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are given in the ambient space; because the field has no mean, the
-    ambient trace is the trace on the zero-mean subspace (eq. 10): Tr P J P = Tr P J = Tr J for a projected field.
+    Tr J = Σ_k ∂f_k / ∂y_k with y = (x, h). Positions are coordinates of the ambient space. Because the field has zero
+    mean, the ambient trace equals that on the zero-mean subspace (eq. 10): Tr P J P = Tr P J = Tr J.
 
-    The directions of all molecules go together: atoms of different molecules never interact.
+    One pass serves a direction of all molecules at once, because atoms of different molecules never interact.
 
     Args:
-        field: The velocity field; a :class:`Moment` may know its trace in closed form, which is far cheaper.
+        field: The velocity field; a :class:`Moment` may have a closed form of the trace, which is far cheaper.
         x: Positions, shape (B, M, n).
         h: Features, shape (B, M, F); F may be 0.
-        create_graph: Keep the graph, for training through the trace.
+        create_graph: Whether to keep the graph, for training through the trace.
 
     Returns:
         Velocity and trace.
@@ -118,7 +118,7 @@ def _closed_form(field: Moment, x: Tensor, h: Tensor, create_graph: bool) -> tup
         with torch.no_grad():
             return field.closed_form(x, h)
     with torch.enable_grad():
-        # The Jacobians of a whole path would fill the memory; each is computed once more on the way back instead.
+        # The Jacobians of a whole path would fill the memory; each is recomputed in the backward pass instead.
         return checkpoint(field.closed_form, x, h, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -126,7 +126,7 @@ def _diagonal_sum(out: Tensor, y: Tensor, create_graph: bool) -> Tensor:
     """Returns Σ_k ∂out_k/∂y_k for each molecule, shape (B,)."""
     size, atoms, components = y.shape
     directions = torch.eye(atoms * components, dtype=y.dtype, device=y.device).view(-1, 1, atoms, components)
-    # Small molecules are bound by the number of calls, large ones by memory: as many directions together as fit.
+    # Small molecules are limited by the number of calls, large ones by memory: take as many directions as fit.
     chunk = max(1, VECTORISED_PAIRS // (size * atoms * atoms))
     total = torch.zeros(size, dtype=y.dtype, device=y.device)
     for v in directions.split(chunk):
@@ -156,10 +156,10 @@ def hutchinson(
         x: Positions, shape (B, M, n).
         h: Features, shape (B, M, F).
         probes: v for x, shape (P, B, M, n), and for h, shape (P, B, M, F); see :func:`draw_probes`.
-        create_graph: Keep the graph, for training through the estimate.
+        create_graph: Whether to keep the graph, for training through the estimate.
 
     Returns:
-        Velocity, the mean over probes and every probe's own estimate.
+        Velocity, the mean over probes, and the estimate of each probe.
     """
     with torch.enable_grad():
         x, h, dx, dh = _evaluate(field, x, h, create_graph)
@@ -192,7 +192,7 @@ def draw_probes(
 
     def draw(like: Tensor) -> Tensor:
         noise = torch.randn((count, *like.shape), generator=generator, dtype=torch.float64)
-        # sign(0) would be 0; a comparison cannot be.
+        # A comparison, because sign(0) would be 0.
         noise = torch.where(noise >= 0, 1.0, -1.0) if kind == "rademacher" else noise
         return noise.to(like)
 

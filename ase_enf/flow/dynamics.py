@@ -1,4 +1,4 @@
-"""The dynamics of the flow: time and context enter, a network answers with the velocity (eq. 8)."""
+"""The dynamics of the flow: a network gives the velocity at a state, time and context (eq. 8)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ POSITION_NETWORKS = {"simple": SimpleDynamics, "kernel": KernelDynamics}
 class Dynamics(nn.Module):
     """Velocity of positions and features at time t (eq. 8).
 
-    dx/dt = x^L − x with its mean removed,  dh/dt = h^L,  where h^L, x^L = network[(h, context, t), x]; so in the paper.
-    A :class:`Parameterisation` other than "velocity" scales what goes in and reads what comes out in another way.
+    In the paper, dx/dt = x^L − x with its mean removed and dh/dt = h^L, where h^L, x^L = network[(h, context, t), x].
+    A :class:`Parameterisation` other than "velocity" scales the input and interprets the output differently.
 
     Args:
         network: Maps (h, x, pair mask) to (h^L, x^L).
-        parameterisation: How its output becomes a velocity.
+        parameterisation: How the output of the network becomes a velocity.
     """
 
     def __init__(self, network: nn.Module, parameterisation: Parameterisation | None = None) -> None:
@@ -43,13 +43,13 @@ class Dynamics(nn.Module):
         x: Tensor,  # (B, M, n)
         h: Tensor,  # (B, M, F), F may be 0
         mask: Tensor,  # (B, M), bool
-        context: Tensor | Context | None = None,  # features that do not flow: (B, M, K), or of pairs, too
+        context: Tensor | Context | None = None,  # features that do not flow, of nodes (B, M, K) and of pairs
     ) -> tuple[Tensor, Tensor]:
         """Returns dx/dt (B, M, n) on the zero-mean subspace and dh/dt (B, M, F), zero at padding."""
         c = self.parameterisation(self._times(t, x))
         y = c.x_in * x
         known = split_context(context)
-        pairs = () if known.pairs is None else (known.pairs,)  # which an EGNN alone takes
+        pairs = () if known.pairs is None else (known.pairs,)  # only an EGNN accepts them
         h_out, x_out = self.network(self._nodes(t, c.h_in * h, known.nodes), y, pair_mask(mask).to(x.dtype), *pairs)
         return self._velocity(c, x, h, y, h_out, x_out, mask)
 
@@ -61,12 +61,12 @@ class Dynamics(nn.Module):
         mask: Tensor,  # (B, M), bool
         context: Tensor | Context | None = None,  # as in forward
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Returns dx/dt, dh/dt and the exact trace (B,) by the structure of the network, None if it offers none.
+        """Returns dx/dt, dh/dt and the exact trace (B,) in closed form, or None if the network has none.
 
         Tr J = x_skip (M − 1) n + x_out x_in Tr ∂(x^L − y)/∂y + h_skip M F + h_out h_in Tr ∂h^L/∂g
 
-        Removing the mean takes ``1/M Σ_ik ∂(x^L − y)_i/∂y_k`` off the trace, which is zero: an EGNN or a radial field
-        does not notice when all atoms move together.
+        Removing the mean subtracts ``1/M Σ_ik ∂(x^L − y)_i/∂y_k`` from the trace. This is zero, because x^L − y of an
+        EGNN or a radial field does not change when all atoms move together.
         """
         if not self.has_closed_form:
             return None
@@ -94,14 +94,14 @@ class Dynamics(nn.Module):
 
     @property
     def has_closed_form(self) -> bool:
-        """Whether the structure of the network gives its trace."""
+        """Whether the network has a closed form of its trace."""
         return type(self.network) in (EGNN, *POSITION_NETWORKS.values())  # a subclass may compute something else
 
     def use_backend(self, backend: str) -> str:
-        """Chooses what computes the pairs of an EGNN, and returns its name; see ``ENF.use_backend``.
+        """Chooses the backend for the pairs of an EGNN and returns its name; see ``ENF.use_backend``.
 
         Raises:
-            ValueError: For an unknown name, or a backend that cannot be used.
+            ValueError: If the name is unknown, or the backend cannot be used.
         """
         weight, kind = next(self.network.parameters()), type(self.network)
         unfit = None if kind is EGNN else f"it computes the pairs of an EGNN only, not of {kind.__name__}"
@@ -131,7 +131,7 @@ class BoundDynamics:
     Args:
         dynamics: The dynamics.
         mask: True for real atoms, shape (B, M).
-        context: Features that do not flow, of nodes (B, M, K) or of pairs, too; or None.
+        context: Features that do not flow: of nodes, shape (B, M, K), or a ``Context`` with those of pairs; or None.
     """
 
     dynamics: Dynamics
@@ -158,10 +158,24 @@ def build_network(
     radial: int = 0,
     pair_features: int = 0,
 ) -> nn.Module:
-    """Builds a network by name; ``in_features`` counts the time; ``radial``, ``pair_features`` are for an EGNN only.
+    """Builds a network by its name.
+
+    Args:
+        kind: One of :data:`NETWORKS`.
+        in_features: Number of features of an atom, including the time.
+        out_features: Number of features that flow.
+        dimension: Dimension n of space, for "gnn".
+        hidden: Width of the network.
+        layers: Number of layers.
+        attention: Soft edges (eq. 4), for "egnn" and "gnn".
+        radial: Number of radial functions of each distance, for "egnn".
+        pair_features: Number of features of each pair, for "egnn".
+
+    Returns:
+        The network.
 
     Raises:
-        ValueError: If ``kind`` is unknown, or moves positions only and there are features.
+        ValueError: If ``kind`` is unknown, or moves positions only although there are features.
     """
     if kind == "egnn":
         return EGNN(

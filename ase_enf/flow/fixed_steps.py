@@ -1,4 +1,4 @@
-"""Fixed steps for an ODE, which never wait for the host: a GPU has the next step to do before it is done with this."""
+"""Fixed-step ODE solvers that never wait for results, so a GPU receives the next step before it finishes this one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Derivative = Callable[[Tensor, Tensor], Tensor]
 
 
 def euler(f: Derivative, start: Tensor, end: Tensor, y: Tensor) -> Tensor:
-    """Returns Δy of one step by Euler's method, of first order."""
+    """Returns Δy of one step of Euler's method (first order)."""
     return (end - start) * f(start, y)
 
 
 def midpoint(f: Derivative, start: Tensor, end: Tensor, y: Tensor) -> Tensor:
-    """Returns Δy of one step by the midpoint method, of second order."""
+    """Returns Δy of one step of the midpoint method (second order)."""
     step = end - start
     half = 0.5 * step
     return step * f(start + half, y + half * f(start, y))
 
 
 def rk4(f: Derivative, start: Tensor, end: Tensor, y: Tensor) -> Tensor:
-    """Returns Δy of one step by the 3/8 rule, of fourth order (Kutta 1901)."""
+    """Returns Δy of one step of the 3/8 rule (fourth order; Kutta 1901)."""
     step = end - start
     k1 = f(start, y)
     k2 = f(start + step * (1 / 3), y + step * k1 * (1 / 3))
@@ -35,14 +35,19 @@ def rk4(f: Derivative, start: Tensor, end: Tensor, y: Tensor) -> Tensor:
 
 
 STEPS = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
+# A step of length h for y' = λ y, λ < 0, is stable if h |λ| is below this.
+STABLE = {"euler": 2.0, "midpoint": 2.0, "rk4": 2.785}
 
 
 def refine(grid: Tensor, times: Tensor) -> Tensor:
-    """Returns a grid between the first and the last of some times that stops at all of them, in their direction.
+    """Returns the grid from the first to the last of ``times`` that stops at all of them, in their direction.
 
     Args:
         grid: Times of steps, shape (S,).
-        times: Monotonic, shape (T,).
+        times: Times to add, monotonic, shape (T,).
+
+    Returns:
+        Times of steps, monotonic.
 
     Example:
         >>> refine(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.8, 0.2])).tolist()
@@ -53,18 +58,39 @@ def refine(grid: Tensor, times: Tensor) -> Tensor:
     return together if times[0] < times[-1] else together.flip(0)
 
 
-def solve(f: Derivative, y: Tensor, times: Tensor, grid: Tensor, method: str) -> list[Tensor]:
-    """Integrates dy/dt = f(t, y) by the steps of a grid, which is refined by the times that are asked for.
+def longest_steps(grid: Tensor, times: Tensor) -> Tensor:
+    """Returns, for each of ``times``, the longer of the two steps that end and begin there on the refined grid.
 
     Args:
-        f: On the device of y.
-        y: The state at the first time.
-        times: When the state is wanted; monotonic, on the CPU, shape (T,).
-        grid: Times of steps, on the CPU.
+        grid: Times of steps before :func:`refine`, shape (S,).
+        times: Ascending times, shape (T,), T > 1.
+
+    Returns:
+        Lengths of steps, shape (T,).
+
+    Example:
+        >>> longest_steps(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.25, 0.375, 1.0])).tolist()
+        [0.125, 0.125, 0.5]
+    """
+    stops = refine(grid, times)
+    steps = stops.diff()
+    at = torch.searchsorted(stops, times)
+    before, after = (at - 1).clamp(min=0), at.clamp(max=len(steps) - 1)
+    return torch.maximum(steps[before], steps[after])
+
+
+def solve(f: Derivative, y: Tensor, times: Tensor, grid: Tensor, method: str) -> list[Tensor]:
+    """Integrates dy/dt = f(t, y) with the steps of a grid, to which the requested times are added.
+
+    Args:
+        f: The derivative, on the device of y.
+        y: State at the first of the times.
+        times: Times at which the state is requested, monotonic, on the CPU, shape (T,).
+        grid: Times of steps, on the CPU, shape (S,).
         method: "euler", "midpoint" or "rk4".
 
     Returns:
-        The state at each of the times.
+        The state at each of the times, T in all.
 
     Example:
         >>> ends = torch.tensor([0.0, 1.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From a weights file to a flow."""
+"""Loading a flow from a weights file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,36 @@ from ase_enf.flow.model import ENF
 from ase_enf.flow.weights import read_header, read_tensors, shipped_path
 
 
+@torch.inference_mode(False)  # weights created in inference mode could not be used for forces
 def load(
-    name_or_path: str | os.PathLike[str], device: str | torch.device = "auto", dtype: str | torch.dtype = "float32"
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    backend: str = "auto",
 ) -> ENF:
-    """Loads a flow: a shipped name such as ``"qm9"``, or a path to ``.safetensors``.
+    """Loads a flow by the name of a shipped model, such as ``"qm9"``, or from a ``.safetensors`` file.
 
-    Nothing in the file is executed: tensors and JSON only.
+    Nothing in the file is executed: it holds tensors and JSON only.
 
     Args:
         name_or_path: Name or path.
         device: "auto", "cpu", "cuda", "cuda:1" …
         dtype: "float32" or "float64".
+        backend: What computes the pairs of an EGNN: "compiled", "triton", "torch", or "auto" for the first of them that
+            can be used; on a CPU, a kernel that the system's C++ compiler builds on first use. Other networks have no
+            pairs to compute. ``flow.use_backend`` changes it later.
+
+    Returns:
+        The flow, in evaluation mode and without gradients for its weights.
 
     Raises:
         FileNotFoundError: If there is neither a shipped model nor a file of that name.
-        ValueError: If the file is truncated, foreign or does not fit its configuration, or the device is missing.
+        ValueError: If the file is truncated, foreign or does not fit its configuration, or device or backend cannot be
+            used.
+
+    Example:
+        >>> load("qm9-small").species
+        ('H', 'C', 'N', 'O', 'F')
     """
     chosen, floating = resolve_device(device), resolve_dtype(dtype)
     path = shipped_path(str(name_or_path)) or Path(name_or_path)
@@ -47,13 +62,15 @@ def load(
             f"{path}: weights do not fit their configuration ({reason}); fetch or train the file again"
         ) from None
     model.name = _model_name(path)
-    return model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
+    model = model.to(device=chosen, dtype=floating).eval().requires_grad_(False)
+    model.use_backend(backend)
+    return model
 
 
 def build_empty(config: ENFConfig, provenance: Mapping[str, Any] | None = None) -> ENF:
     """Returns a flow without weights, for ``load_state_dict(..., assign=True)``.
 
-    It takes no memory, and no number from torch's generator.
+    It takes no memory and draws no random numbers.
 
     Example:
         >>> build_empty(ENFConfig(hidden=8, layers=1)).device
@@ -64,11 +81,14 @@ def build_empty(config: ENFConfig, provenance: Mapping[str, Any] | None = None) 
 
 
 def check_extent(config: ENFConfig, state: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for a network larger than the weights that are there for it, before it is built.
+    """Checks, before a network is built, that it is no larger than the weights in the file.
 
     Args:
-        config: What the flow is to be.
-        state: Its weights by name.
+        config: Configuration of the flow.
+        state: Weights by name.
+
+    Raises:
+        ValueError: If there are too few weights.
 
     Example:
         >>> check_extent(ENFConfig(layers=10**9), {"weight": torch.zeros(3)})
@@ -76,7 +96,8 @@ def check_extent(config: ENFConfig, state: Mapping[str, Tensor]) -> None:
         ValueError: hidden=64, layers=1000000000, radial=0: there are only 3 weights in 1 tensors
     """
     weights = sum(value.numel() for value in state.values())
-    tensors = config.layers if config.network == "kernel" else len(state)  # all others have several tensors a layer
+    # Every network but "kernel" has several tensors in each layer.
+    tensors = config.layers if config.network == "kernel" else len(state)
     if config.hidden * config.layers > weights or config.layers > tensors or config.radial > weights:
         raise ValueError(
             f"hidden={config.hidden}, layers={config.layers}, radial={config.radial}: there are only {weights} weights "
@@ -85,7 +106,7 @@ def check_extent(config: ENFConfig, state: Mapping[str, Tensor]) -> None:
 
 
 def _model_name(path: Path) -> str:
-    """Returns what provenance calls a model: every run names its files alike, so that its folder tells them apart."""
+    """Returns the name of a model for provenance: that of its folder where a training run chose that of the file."""
     if path.stem not in ("model", "last"):
         return path.stem
     folder = path.resolve().parent.name

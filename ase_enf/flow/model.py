@@ -27,22 +27,24 @@ from ase_enf.flow.continuous import (
     TraceMethod,
 )
 from ase_enf.flow.dequantize import build_q, lift, quantize
+from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.dynamics import BoundDynamics, Dynamics, build_network
-from ase_enf.flow.likelihood import Encoded, LogProb, log_likelihood, path_error
+from ase_enf.flow.likelihood import Encoded, Known, LogProb, log_likelihood, path_error
 from ase_enf.flow.parameterisation import Parameterisation
+from ase_enf.flow.replay import replayed
 from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
 from ase_enf.flow.weights import write_weights
 from ase_enf.geometry import subspace_dim
 
-# Likelihoods are integrated on a fixed grid, so that none depends on its batch mates; a step leads from node to node of
-# the quadrature. A bare velocity trained by flow matching changes fast near the data, and its nodes lie in u, t = u²;
-# all other flows take nodes in t. Along paths of qm9-small, u is better with 49 nodes and t with 65: two molecules do
-# not decide it (benchmarks/accuracy/likelihood.py, quadrature).
+# Likelihoods are integrated with fixed steps, so that none depends on the other molecules of its batch; the steps lead
+# from node to node of the quadrature. With the parameterisation "velocity", flow matching gives a velocity that changes
+# fast near the data, and its nodes are those of a quadrature in u, t = u²; all other flows use t itself. For qm9-small
+# the data are undecided: u is better with 49 nodes, t with 65 (benchmarks/accuracy/likelihood.py, quadrature).
 LIKELIHOOD_SOLVER = Solver("rk4", steps=4)
 MATCHED_LIKELIHOOD_SOLVER = Solver("rk4", steps=4, warp=2.0)
 SAMPLING_SOLVER = Solver("midpoint", steps=32)
 MATCHED_SAMPLING_SOLVER = Solver("midpoint", steps=64, warp=1.75)
-# Renewed noise corrects many errors of a trained velocity (benchmarks/accuracy/samplers.py).
+# Fresh noise at each step corrects many errors of a trained velocity (benchmarks/accuracy/samplers.py).
 STOCHASTIC_SAMPLER = StochasticSampler()
 
 
@@ -53,10 +55,10 @@ class ENF(nn.Module):
 
     * ``features="none"``: exact log p(x | M).
     * ``features="given"``: exact log p(x | types).
-    * ``features="joint"``: one draw of q; its expectation is a lower bound of log p(x, h, M).
+    * ``features="joint"``: an estimate from one draw of q, whose expectation is a lower bound of log p(x, h, M).
 
     Args:
-        config: What the flow is.
+        config: Configuration of the flow.
         provenance: How it was trained: data, steps, scores, versions (JSON values).
 
     Example:
@@ -73,7 +75,7 @@ class ENF(nn.Module):
         self.config = config
         self.provenance = dict(provenance or {})
         self._features: dict[tuple[Any, ...], Tensor] = {}
-        self.name = "unnamed"  # of the file it came from, see load
+        self.name = "unnamed"  # set by load to the name of the file
         self.size_prior = base.SizePrior(config.sizes)
         network = build_network(
             config.network,
@@ -90,7 +92,7 @@ class ENF(nn.Module):
         self.q = build_q(config.dequantizer, len(config.species)) if config.types_flow else None
 
     def __repr__(self) -> str:
-        """Says in two lines what the flow is; ``print(flow.dynamics)`` lists its modules."""
+        """Describes the flow in two lines; ``print(flow.dynamics)`` lists its modules."""
         config, sizes = self.config, list(self.size_prior.counts)
         trained = f", {self.provenance['objective']}" if "objective" in self.provenance else ""
         weights = sum(parameter.numel() for parameter in self.parameters())
@@ -106,7 +108,7 @@ class ENF(nn.Module):
 
     @property
     def species(self) -> tuple[str, ...]:
-        """Elements the flow knows; empty for positions only."""
+        """Elements the flow knows; empty for a flow of positions only."""
         return self.config.species
 
     @property
@@ -116,15 +118,15 @@ class ENF(nn.Module):
 
     @property
     def matched(self) -> bool:
-        """Whether flow matching trained it, so that its path from data to noise is (1 − t) x + t z in distribution."""
+        """Whether it was trained by flow matching: its path from data to noise is (1 − t) x + t z in distribution."""
         return self.config.path == "linear"
 
     @property
     def likelihood_solver(self) -> Solver:
-        """How likelihoods are integrated: rk4 on the nodes of the quadrature.
+        """Default solver of likelihoods: rk4 from node to node of the quadrature.
 
-        A bare velocity trained by flow matching changes fast near the data, so that its nodes are denser there; the
-        other parameterisations divide that change out.
+        A velocity that flow matching trained without another parameterisation changes fast near the data, where its
+        nodes are therefore denser; the other parameterisations divide that change out.
 
         Example:
             >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).likelihood_solver)
@@ -135,7 +137,7 @@ class ENF(nn.Module):
 
     @property
     def ode_solver(self) -> Solver:
-        """How samples of exactly the flow's own density are integrated.
+        """Default solver of samples from exactly the density of the flow.
 
         Example:
             >>> str(ENF(ENFConfig(hidden=8, layers=1, path="linear")).ode_solver)
@@ -145,10 +147,10 @@ class ENF(nn.Module):
 
     @property
     def sampling_solver(self) -> Solver | StochasticSampler:
-        """How samples are drawn: with renewed noise where flow matching has trained a flow of molecules.
+        """Default sampler: with fresh noise at each step for a flow of molecules that was trained by flow matching.
 
-        Flows of positions alone are for exact densities (``reweight``), and those trained by likelihood have no known
-        path; both take the flow itself.
+        All others use the ODE of the flow: flows of positions alone serve exact densities (``reweight``), and the path
+        of a flow trained by likelihood is unknown.
 
         Example:
             >>> str(ENF(ENFConfig(features="none", hidden=8, layers=1)).sampling_solver)
@@ -158,7 +160,7 @@ class ENF(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
@@ -167,20 +169,20 @@ class ENF(nn.Module):
         return next(self.parameters()).dtype
 
     def use_backend(self, backend: str = "auto") -> str:
-        """Chooses what computes the pairs of an EGNN: torch, a compiled kernel on a CPU, or Triton kernels on a GPU.
+        """Chooses the backend for the pairs of an EGNN: torch, a compiled kernel on a CPU, or Triton kernels on a GPU.
 
-        All give the same numbers to rounding. The compiled kernel is made by the system's C++ compiler at first use and
-        has no second derivatives (for training by ``objective="nll"``); where gradients with respect to the input are
-        asked for on a GPU, torch computes.
+        All give the same numbers up to rounding. The compiled kernel is built by the system's C++ compiler on first use
+        and has no second derivatives, which training with ``objective="nll"`` needs. On a GPU, torch computes gradients
+        with respect to the input.
 
         Args:
-            backend: "compiled", "triton", "torch", or "auto": the first of them that is possible.
+            backend: "compiled", "triton", "torch", or "auto" for the first of them that can be used.
 
         Returns:
             "compiled", "triton" or "torch".
 
         Raises:
-            ValueError: For an unknown name, or a backend that cannot be used, with the reason.
+            ValueError: If the name is unknown, or the backend cannot be used; the message gives the reason.
 
         Example:
             >>> ENF(ENFConfig(hidden=16, layers=1)).use_backend("torch")
@@ -196,23 +198,37 @@ class ENF(nn.Module):
         )
 
     def velocity(self, mask: Tensor, context: Tensor | Context | None = None) -> BoundDynamics:
-        """Returns ``(t, x, h) → (dx, dh)`` with mask and context bound."""
+        """Returns ``(t, x, h) → (dx, dh)`` for molecules with a mask (B, M) and a context; see :meth:`context`."""
         return BoundDynamics(self.dynamics, mask, context)
 
     def flow(
-        self, mask: Tensor, context: Tensor | Context | None = None, solver: Solver | None = None
+        self,
+        mask: Tensor,
+        context: Tensor | Context | None = None,
+        solver: Solver | None = None,
+        velocity: Velocity | None = None,
     ) -> ContinuousFlow:
-        """Returns the continuous flow of one batch, integrated by :attr:`likelihood_solver` unless another is given."""
-        return ContinuousFlow(self.velocity(mask, context), mask, solver or self.likelihood_solver)
+        """Returns the continuous flow of one batch.
+
+        Args:
+            mask: True for real atoms, shape (B, M).
+            context: What conditions the dynamics; see :meth:`context`.
+            solver: How to integrate; :attr:`likelihood_solver` when None.
+            velocity: A velocity to use instead, such as a guided or a replayed one.
+        """
+        return ContinuousFlow(velocity or self.velocity(mask, context), mask, solver or self.likelihood_solver)
 
     def encode(self, batch: Batch, noise: Tensor | None = None) -> Encoded:
         """Scales positions and lifts features.
 
-        Positions are divided by ``position_scale`` s, whose volume is counted on the subspace: −(M − 1) n log s.
+        Dividing positions by ``position_scale`` s contributes −(M − 1) n log s, counted on the subspace.
 
         Args:
             batch: Molecules, on the device of the model.
             noise: ε of q, shape (B, M, F); zeros give the mean of q; drawn from torch's generator when None.
+
+        Returns:
+            The batch in the coordinates of the flow.
         """
         config = self.config
         real = batch.mask.unsqueeze(-1)
@@ -229,7 +245,7 @@ class ENF(nn.Module):
     def encoded(
         self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | Context | None = None, log_q: Tensor | None = None
     ) -> Encoded:
-        """Adds the terms of the likelihood to molecules that are in the coordinates of the flow; see :meth:`encode`.
+        """Adds the terms of the likelihood to molecules in the coordinates of the flow; see :meth:`encode`.
 
         Args:
             x: Scaled and centred positions, shape (B, M, n).
@@ -237,6 +253,9 @@ class ENF(nn.Module):
             mask: True for real atoms, shape (B, M).
             context: What conditions the dynamics; see :meth:`context`.
             log_q: log q(h̃|h), nats, shape (B,); zero when None.
+
+        Returns:
+            The molecules with the volume of the scaling, log q and log p_M.
         """
         config, n_atoms = self.config, mask.sum(dim=-1)
         log_volume = -subspace_dim(mask, config.dimension).to(x.dtype) * math.log(config.position_scale)
@@ -250,7 +269,7 @@ class ENF(nn.Module):
         """Returns what conditions the dynamics of a batch: given types, conditions, and features of the graph's pairs.
 
         Raises:
-            ValueError: If the flow needs a graph, and the batch has none.
+            ValueError: If the flow needs a graph and the batch has none.
         """
         config = self.config
         nodes = config.mode.conditioning(batch)
@@ -266,7 +285,14 @@ class ENF(nn.Module):
         return Context(together, graph_features(batch.bonds, batch.positions.dtype))
 
     def decode(self, x: Tensor, h: Tensor, mask: Tensor, context: Tensor | Context | None = None) -> Batch:
-        """Returns molecules in Å with discrete features; the inverse of :meth:`encode`."""
+        """Returns molecules in Å with discrete features; the inverse of :meth:`encode`.
+
+        Args:
+            x: Scaled positions, shape (B, M, n).
+            h: Lifted and scaled features, shape (B, M, F).
+            mask: True for real atoms, shape (B, M).
+            context: What conditions the dynamics; holds the types of "given".
+        """
         positions = x * self.config.position_scale
         if self.q is not None:
             features = h / self._feature(self.config.feature_scale) + self._feature(self.config.feature_shift)
@@ -285,33 +311,45 @@ class ENF(nn.Module):
         solver: Solver | None = None,
         intervals: int = INTERVALS,
         estimate_path_error: bool = True,
+        before: Known | None = None,
     ) -> LogProb:
         """Log-likelihood of each molecule and its terms (eq. 6, 11, 12).
 
-        ``error`` joins the error of the quadrature and that of the path. For the latter, the path is solved again by a
-        coarser solver (half the steps, or looser tolerances; and with tighter ones, too, if the solver is adaptive).
+        ``error`` is the sum of the estimated errors of the quadrature and of the path. For the latter, the path is
+        solved again with half the steps or looser tolerances, and by an adaptive solver with tighter ones as well.
 
         Args:
             batch: Molecules on the model's device and in its dtype.
             noise: ε of q for "joint", shape (B, M, F); see :meth:`encode`.
             trace: ``divergence.exact`` or a closure over probes around ``divergence.hutchinson``.
             solver: How the state is integrated; :attr:`likelihood_solver`, as in ``score``, when None.
-            intervals: Of the quadrature of the trace; see ``ContinuousFlow.transport``.
+            intervals: Number of intervals of the quadrature of the trace; see ``ContinuousFlow.transport``.
             estimate_path_error: Whether to solve the path again for its part of ``error``.
+            before: Result for the same molecules with half the intervals; see ``LogProb.known``. Only traces at new
+                nodes are then computed, and ``path_error`` is kept: a path through more nodes is not less accurate.
+
+        Returns:
+            Log-likelihood, terms and error, nats.
 
         Raises:
             SolverError: If the solver fails.
+            ValueError: If ``intervals`` is not a multiple of 8.
         """
         with torch.no_grad():
             encoded = self.encode(batch, noise)
-            flow = self.flow(encoded.mask, encoded.context, solver)
-            z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals)
+            velocity = replayed(self.velocity(encoded.mask, encoded.context), encoded.x, encoded.h)
+            flow = self.flow(encoded.mask, encoded.context, solver, velocity)
+            known = None if before is None else before.traces
+            z = flow.forward(encoded.x, encoded.h, trace, intervals=intervals, known=known)
             terms = log_likelihood(encoded, z.x, z.h, z.ladj)
-            error, nfe = z.error, z.nfe
-            if estimate_path_error:
+            by_path, more = torch.zeros_like(z.error), 0
+            if before is not None:
+                by_path = before.path_error
+            elif estimate_path_error:
                 by_path, more = path_error(flow, encoded.x, encoded.h, terms.log_base, z.traces, trace)
-                error, nfe = error + by_path, nfe + more
-            return LogProb(terms.log_prob, terms.log_density, *terms, error, z.samples + encoded.log_volume, nfe)
+            samples = z.samples + encoded.log_volume
+            parts = (z.error + by_path, by_path, z.traces, samples, z.nfe + more)
+            return LogProb(terms.log_prob, terms.log_density, *terms, *parts)
 
     def sample(
         self,
@@ -321,44 +359,49 @@ class ENF(nn.Module):
         context: Tensor | Context | None = None,
         solver: Solver | StochasticSampler | None = None,
         noise: Noise | None = None,
+        velocity: Velocity | None = None,
     ) -> Batch:
         """Takes latent molecules to data, ``(x, h) = g(z_x, z_h)`` followed by argmax and floor.
 
-        A ``StochasticSampler`` renews noise on the way; see ``stochastic.sample_stochastic``. By default that is what
-        ``generate`` does, if ``noise`` is given; without it, molecules are drawn from the density of :meth:`log_prob`,
-        by the ODE.
+        The ODE of the flow draws from the density of :meth:`log_prob`. A ``StochasticSampler`` adds fresh noise at each
+        step and has no likelihood; see ``stochastic.sample_stochastic``.
 
         Args:
             z_x: Centred Gaussian positions, shape (B, M, n); see ``base.sample_latent``.
             z_h: Gaussian features, shape (B, M, F).
             mask: True for real atoms, shape (B, M).
-            context: One-hot types for "given", shape (B, M, K), and what else conditions the flow; see
-                :meth:`context`.
-            solver: How to integrate; when None, :attr:`sampling_solver`, or :attr:`ode_solver` if there is no noise.
+            context: What conditions the dynamics, such as the types for "given"; see :meth:`context`.
+            solver: How to draw; when None, :attr:`sampling_solver`, as in ``generate``, or :attr:`ode_solver` if
+                ``noise`` is None.
             noise: Draws fresh latent molecules like z_x and z_h, for a stochastic sampler.
+            velocity: A velocity to use instead of the flow's own, such as a guided one.
+
+        Returns:
+            Molecules in Å with discrete features.
 
         Raises:
             SolverError: If the solver fails.
-            ValueError: For a stochastic sampler where the flow was not trained by flow matching, or without noise.
+            ValueError: If the sampler is stochastic, but ``noise`` is None or flow matching did not train the flow.
         """
         if solver is None:
             solver = self.ode_solver if noise is None else self.sampling_solver
         with torch.no_grad():
-            if isinstance(solver, Solver):
-                out = self.flow(mask, context, solver).inverse(z_x, z_h)
-                return self.decode(out.x, out.h, mask, context)
             self.check_sampler(solver)
-            if noise is None:
+            if isinstance(solver, StochasticSampler) and noise is None:
                 raise ValueError(f"solver {solver}: needs noise, a function that draws latent molecules")
-            x, h = sample_stochastic(self.velocity(mask, context), z_x, z_h, noise, solver)
+            velocity = replayed(velocity or self.velocity(mask, context), z_x, z_h)
+            if isinstance(solver, Solver):
+                out = self.flow(mask, context, solver, velocity).inverse(z_x, z_h)
+                return self.decode(out.x, out.h, mask, context)
+            x, h = sample_stochastic(velocity, z_x, z_h, noise, solver)
             return self.decode(x, h, mask, context)
 
     def check_sampler(self, sampler: Solver | StochasticSampler) -> None:
-        """Raises ``ValueError`` for a sampler that renews noise where the flow has no known path to do so."""
+        """Raises ``ValueError`` for a stochastic sampler if the path of the flow is unknown."""
         if isinstance(sampler, StochasticSampler) and not self.matched:
             raise ValueError(
-                f"churn={sampler.churn:g}: noise can be renewed on the path of flow matching only, and the flow "
-                f"{self.name!r} was not trained by it; use churn=0"
+                f"churn={sampler.churn:g}: fresh noise needs the path of flow matching, and the flow {self.name!r} was "
+                "not trained by it; use churn=0"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -370,7 +413,7 @@ class ENF(nn.Module):
         write_weights(path, self.config, self.provenance, self.state_dict())
 
     def _feature(self, values: Sequence[float]) -> Tensor:
-        """Returns numbers as a tensor like the weights; kept, because making it would halt a GPU."""
+        """Returns numbers as a tensor like the weights; cached, as copying it to a GPU would make the host wait."""
         key = (tuple(values), self.dtype, self.device)
         if key not in self._features:
             self._features[key] = torch.tensor(values, dtype=self.dtype, device=self.device)
@@ -378,7 +421,11 @@ class ENF(nn.Module):
 
 
 def check_flow(flow: Any) -> ENF:
-    """Returns a flow, and raises a ``TypeError`` for anything else, such as the name of one."""
+    """Returns a flow unchanged.
+
+    Raises:
+        TypeError: If it is anything else, such as the name of a flow.
+    """
     if isinstance(flow, ENF):
         return flow
     if isinstance(flow, str | os.PathLike):

@@ -1,6 +1,6 @@
 """The three feature modes: what flows, what conditions, and which terms a likelihood has.
 
-This file alone tells the modes apart; what follows from a mode is asked of its object.
+Only this file distinguishes the modes by name; all other code asks the object of the mode.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ase_enf.atoms.batch import Batch
 
 @dataclass(frozen=True)
 class FeatureMode:
-    """What a flow makes of the elements of molecules.
+    """How a flow treats the elements of the atoms.
 
     Args:
-        name: As in ``ENFConfig.features``.
+        name: Name, as in ``ENFConfig.features``.
         density: What the likelihood is, in words.
-        types_flow: Whether types and charges flow with the positions: the likelihood is a lower bound by draws of
-            q(h̃|h), log p_Z(z) + ladj − log q(h̃|h) + log p_M(M) (eq. 12).
-        types_given: Whether the types condition the flow: the likelihood is exact, log p_Z(z) + ladj, and a sample
+        types_flow: Whether types and charges flow with the positions. The likelihood is then a lower bound from draws
+            of q(h̃|h), log p_Z(z) + ladj − log q(h̃|h) + log p_M(M) (eq. 12).
+        types_given: Whether the types condition the flow. The likelihood is then exact, log p_Z(z) + ladj, and a sample
             needs a composition.
 
     Example:
@@ -36,12 +36,12 @@ class FeatureMode:
 
     @property
     def knows_types(self) -> bool:
-        """Whether there are types at all: without them any element will do."""
+        """Whether the flow knows types at all; without them it accepts any element."""
         return self.types_flow or self.types_given
 
     @property
     def exact(self) -> bool:
-        """Whether the likelihood is exact: nothing is drawn, and its terms are those of positions alone."""
+        """Whether the likelihood is exact, with the terms of positions only and no draws of q."""
         return not self.types_flow
 
     @property
@@ -50,15 +50,15 @@ class FeatureMode:
         return ("log_base", "ladj") if self.exact else ("log_base", "ladj", "log_q", "log_size")
 
     def flow_features(self, species: int) -> int:
-        """Returns the number F of features that flow: a score for each element, and the charge."""
+        """Returns the number F of features that flow: one score for each element, and the charge."""
         return species + 1 if self.types_flow else 0
 
     def context_features(self, species: int) -> int:
-        """Returns the number of features of the types that condition the flow."""
+        """Returns the number of features by which the types condition the flow."""
         return species if self.types_given else 0
 
     def conditioning(self, batch: Batch) -> list[Tensor]:
-        """Returns what of the types conditions a batch, (B, M, K) or nothing."""
+        """Returns the features by which the types condition a batch: [(B, M, K)], or an empty list."""
         return [batch.types] if self.types_given else []
 
 
@@ -76,7 +76,7 @@ def feature_mode(name: str) -> FeatureMode:
     """Returns a mode by its name.
 
     Raises:
-        ValueError: For an unknown name.
+        ValueError: If the name is unknown.
 
     Example:
         >>> feature_mode("given").density

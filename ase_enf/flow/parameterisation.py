@@ -1,4 +1,4 @@
-"""How the output of the network becomes a velocity: as it is, as an endpoint, or as a denoised molecule."""
+"""How the output of the network becomes a velocity: directly, as an endpoint, or as a denoised molecule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PARAMETERISATIONS = ("velocity", "endpoint", "denoising")
-# What keeps 1 / t finite at the data.
+# Added to t so that 1 / t stays finite at the data.
 OFFSET = 0.02
 
 
@@ -35,21 +35,21 @@ class Parameterisation:
     * "velocity" (the paper, eq. 8): dx/dt = x^L − x,  dh/dt = h^L.
     * "endpoint": x^L and h^L are the molecule at t = 0, from which the velocity follows,
       dx/dt = (x − x^L) / (t + δ),  dh/dt = (h − h^L) / (t + δ).
-    * "denoising": input of unit variance, and the part of the velocity that is linear in x is given (the form of Karras
-      et al. 2022, for a velocity). With data of standard deviation s and σ² = (1 − t)² s² + t²: c_in = 1/σ,
+    * "denoising": the input has unit variance, and the part of the velocity that is linear in x is built in (Karras et
+      al. 2022, for a velocity). With data of standard deviation s and σ² = (1 − t)² s² + t²: c_in = 1/σ,
       c_skip = (t − (1 − t) s²) / σ², c_out = s/σ, and x^L − c_in x is the displacement towards the data,
       dx/dt = c_skip x − c_out (x^L − c_in x) / (t c_in + δ),  dh/dt = c_skip h + c_out h^L.
 
-    Each layer of an EGNN moves the positions, and the next one sees the distances of where they went. In the last two
-    the positions move towards the molecule, so that later layers see better geometry.
+    Each layer of an EGNN moves the positions, and the next layer computes distances from the moved ones. With
+    "endpoint" and "denoising" they move towards the molecule, so that later layers see a better geometry.
 
     Args:
         kind: One of the three.
         feature_std: Standard deviation s of the flowing features; that of positions is 1.
-        offset: δ.
+        offset: Offset δ of the time.
 
     Raises:
-        ValueError: For an unknown kind, or numbers that are not positive.
+        ValueError: If the kind is unknown, or a number is not positive and finite.
 
     Example:
         >>> velocity = Parameterisation("endpoint", offset=0.5)(torch.tensor(0.5))
@@ -80,7 +80,7 @@ class Parameterisation:
 
     @staticmethod
     def _denoising(t: Tensor, std: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns c_in, c_skip and c_out for data of this standard deviation."""
+        """Returns c_in, c_skip and c_out for data of standard deviation ``std``."""
         data = (1.0 - t) * std
         scale = torch.rsqrt(data.square() + t.square())
         return scale, (t - data * std) * scale.square(), std * scale

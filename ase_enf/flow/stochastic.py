@@ -1,7 +1,7 @@
-"""The stochastic sampler: molecules by the reverse diffusion of a flow that flow matching has trained.
+"""The stochastic sampler: draws molecules by the reverse diffusion of a flow trained by flow matching.
 
-Its molecules have the distribution of the flow's path only as far as the velocity is right; noise that is renewed on
-the way lets a trained velocity correct what it has done wrong before. There is no likelihood.
+Each step replaces part of the noise by fresh noise, so that the errors of earlier steps fade. The molecules follow the
+distribution of the flow's path only as far as the velocity is accurate, and they have no likelihood.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ase_enf.atoms.batch import check_whole
 from ase_enf.flow.divergence import Velocity
 
 # Draws fresh latent positions (B, M, n), centred, and features (B, M, F).
 Noise = Callable[[], tuple[Tensor, Tensor]]
-# Puts what is known of the data into predicted positions (B, M, n) and features (B, M, F).
+# Overwrites predicted positions (B, M, n) and features (B, M, F) with what is known of the data.
 Correction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-# At a time t, chooses by predicted positions and features which molecules go on: places (B,), None for all as they are.
+# Resamples the batch at time t from predicted positions and features: indices of the molecules to continue with (B,),
+# or None to keep the batch as it is.
 Selection = Callable[[float, Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
 class StochasticSampler:
-    """How molecules are drawn with noise that is renewed on the way.
+    """Settings of a sampler that replaces part of the noise by fresh noise at each step.
 
     Args:
-        steps: Number of steps, each one evaluation of the velocity.
-        warp: Steps lie at ``t = (k / steps)^warp``: above 1 they are denser near the data.
-        churn: η, how much noise is renewed: 1 is the reverse diffusion of the path, g² = 2 η t / (1 − t), and the
-            larger, the sooner what the velocity did wrong is forgotten; 0 renews none.
+        steps: Number of steps, with one evaluation of the velocity each.
+        warp: Steps lie at ``t = (k / steps)^warp``; above 1 they are denser near the data.
+        churn: η ≥ 0, how much noise is replaced, as a diffusion with g² = 2 η t / (1 − t): 0 replaces none, 1 is the
+            reverse diffusion of the path, and with larger values the errors of earlier steps fade sooner.
 
     Raises:
-        ValueError: For steps < 1, a warp that is not positive, a churn that is negative or not finite.
+        ValueError: If steps is below 1, warp is not positive, or churn is negative or not finite.
 
     Example:
         >>> str(StochasticSampler(steps=64, churn=20))
@@ -49,8 +51,7 @@ class StochasticSampler:
     churn: float = 50.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampler steps={self.steps}: need at least 1")
+        check_whole("sampler steps", self.steps, 1)
         if not 0 < self.warp < math.inf:
             raise ValueError(f"sampler warp={self.warp}: must be positive")
         if not 0 <= self.churn < math.inf:
@@ -60,7 +61,7 @@ class StochasticSampler:
         return f"{self.method}, {self.steps} steps, warp {self.warp:g}, churn {self.churn:g}"
 
     def times(self) -> list[float]:
-        """Returns the times from noise to data, steps + 1 of them.
+        """Returns the ``steps + 1`` times from noise (t = 1) to data (t = 0).
 
         Example:
             >>> StochasticSampler(steps=2).times()
@@ -79,31 +80,32 @@ def sample_stochastic(
     begin: float = 1.0,
     select: Selection | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Takes latent to data space along x_t = (1 − t) x + t z, with renewed noise ε, to second order in the steps.
+    """Takes latent to data space along x_t = (1 − t) x + t z, with fresh noise ε, to second order in the steps.
 
-    From t to t' < t, with D = x_t − t v(t, x_t), which flow matching makes the mean of the data given x_t,
+    A step from t to t' < t is
 
         x_t' = (t'/t) e^(−ηλ) x_t + (1 − t') (1 − e^(−(1 + η)λ)) [D + λ/(2λ_0) (D − D_0)] + t' √(1 − e^(−2ηλ)) ε
 
-    where λ is the step of log((1 − t)/t) and _0 marks the step before: DPM-Solver++(2M) of Lu et al. (2022), whose
-    stochastic form has η = 1. The first and the last step are of first order; the last renews nothing. Features h go
-    the same way.
+    where D = x_t − t v(t, x_t) predicts the data (flow matching makes it their mean given x_t), λ is the change of
+    log((1 − t)/t), and the index 0 marks the previous step. This is DPM-Solver++(2M) of Lu et al. (2022), whose
+    stochastic form has η = 1. The first and the last step are of first order, and the last adds no noise. Features h
+    are treated alike.
 
     Args:
         velocity: ``(t, x, h) → (dx, dh)``.
         x: Latent positions, centred, shape (B, M, n).
         h: Latent features, shape (B, M, F).
-        noise: Draws ε; steps − 2 times, when it begins at 1.
-        sampler: Steps and churn.
-        correct: What becomes of D before it is used.
-        begin: Time t of x and h, in (0, 1]; those of the steps that are later are left out.
-        select: Which molecules go on at each step, some of them several times, by D before it is corrected.
+        noise: Draws ε; called steps − 2 times if ``begin`` is 1.
+        sampler: Steps, warp and churn.
+        correct: Corrects D before it is used.
+        begin: Time t of x and h, in (0, 1]; later times of the sampler are left out.
+        select: Resamples the batch at each step, from D before it is corrected.
 
     Returns:
-        Positions and features at t = 0.
+        Positions (B, M, n) and features (B, M, F) at t = 0.
 
     Example:
-        All data in one point, v = (x_t − 0) / t, is found exactly:
+        If all data lie at the origin, v = x_t / t, and the sampler finds it exactly:
 
         >>> from ase_enf.geometry import center
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
@@ -124,7 +126,7 @@ def sample_stochastic(
             data = correct(*data)
         if end == 0.0:
             break
-        if start == 1.0:  # of what x_1 holds of the data nothing is left
+        if start == 1.0:  # log((1 − t)/t) is infinite here: a plain step without fresh noise
             x, h = (end * state + (1.0 - end) * mean for state, mean in zip((x, h), data, strict=True))
         else:
             step = _log_snr(end) - _log_snr(start)

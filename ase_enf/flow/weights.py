@@ -1,4 +1,4 @@
-"""Weights files: ``safetensors`` with configuration and provenance as JSON beside the tensors; nothing is executed."""
+"""Weights files: ``safetensors`` with configuration and provenance as JSON metadata; nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 def write_weights(
     path: str | os.PathLike[str], config: ENFConfig, provenance: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> None:
-    """Writes a weights file of today's format, atomically.
+    """Writes a weights file in the current format, atomically.
+
+    Args:
+        path: The file.
+        config: Configuration of the flow.
+        provenance: How the flow was trained (JSON values).
+        state: Weights by name.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -46,10 +52,20 @@ def write_weights(
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads configuration and provenance of a weights file without loading the weights.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The header, migrated to the current format.
+
     Raises:
         FileNotFoundError: If there is no such file.
-        IsADirectoryError: If it is a folder, of a run for instance.
-        ValueError: If the file is truncated, foreign, or of a newer format.
+        IsADirectoryError: If it is a folder, such as that of a training run.
+        ValueError: If the file is truncated, foreign, or in a newer format.
+
+    Example:
+        >>> read_header(shipped_path("dw4"))["config"]["features"]
+        'none'
     """
     path = Path(path)
     if path.is_dir() and path != Path():
@@ -81,10 +97,14 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Returns the weights of a file by name, on the CPU.
+    """Returns the weights of a file by their names, on the CPU.
 
     Raises:
         ValueError: If they cannot be read.
+
+    Example:
+        >>> "dynamics.network.embed.weight" in read_tensors(shipped_path("qm9-small"))
+        True
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -94,7 +114,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _migrated(header: dict[str, Any]) -> dict[str, Any]:
-    """Returns a header in today's format; format 1 told the path only by the objective of the training."""
+    """Returns a header in the current format; in format 1 only the training objective implies the path."""
     if header.get("format") == 1 and dict(header.get("provenance") or {}).get("objective") == "flow_matching":
         header = header | {"config": {"path": "linear"} | header["config"]}
     return header
@@ -106,7 +126,7 @@ def shipped() -> list[str]:
 
 
 def shipped_path(name: str) -> Path | None:
-    """Returns the weights file of a model that comes with the package, None for another name.
+    """Returns the weights file of a shipped model, or None if there is none of that name.
 
     Example:
         >>> shipped_path("qm9").name, shipped_path("qm99")

@@ -1,23 +1,23 @@
-"""How good are these molecules? Stability, validity, uniqueness, novelty and distances, as one table.
+"""Quality of molecules: stability, validity, uniqueness, novelty and distances, as one table.
 
-Metrics see structures, never models: everything here takes ``Atoms``, from wherever they come. Each metric is a
-function that returns a ``Metric`` (value, standard error, denominator, definition); ``evaluate`` puts all of them in a
+Metrics depend on structures, never on models: everything here takes ``Atoms``, wherever they come from. Each metric is
+a function that returns a ``Metric`` (value, standard error, denominator, definition); ``evaluate`` collects them in a
 ``pandas.DataFrame``. Bonds are those of the published distance table (``ase_enf.chem.bonds``).
 
-"Valid" has three published meanings, and figures in the literature mix them; here each has its name:
+"Valid" has several meanings, which figures in the literature mix; here each has its own name:
 
 =================  ====================================================  ===========================
-name               a structure counts when                               among
+name               a structure is valid if                               denominator
 =================  ====================================================  ===========================
 stable             it is stable, and RDKit can sanitise it               the stable structures
-largest_fragment   RDKit can sanitise it; its largest fragment stands    all structures
-                   for it from then on
+largest_fragment   RDKit can sanitise it; from then on it is             all structures
+                   represented by its largest fragment
 strict             RDKit can sanitise it, it is one fragment, and no     all structures
                    atom lacks a bond (no implicit hydrogens)
 =================  ====================================================  ===========================
 
-The first is that of the E-NF paper, the second that of EDM (Hoogeboom et al. 2022) and most papers since, the third
-ours. No structure is dropped: what cannot be read counts as a failure in every denominator it belongs to.
+The first is that of the E-NF paper, the second that of EDM (Hoogeboom et al. 2022) and most papers since, and the third
+that of this package. No structure is dropped: one that cannot be read counts as a failure in every denominator.
 """
 
 from __future__ import annotations

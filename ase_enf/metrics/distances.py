@@ -1,4 +1,4 @@
-"""Distances: are atoms as far apart as in the reference?"""
+"""Distances: is their distribution that of the reference?"""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ase_enf.metrics.surveys import Structures, survey
 def distance_js(atoms: Structures, reference: str | Reference | Iterable[Atoms]) -> Metric:
     """Jensen-Shannon divergence between the histograms of interatomic distances, in nats.
 
-    JS = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q), with p and q the normalised histograms of 100 bins on [0, 13] Å,
-    1e-10 added to every bin. Distances are those between different atoms of one structure; longer ones are in the
-    last bin. The standard error is that of the linearised JS, structures independent and the reference taken as
-    exact; at JS ≈ 0 the linear term vanishes, and so does it.
+    JS = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q), where p and q are the normalised histograms of 100 bins on [0, 13] Å
+    with 1e-10 added to every bin. Distances are those between different atoms of one structure; the last bin includes
+    longer ones. The standard error is that of the linearised JS for independent structures and an exact reference; near
+    JS = 0, where the linear term vanishes, it is too small.
 
     Args:
         atoms: Structures, or their survey.
-        reference: A shipped name ("qm9") or structures.
+        reference: Name of a shipped reference ("qm9"), or structures.
 
     Returns:
         The metric; its denominator is the number of distances (ordered pairs).
 
     Raises:
-        ValueError: The reference has no distances.
+        ValueError: If the reference has no distances.
 
     Reference:
         Satorras et al. 2021 (E-NF), section 5.2, figure 4.

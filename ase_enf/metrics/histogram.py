@@ -1,4 +1,4 @@
-"""Histograms of interatomic distances and how far two of them are apart."""
+"""Histograms of interatomic distances, and the divergence of two of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def distance_counts(
     """Histogram of the distances between different atoms of each structure, over ordered pairs.
 
     Args:
-        positions: shape (B, M, 3), Å, without padding.
+        positions: Positions, shape (B, M, 3), Å, without padding.
 
     Returns:
-        shape (B, 100), counts in equal bins on [0, 13] Å; what is longer is in the last bin.
+        Counts in equal bins on [0, 13] Å, shape (B, 100); the last bin includes longer distances.
 
     Example:
         >>> distance_counts(np.array([[[0.0, 0, 0], [1.0, 0, 0]]]))[0, :9].tolist()
@@ -39,11 +39,11 @@ def js_divergence(counts: NDArray[np.number], others: NDArray[np.number]) -> flo
     """Jensen-Shannon divergence of two histograms, ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = ½ (p + q), in nats.
 
     Args:
-        counts: shape (K,), not normalised.
-        others: shape (K,), not normalised.
+        counts: A histogram, not normalised, shape (K,).
+        others: The other histogram, not normalised, shape (K,).
 
     Returns:
-        A number in [0, log 2] up to 1e-8; NaN when a histogram is empty.
+        The divergence in nats, in [0, log 2] up to 1e-8; NaN if a histogram is empty.
 
     Example:
         >>> round(js_divergence(np.array([1, 0]), np.array([0, 1])), 6)  # log 2
@@ -57,7 +57,15 @@ def js_divergence(counts: NDArray[np.number], others: NDArray[np.number]) -> flo
 
 
 def js_stderr(counts: NDArray[np.integer], others: NDArray[np.integer]) -> float:
-    """Standard error of JS by the delta method: ∂JS/∂p_k = ½ log(p_k / m_k) weighs the counts of each structure."""
+    """Standard error of JS by the delta method, with ∂JS/∂p_k = ½ log(p_k / m_k).
+
+    Args:
+        counts: Histogram of each structure, shape (N, K).
+        others: Histogram of the reference, taken as exact, shape (K,).
+
+    Returns:
+        The standard error over structures, nats; NaN for fewer than two structures or an empty histogram.
+    """
     total = counts.sum()
     if not (total and others.sum()):
         return np.nan

@@ -21,20 +21,20 @@ def novelty(
 ) -> Metric:
     """Valid structures whose molecule is not in the reference, as a fraction of the valid structures or of all.
 
-    Structures are counted, not different molecules: this is the paper's figure (415 novel of 491 stable).
+    As in the paper (415 novel of 491 stable), structures are counted, not distinct molecules.
 
     Args:
         atoms: Structures, or their survey.
-        reference: A shipped name ("qm9"), SMILES strings, or structures.
-        definition: What is valid: "stable", "largest_fragment" or "strict".
-        over: "valid" or "all": the denominator.
+        reference: Name of a shipped reference ("qm9"), SMILES strings, or structures.
+        definition: Definition of valid: "stable", "largest_fragment" or "strict".
+        over: Denominator: "valid" or "all" structures.
 
     Returns:
-        The metric, named ``novelty_<definition>``, with ``_of_all`` when that is the denominator; standard error
+        The metric, named ``novelty_<definition>``, followed by ``_of_all`` for that denominator; its standard error is
         binomial.
 
     Raises:
-        ValueError: The definition or the denominator is unknown, or the reference is.
+        ValueError: If the definition, the denominator or the reference is unknown.
 
     Example:
         >>> from ase.build import molecule

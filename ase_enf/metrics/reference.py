@@ -1,4 +1,4 @@
-"""What generated structures are compared with: shipped, given as SMILES, or made from structures."""
+"""References for generated structures: shipped, given as SMILES, or made from structures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ REFERENCES = {"qm9": "qm9_reference.npz"}  # shipped references, in ase_enf/data
 
 
 class Reference(NamedTuple):
-    """What generated structures are compared with.
+    """Known molecules that generated structures are compared with.
 
     Attributes:
-        name: What it is, in a word or two.
+        name: Name of the reference, in a word or two.
         smiles: Canonical SMILES of the known molecules.
-        distances: shape (100,), histogram of distances as in ``Survey``; None when only SMILES are known.
+        distances: Histogram of distances as in ``Survey``, shape (100,); None if only SMILES are known.
         n_structures: Number of structures or SMILES it was made from.
     """
 
@@ -38,19 +38,19 @@ class Reference(NamedTuple):
 
 
 def load_reference(name: str = "qm9") -> Reference:
-    """A shipped reference: SMILES and distances of a training set.
+    """Loads a shipped reference: SMILES and distances of a training set.
 
-    "qm9" is the official training split (100,000 molecules) as the distance table reads it. Canonical SMILES belong
-    to a version of RDKit: when the installed one is not that of the file, they are made anew (some ten seconds).
+    "qm9" is the published training split (100,000 molecules), with bonds by the distance table. Canonical SMILES depend
+    on the version of RDKit; if another one wrote the file, they are made canonical again, which takes some ten seconds.
 
     Args:
-        name: "qm9".
+        name: Name of the reference, "qm9".
 
     Returns:
         The reference.
 
     Raises:
-        ValueError: There is no such reference.
+        ValueError: If there is no such reference.
 
     Example:
         >>> reference = load_reference("qm9")
@@ -66,13 +66,13 @@ def load_reference(name: str = "qm9") -> Reference:
 
 
 def read_reference(path: str | Path | Traversable) -> Reference:
-    """Read a reference that ``write_reference`` wrote.
+    """Reads a reference that ``write_reference`` wrote.
 
     Args:
         path: The .npz file.
 
     Returns:
-        The reference, its SMILES canonical by the installed RDKit.
+        The reference, with SMILES that are canonical for the installed RDKit.
 
     Example:
         >>> read_reference(resources.files("ase_enf") / "data" / "qm9_reference.npz").distances.shape
@@ -88,14 +88,14 @@ def read_reference(path: str | Path | Traversable) -> Reference:
 
 
 def write_reference(reference: Reference, path: str | Path) -> None:
-    """Write a reference as a compact .npz without pickles: xz-compressed SMILES, histogram, RDKit version.
+    """Writes a reference as a compact .npz without pickles: xz-compressed SMILES, histogram, RDKit version.
 
     Args:
         reference: A reference with distances.
         path: The .npz file; the same reference gives the same bytes.
 
     Raises:
-        ValueError: The reference has no distances.
+        ValueError: If the reference has no distances.
 
     Example:
         >>> import tempfile
@@ -120,18 +120,18 @@ def write_reference(reference: Reference, path: str | Path) -> None:
 
 
 def as_reference(reference: str | Reference | Survey | Iterable[str] | Atoms | Iterable[Atoms]) -> Reference:
-    """What a user may call a reference, as a ``Reference``.
+    """Returns a ``Reference`` from any form in which a user may give it.
 
     Args:
-        reference: A shipped name, SMILES strings, structures or their survey, or a ``Reference``. Of structures, the
-            molecule and its largest fragment are both known.
+        reference: Name of a shipped reference, SMILES strings, structures or their survey, or a ``Reference``. For
+            structures, both the whole molecule and its largest fragment count as known.
 
     Returns:
-        The reference. SMILES that RDKit cannot read are kept as they are, with a warning that counts them.
+        The reference. SMILES that RDKit cannot read are kept unchanged, with a warning that gives their number.
 
     Raises:
-        ValueError: The name is unknown, or there is nothing in it that can be read.
-        TypeError: It mixes SMILES and structures, or holds something else.
+        ValueError: If the name is unknown, or the reference is empty or cannot be read.
+        TypeError: If it mixes SMILES and structures, or holds anything else.
 
     Example:
         >>> sorted(as_reference(["OCC", "C"]).smiles)
@@ -180,7 +180,7 @@ def _reference_of_smiles(smiles: list[str]) -> Reference:
 
 
 def _with_this_rdkit(smiles: list[str], written_by: str) -> list[str]:
-    """The SMILES as they are when this RDKit wrote them, otherwise made canonical anew, with a word on the change."""
+    """Returns SMILES that are canonical for this RDKit, with a warning if they differ from those written."""
     if written_by == rdkit_version():
         return smiles
     anew = [normalise_smiles(text) for text in smiles]
@@ -188,7 +188,7 @@ def _with_this_rdkit(smiles: list[str], written_by: str) -> list[str]:
     if changed:
         warnings.warn(
             f"the reference was written by RDKit {written_by}, this is {rdkit_version()}: {changed} of {len(smiles)} "
-            f"SMILES changed ({anew.count(None)} cannot be read any more and are kept as they were)",
+            f"SMILES changed ({anew.count(None)} can no longer be read and are kept unchanged)",
             stacklevel=4,
         )
     return [text or before for text, before in zip(anew, smiles, strict=True)]

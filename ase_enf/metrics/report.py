@@ -25,21 +25,22 @@ def evaluate(
     atoms: Structures,
     reference: str | Reference | Iterable[str] | Iterable[Atoms] | None = None,
 ) -> pd.DataFrame:
-    """All metrics of a set of structures.
+    """Computes all metrics of a set of structures.
 
     Args:
-        atoms: One structure or several, positions in Å; or their ``survey``. They are not modified.
-        reference: What novelty and distances are measured against: a shipped name ("qm9"), SMILES strings, or
-            structures. Without it there is no novelty; with SMILES alone there is no ``distance_js``.
+        atoms: One or several structures, positions in Å, or their ``survey``; they are not modified.
+        reference: Reference for novelty and distances: a shipped name ("qm9"), SMILES strings, or structures. Without
+            it there is no novelty; with SMILES only there is no ``distance_js``.
 
     Returns:
-        A row a metric with the columns metric, value, stderr, denominator, definition. ``.attrs`` holds what has to be
-        printed with the figures: the versions of RDKit, ASE and this package, the bond table and the reference.
+        One row for each metric with the columns metric, value, stderr, denominator and definition. ``.attrs`` holds
+        what should be quoted with the values: the versions of RDKit, ASE and this package, the bond table and the
+        reference.
 
     Raises:
-        ValueError: There are no structures, one is periodic or has an atomic number of no element, or the reference is
+        ValueError: If there are no structures, one is periodic or has an unknown atomic number, or the reference is
             unknown, empty or unreadable.
-        TypeError: An item is neither ``Atoms`` nor, in the reference, a SMILES.
+        TypeError: If an item is neither an ``Atoms`` nor, in the reference, a SMILES.
 
     Reference:
         Satorras et al. 2021 (E-NF), sections 5.2, 5.3 and appendix A.3; Hoogeboom et al. 2022 (EDM).
@@ -65,7 +66,7 @@ def evaluate(
 
 
 def _provenance(n_structures: int, reference: Reference | None) -> dict[str, str | int]:
-    """What has to be printed with the figures."""
+    """Returns what should be quoted with the values: versions, bond table and reference."""
     try:
         version = importlib.metadata.version("ase-enf")
     except importlib.metadata.PackageNotFoundError:

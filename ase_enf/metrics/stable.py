@@ -11,7 +11,7 @@ from ase_enf.metrics.surveys import Structures, survey
 def atom_stability(atoms: Structures) -> Metric:
     """Fraction of atoms whose bond orders sum exactly to their valence, R = Σ_i s_i / Σ_i n_i over structures i.
 
-    The atoms of a structure stand or fall together: the standard error is that of a ratio of sums over structures
+    Atoms of one structure are not independent, so the standard error is that of a ratio of sums over structures
     (Cochran 1977, Sampling Techniques, section 6.3), √(N/(N−1) Σ_i (s_i − R n_i)²) / Σ_i n_i.
 
     Args:
@@ -36,15 +36,14 @@ def atom_stability(atoms: Structures) -> Metric:
 
 
 def stability_by_element(atoms: Structures) -> dict[str, Metric]:
-    """Fraction of the atoms of each element whose bond orders sum to their valence: which element a model gets wrong.
+    """Fraction of the atoms of each element whose bond orders sum to their valence.
 
     Args:
         atoms: Structures, or their survey.
 
     Returns:
-        Under the symbol of each element that occurs, in the order of atomic numbers: the metric, named
-        ``atom_stability_<symbol>``, with a standard error as in ``atom_stability``; its denominator is the number of
-        atoms of the element.
+        A metric ``atom_stability_<symbol>`` for the symbol of each element that occurs, in the order of atomic numbers.
+        Its standard error is computed as in ``atom_stability``; its denominator is the number of atoms of the element.
 
     Example:
         >>> from ase.build import molecule

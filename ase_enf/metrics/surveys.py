@@ -1,4 +1,4 @@
-"""Everything the metrics need to know of structures, found in one pass."""
+"""Everything the metrics need to know about structures, found in one pass."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ase_enf.metrics.histogram import N_BINS, distance_counts
 
 
 class Survey(NamedTuple):
-    """Everything the metrics need to know of N structures, found in one pass.
+    """Everything the metrics need to know about N structures.
 
     Attributes:
-        stability: counts of stable atoms and verdicts, arrays of shape (N,).
-        fragments: shape (N,), number of connected fragments of the bond graph.
-        readings: N readings of the bond graphs by RDKit.
-        distances: shape (N, 100), distances between different atoms, counted over ordered pairs, in bins on [0, 13] Å;
-            what is longer is in the last bin.
-        elements: shape (E,), atomic numbers of the elements that occur, increasing.
-        atoms_by_element: shape (N, E), number of atoms of each element.
-        stable_by_element: shape (N, E), number of stable atoms of each element.
+        stability: Numbers of stable atoms and verdicts, arrays of shape (N,).
+        fragments: Number of connected fragments of each bond graph, shape (N,).
+        readings: RDKit's readings of the N bond graphs.
+        distances: Histograms of the distances between different atoms over ordered pairs, in bins on [0, 13] Å, shape
+            (N, 100); the last bin includes longer ones.
+        elements: Atomic numbers of the elements that occur, ascending, shape (E,).
+        atoms_by_element: Number of atoms of each element, shape (N, E).
+        stable_by_element: Number of stable atoms of each element, shape (N, E).
     """
 
     stability: Stability
@@ -41,20 +41,20 @@ Structures = Survey | Atoms | Iterable[Atoms]
 
 
 def survey(atoms: Structures) -> Survey:
-    """Bonds, stability, fragments, SMILES and distances of structures, in one pass.
+    """Finds bonds, stability, fragments, SMILES and distances of structures in one pass.
 
-    Every metric takes a survey in place of the structures: several metrics of one set then share the work.
+    Every metric accepts a survey instead of structures, so that several metrics of one set share the work.
 
     Args:
-        atoms: One structure or several; a survey is returned as it is.
+        atoms: One or several structures; a survey is returned unchanged.
 
     Returns:
-        The survey; what it says of a structure does not depend on the others. One with a position that is not finite
-        has no stable atom, no fragment, no SMILES and no distances.
+        The survey; its entries for a structure do not depend on the others. A structure with a position that is not
+        finite has no stable atom, no fragment, no SMILES and no distances.
 
     Raises:
-        ValueError: There are no structures, or one is periodic or has an atomic number of no element.
-        TypeError: An item is not an ``Atoms``.
+        ValueError: If there are no structures, or one is periodic or has an unknown atomic number.
+        TypeError: If an item is not an ``Atoms``.
 
     Example:
         >>> from ase.build import molecule
@@ -96,6 +96,6 @@ def _count_by_element(
     owners: NDArray[np.int64],  # (A,), the structure of each atom
     n: int,
 ) -> NDArray[np.int64]:  # (n, E)
-    """How many atoms of each element each of n structures has."""
+    """Returns the number of atoms of each element in each of n structures."""
     cells = owners * len(elements) + np.searchsorted(elements, numbers)
     return np.bincount(cells, minlength=n * len(elements)).reshape(n, len(elements))

@@ -1,4 +1,4 @@
-"""Uniqueness: how many different molecules are there?"""
+"""Uniqueness: how many structures are distinct molecules?"""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ase_enf.metrics.valid import VALIDITY, of_all, valid_smiles
 
 
 def uniqueness(atoms: Structures, definition: str = "strict", over: str = "valid") -> Metric:
-    """Number of different molecules among the valid ones, as a fraction of the valid structures or of all.
+    """Number of distinct molecules among the valid ones, as a fraction of the valid structures or of all.
 
-    Molecules are the same when their canonical SMILES are (hydrogens and stereochemistry left out). The number of
-    different ones depends on how many were generated: compare like with like. Its standard error is the jackknife's
-    (leave one structure out), which here has the closed form √(f (1 − f) / (n − 1)) with f the fraction of the n
-    structures whose molecule occurs once.
+    Molecules are the same if their canonical SMILES are, without hydrogens and stereochemistry. The fraction decreases
+    with the number of structures: compare sets of equal size only. Its standard error is that of the jackknife, which
+    here has the closed form √(f (1 − f) / (n − 1)), where f is the fraction of the n structures whose molecule occurs
+    once.
 
     Args:
         atoms: Structures, or their survey.
-        definition: What is valid: "stable", "largest_fragment" or "strict".
-        over: "valid" or "all": the denominator.
+        definition: Definition of valid: "stable", "largest_fragment" or "strict".
+        over: Denominator: "valid" or "all" structures.
 
     Returns:
-        The metric, named ``uniqueness_<definition>``, with ``_of_all`` when that is the denominator.
+        The metric, named ``uniqueness_<definition>``, followed by ``_of_all`` for that denominator.
 
     Raises:
-        ValueError: The definition or the denominator is unknown.
+        ValueError: If the definition or the denominator is unknown.
 
     Example:
         >>> from ase.build import molecule

@@ -1,4 +1,4 @@
-"""Validity, under its three published definitions (see ``ase_enf.metrics``)."""
+"""Validity, by the three definitions of ``ase_enf.metrics``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _AMONG = {"stable": "stable structures", "largest_fragment": "all structures", "
 
 
 def validity(atoms: Structures, definition: str = "strict") -> Metric:
-    """Fraction of valid structures, under one of the three definitions of ``ase_enf.metrics``.
+    """Fraction of valid structures, by one of the three definitions of ``ase_enf.metrics``.
 
     Args:
         atoms: Structures, or their survey.
         definition: "stable" (E-NF paper), "largest_fragment" (EDM) or "strict".
 
     Returns:
-        The metric; its denominator is the number of stable structures ("stable") or of all, its standard error
-        binomial.
+        The metric; its denominator is the number of stable structures for "stable", otherwise that of all structures.
+        Its standard error is binomial.
 
     Raises:
-        ValueError: The definition is unknown.
+        ValueError: If the definition is unknown.
 
     Example:
         >>> from ase.build import molecule
@@ -42,17 +42,17 @@ def validity(atoms: Structures, definition: str = "strict") -> Metric:
 
 
 def valid_smiles(atoms: Structures, definition: str = "strict") -> list[str | None]:
-    """The SMILES under which each structure counts, None where it is not valid.
+    """Returns the SMILES that represents each structure, or None if it is not valid.
 
     Args:
         atoms: Structures, or their survey.
         definition: "stable", "largest_fragment" or "strict".
 
     Returns:
-        One entry a structure, in order.
+        One entry for each structure, in order.
 
     Raises:
-        ValueError: The definition is unknown.
+        ValueError: If the definition is unknown.
 
     Example:
         >>> from ase.build import molecule
@@ -72,10 +72,10 @@ def valid_smiles(atoms: Structures, definition: str = "strict") -> list[str | No
 
 
 def of_all(over: str) -> bool:
-    """Whether a fraction is one of all structures ("all") or of the valid ones ("valid").
+    """Whether a denominator is the number of all structures ("all") rather than that of the valid ones ("valid").
 
     Raises:
-        ValueError: It is neither.
+        ValueError: If it is neither.
     """
     if over not in ("valid", "all"):
         raise ValueError(f"unknown denominator {over!r}: choose 'valid' or 'all'")

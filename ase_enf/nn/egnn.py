@@ -23,16 +23,18 @@ class EGCL(nn.Module):
     x_i ← x_i + Σ_{j≠i} (x_i − x_j) / (‖x_i − x_j‖ + C) · φ_x(m_ij),  C = 1
     h_i ← h_i + φ_h(h_i, Σ_{j≠i} m_ij)
 
-    In dynamics φ_x is bounded by tanh, which keeps them Lipschitz where the paper saw divergence.
+    In the dynamics, φ_x is bounded by tanh, which keeps them Lipschitz continuous; the paper reports divergence without
+    a bound.
 
     Args:
-        features: Width F.
-        edge_features: Number of constant pair scalars a_ij, context included.
-        radial: Number K of radial functions of the distance beside ‖x_i − x_j‖²; see ``nn.radial.pair_scalars``.
-        gate: Soft edges e_ij (eq. 4).
-        bound: The largest |φ_x|, in the units of x; None for no bound.
-        update_features: Whether h is updated (False in a last layer whose features nobody reads).
-        update_positions: Whether x is updated (False where only features are read).
+        features: Width F of the node features.
+        edge_features: Number of constant pair scalars a_ij, including context.
+        radial: Number K of radial functions of the distance in addition to ‖x_i − x_j‖²; see
+            ``nn.radial.pair_scalars``.
+        gate: Whether there are soft edges e_ij (eq. 4).
+        bound: Largest |φ_x|, in the units of x; None for no bound.
+        update_features: Whether h is updated; False in a last layer whose features are not used.
+        update_positions: Whether x is updated; False in a last layer whose positions are not used.
     """
 
     def __init__(
@@ -55,16 +57,16 @@ class EGCL(nn.Module):
         self.position_in = nn.Linear(features, features) if update_positions else None
         self.position_out = nn.Linear(features, 1, bias=False) if update_positions else None
         if self.position_out is not None:
-            # A small start makes the flow begin near the identity.
+            # With small initial weights the flow starts near the identity.
             nn.init.xavier_uniform_(self.position_out.weight, gain=1e-3)
 
     def forward(
         self,
         h: Tensor,  # (B, M, F)
         x: Tensor,  # (B, M, n)
-        a: Tensor | None,  # (B, M, M, k), of the input distances
+        a: Tensor | None,  # (B, M, M, k), scalars of the input distances
         pair_mask: Tensor,  # (B, M, M)
-        context: Tensor | None = None,  # (B, M, M, A), what else is known of each pair
+        context: Tensor | None = None,  # (B, M, M, A), constant features of each pair
         on_gpu: bool = False,  # whether the Triton kernel computes the pairs
     ) -> tuple[Tensor, Tensor]:
         """Returns the updated h (B, M, F) and x (B, M, n)."""
@@ -95,10 +97,10 @@ class EGCL(nn.Module):
         return h, x
 
     def uses_kernel(self, x: Tensor) -> bool:
-        """Whether the compiled kernel computes the pairs of these positions; ``a`` then is ‖x^0_i − x^0_j‖² alone."""
+        """Whether the compiled kernel computes the pairs of these positions; ``a`` is then ‖x^0_i − x^0_j‖² alone."""
         if not self.fused or x.device.type != "cpu" or self.messages.products or torch.is_autocast_enabled("cpu"):
             return False
-        # The dtype may be another than the one that the kernel was chosen for.
+        # The dtype may have changed since the kernel was chosen.
         return fused.fits(self.messages.edge_out.out_features, x.dtype)
 
     def _fused_pairs(
@@ -124,7 +126,7 @@ class EGCL(nn.Module):
             "w4": self.position_out.weight[0] if moves else None,
         }
         by_target, by_source = first[:, :width], first[:, width : 2 * width]
-        if h.device.type == "cuda":  # whose products are slow where rows begin off the grid
+        if h.device.type == "cuda":  # products with unaligned rows are slow there
             by_target, by_source = by_target.contiguous(), by_source.contiguous()
         target = F.linear(h, by_target, messages.edge_in.bias)
         source = F.linear(h, by_source)
@@ -136,15 +138,15 @@ class EGNN(nn.Module):
     """L layers of EGCL between two linear maps: ``h^L, x^L = EGNN[h^0, x^0]``.
 
     Args:
-        in_features: Node features that go in, time and context included.
-        out_features: Node features that come out, 0 for none.
+        in_features: Number of input features of a node, including time and context.
+        out_features: Number of output features of a node, 0 for none.
         hidden: Width F.
         layers: Number L of layers.
-        gate: Soft edges e_ij.
+        gate: Whether there are soft edges e_ij.
         reach: Bound on the sum over layers of |φ_x|, in the units of x; None for no bound.
         input_distance: Whether ‖x^0_i − x^0_j‖² of the *input* is a feature of every layer.
-        radial: Number K of radial functions of each distance beside its square.
-        positions_out: Whether x^L is read; if not, the last layer has no φ_x.
+        radial: Number K of radial functions of each distance in addition to its square.
+        positions_out: Whether x^L is used; if not, the last layer has no φ_x.
         pair_features: Number A of constant features of each pair, such as its bond order (a_ij of eq. 4).
 
     Example:
@@ -187,24 +189,24 @@ class EGNN(nn.Module):
         self.out = nn.Linear(hidden, out_features) if out_features else None
 
     def multiply_in(self, products: torch.dtype | None) -> None:
-        """Computes the (F, F) products of the pairs in another dtype, such as bfloat16; None for that of the weights.
+        """Sets the dtype of the (F, F) products of the pairs, such as bfloat16; None for that of the weights.
 
-        Distances, radial functions, the sums over neighbours and all that belongs to nodes keep the dtype of the
-        weights: rounded distances would blur the geometry.
+        Distances, radial functions, sums over neighbours and node features keep the dtype of the weights, because
+        rounded distances would blur the geometry.
         """
         for layer in self.layers:
             layer.messages.products = products
 
     def fuse(self, fused: bool = True) -> None:
-        """Computes the pairs by the compiled kernel, or not; the kernel has no second derivatives."""
+        """Chooses whether the compiled kernel computes the pairs; it has no second derivatives."""
         for layer in self.layers:
             layer.fused = fused
 
     def use_triton(self, triton: bool = True) -> None:
-        """Computes the pairs by the Triton kernel where it can, or not.
+        """Chooses whether the Triton kernel computes the pairs where it can.
 
-        It serves float32 on CUDA devices, and gradients with respect to the weights: where one with respect to the
-        input is asked for, the plain layer computes it.
+        It works in float32 on CUDA devices and has gradients with respect to the weights only; the plain layer computes
+        those with respect to the input.
         """
         for layer in self.layers:
             layer.triton = triton
@@ -220,7 +222,7 @@ class EGNN(nn.Module):
         count = 1 if torch.is_grad_enabled() or not self.layers[0].uses_kernel(x) else shares(len(x))
         if count == 1:
             return self._evaluate(h, x, pair_mask, pairs)
-        # Molecules are independent: whole networks side by side do not wait for each other after every operation.
+        # Molecules are independent: threads that each evaluate the whole network do not wait for each other.
         inputs = (h, x, pair_mask) if pairs is None else (h, x, pair_mask, pairs)
         pieces = list(zip(*(t.chunk(count) for t in inputs), strict=True))
         done = map_threads(lambda piece: self._evaluate(*piece), pieces)
@@ -231,7 +233,7 @@ class EGNN(nn.Module):
         a = None
         on_gpu = self._on_gpu(h, x)
         if self.input_distance:
-            expanded = 0 if on_gpu or self.layers[0].uses_kernel(x) else self.radial  # a kernel does it itself
+            expanded = 0 if on_gpu or self.layers[0].uses_kernel(x) else self.radial  # kernels expand it themselves
             a = pair_scalars(pair_differences(x)[1], expanded)
         h = self.embed(h)
         for layer in self.layers:

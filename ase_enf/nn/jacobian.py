@@ -1,14 +1,14 @@
-"""The exact trace of an EGNN's Jacobian by its structure, at a small part of the cost of automatic differentiation.
+"""The exact trace of the Jacobian of an EGNN in closed form, at a fraction of the cost of automatic differentiation.
 
-Inside a layer two atoms meet in one message only, and the message depends on them through the F numbers
-``a_ij = A h_i + B h_j + C [d²_ij, d⁰²_ij]``. So the Jacobian of a layer is a matrix of M × M blocks
-``G_ij = ∂m_ij/∂a_ij`` (F × F), which a few broadcast products write down from what the forward pass computes anyway,
-and pushing all D = M (n + F_out) directions through the layer is one product of dense matrices: no element of the
-D · M² · F tangents of the pairs is ever touched. At the two ends there is less to do still:
+In a layer, two atoms interact through one message only, which depends on them through the F numbers
+``a_ij = A h_i + B h_j + C [d²_ij, d⁰²_ij]``. The Jacobian of a layer is therefore a matrix of M × M blocks
+``G_ij = ∂m_ij/∂a_ij`` (F × F), which follow from the forward pass by a few broadcast products. Pushing all
+D = M (n + F_out) directions through the layer is one product of dense matrices; the D · M² · F tangents of the pairs
+are never formed. The first and the last layer need even less:
 
-* First layer: a perturbation of one atom reaches other atoms through its own pairs only, one block each.
-* Last layer: the trace asks an atom's outputs for their dependence on that atom's own inputs only, so the few
-  cotangents of each atom are pulled back through its own pairs and meet the tangents there.
+* First layer: a perturbation of one atom reaches the other atoms through its own pairs only, one block each.
+* Last layer: the trace needs only the dependence of an atom's outputs on its own inputs, so the few cotangents of each
+  atom are pulled back through its own pairs and multiplied by the tangents there.
 
 The cost is that of (L − 2) products of (D × M F) with (M F × M F); ``benchmarks/accuracy/likelihood.py`` measures it.
 """
@@ -27,7 +27,7 @@ from ase_enf.nn.egnn import EGCL, EGNN
 from ase_enf.nn.gnn import Messages
 from ase_enf.nn.radial import DISTANCE_EPSILON, pair_scalar_slopes, pair_scalars
 
-# Elements of the tangents (B, M, D, F) and blocks (B, M F, M F) held at a time: to stay in a CPU's caches, fill a GPU.
+# Most elements of tangents (B, M, D, F) and blocks (B, M F, M F) at a time: they fit a CPU's caches, and fill a GPU.
 TANGENT_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
@@ -54,12 +54,12 @@ def egnn_trace(
     """Output of an EGNN with ``Σ_ic ∂x^L_ic/∂x^0_ic`` and ``Σ_is ∂h^L_is/∂h^0_is``, exact and differentiable.
 
     Args:
-        network: L ≥ 1 layers; the first ``out_features`` of its inputs are those that flow.
-        h: Features that go in, shape (B, M, in_features).
+        network: An EGNN of L ≥ 1 layers; the first ``out_features`` of its input features are those that flow.
+        h: Input features, shape (B, M, in_features).
         x: Positions, shape (B, M, n).
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M), in the dtype of h.
         mask: True for real atoms, shape (B, M).
-        pairs: Constant features of the pairs, shape (B, M, M, A), where the network takes some.
+        pairs: Constant features of the pairs, shape (B, M, M, A), if the network takes any.
 
     Returns:
         h^L, x^L and the two traces.
@@ -76,10 +76,10 @@ def egnn_trace(
     together = max(1, TANGENT_ELEMENTS[device] // (atoms * (n + features) * atoms * hidden))
     block = (atoms * hidden) ** 2
     blocks = max(1, BLOCK_ELEMENTS[device] // block)
-    # Fresh memory of this size costs more than all the arithmetic on it; a recorded graph needs it all the same.
+    # Allocating memory of this size takes longer than the arithmetic on it, so it is reused unless a graph needs it.
     middle = len(network.layers) > 2
     needed = min(together, blocks, len(x)) * block
-    if network.layers[0].uses_kernel(x):  # which holds no blocks
+    if network.layers[0].uses_kernel(x):  # the kernel holds no blocks
         needed = min(together, len(x)) * fused.push_memory(atoms, atoms * (n + features), hidden, n, x.dtype)
     work = None if torch.is_grad_enabled() else x.new_empty(needed * middle)
     inputs = (h, x, pair_mask, mask) if pairs is None else (h, x, pair_mask, mask, pairs)
@@ -105,7 +105,7 @@ def _trace(
     width = network.out.out_features if network.out is not None else 0
     start = pair_differences(x)
     h_in = network.embed(h)
-    lift = network.embed.weight[:, :width].T  # (S, F), what a flowing feature moves in the embedding
+    lift = network.embed.weight[:, :width].T  # (S, F), derivative of the embedding by the flowing features
     tangent = _unit_tangent(lift, h_in, x)
     last = len(network.layers) - 1
     for depth, module in enumerate(network.layers):
@@ -137,9 +137,9 @@ class _MessageJacobian:
     α = e silu'(v), σ' = silu'(a), β = e (1 − e) diag(σ') Wᵀ diag(silu'(v)) w. Without soft edges e = 1 and β = 0.
 
     Args:
-        messages: The block.
-        a: What goes into the first SiLU, shape (B, M, M, F).
-        pair_mask: Shape (B, M, M).
+        messages: The message block of a layer.
+        a: Input of the first SiLU, shape (B, M, M, F).
+        pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
     """
 
     def __init__(self, messages: Messages, a: Tensor, pair_mask: Tensor) -> None:
@@ -158,7 +158,7 @@ class _MessageJacobian:
             self.beta = ((slope_v * (w * (open_ * (1.0 - edge)))) @ self.weight) * self.slope
 
     def apply(self, v: Tensor) -> Tensor:
-        """Returns G_ij v for vectors v (k, F), the same for all pairs or each its own, shape (B, M, M, k, F)."""
+        """Returns G_ij v, shape (B, M, M, k, F), for vectors v, shape (k, F) or (B, M, M, k, F)."""
         out = F.linear(self.slope.unsqueeze(-2) * v, self.weight) * self.alpha.unsqueeze(-2)
         if self.beta is not None:
             out = out + (v @ self.beta.unsqueeze(-1)) * self.u.unsqueeze(-2)
@@ -172,11 +172,11 @@ class _MessageJacobian:
         return out
 
     def blocks(self, some: slice, work: Tensor | None) -> Tensor:
-        """Writes all G_ij of some molecules as a matrix, entry [(j, f), (i, f')] = G_ij[f', f], shape (B', M F, M F).
+        """Returns all G_ij of some molecules as a matrix, entry [(j, f), (i, f')] = G_ij[f', f], shape (B', M F, M F).
 
         Args:
             some: The molecules.
-            work: Memory for the matrix, overwritten; None where a graph is recorded.
+            work: Memory for the matrix, overwritten; None if a graph is recorded.
         """
         slope = self.slope[some].permute(0, 2, 3, 1).contiguous().unsqueeze(-1)  # (B', j, F, i, 1)
         alpha, u = (t[some].transpose(1, 2).unsqueeze(2) for t in (self.alpha, self.u))  # (B', j, 1, i, F')
@@ -188,7 +188,7 @@ class _MessageJacobian:
             matrix = work[: size * (atoms * width) ** 2].view(size, atoms, width, atoms, width)
             torch.mul(slope, weight, out=matrix)
             matrix.mul_(alpha)
-        if self.beta is not None:  # in place on a product whose value no gradient needs
+        if self.beta is not None:  # in place, as no gradient needs the value of the product
             matrix.addcmul_(self.beta[some].permute(0, 2, 3, 1).contiguous().unsqueeze(-1), u)
         return matrix.flatten(3, 4).flatten(1, 2)
 
@@ -199,23 +199,23 @@ class _MessageJacobian:
 
 
 class _Layer:
-    """One EGCL at a point: its output, and its Jacobian in the forms that the first, middle and last layers need.
+    """One EGCL at a point: its output, and its Jacobian in the forms that first, middle and last layers need.
 
-    Along a direction, with r_ij = x_i − x_j, δ_ij = 2 r_ij·(dx_i − dx_j) and likewise δ⁰ of the input positions:
+    Along a direction, with r_ij = x_i − x_j, δ_ij = 2 r_ij·(dx_i − dx_j) and δ⁰ likewise from the input positions:
 
         da_ij = A dh_i + B dh_j + c_ij δ_ij + c⁰_ij δ⁰_ij,   dm_i = Σ_j G_ij da_ij
         dx_i' = dx_i + Σ_j r_ij (ψ_ij·da_ij + ζ_ij δ_ij) + w_ij (dx_i − dx_j)
 
     where x_i' = x_i + Σ_j w_ij r_ij, w = φ_x(m) / (d + 1), ψ = ∂w/∂a, ζ = ∂w/∂d² at fixed a (eq. 5, 9), and c = ∂a/∂d²,
-    which is the same for all pairs unless there are radial functions.
+    which without radial functions is the same for all pairs.
 
     Args:
         module: The layer.
         h: Node features, shape (B, M, F).
         x: Positions, shape (B, M, n).
-        start: Differences and squared distances of the network's input; None if no layer sees them.
-        pair_mask: Shape (B, M, M).
-        pairs: Constant features of the pairs, which only shift a_ij; shape (B, M, M, A), or None.
+        start: Differences and squared distances of the network's input; None if the layers do not use them.
+        pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
+        pairs: Constant features of the pairs, which only shift a_ij, shape (B, M, M, A); or None.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class _Layer:
         by_edge = first.weight[:, 2 * width :].T.contiguous()
         by_scalar = by_edge[: len(distances) * (1 + module.radial)].split(1 + module.radial)
         a = sum(pair_scalars(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True))
-        # c, c⁰: (1 or 2, F), or each pair its own, (B, M, M, 1 or 2, F)
+        # c, c⁰: (1 or 2, F), or with radial functions (B, M, M, 1 or 2, F)
         self.by_distance = torch.cat(by_scalar)
         if module.radial:
             slopes = [pair_scalar_slopes(d, module.radial) @ w for d, w in zip(distances, by_scalar, strict=True)]
@@ -274,7 +274,7 @@ class _Layer:
         self.x_out = self.x + torch.einsum("bij,bijn->bin", self.w, self.r)
 
     def _nodes(self) -> None:
-        """Sets h' and the slope of the node update's SiLU."""
+        """Sets h' and the derivative of the SiLU in the node update."""
         self.h_out, node = self.h, self.module.node
         if node is not None:
             inner = node.node_in(torch.cat([self.h, self.message.m.sum(dim=2)], dim=-1))
@@ -282,9 +282,9 @@ class _Layer:
             self.h_out = self.h + node.node_out(inner)
 
     def _message_blocks(self) -> tuple[Tensor, Tensor | None]:
-        """Returns what moving the positions of atom j does to m_i, and the same for the input positions.
+        """Returns ∂m_i/∂x_j at fixed h, and the same for the input positions.
 
-        Entries [j, c, i, f']; the diagonal holds the effect of an atom on itself.
+        Entries are [j, c, i, f']; the diagonal j = i holds the effect of an atom on itself.
         """
         pairs = zip((self.r, self.r0), self.g.unbind(dim=3), strict=False)
         blocks = [
@@ -293,7 +293,7 @@ class _Layer:
         return blocks[0], blocks[1] if self.r0 is not None else None
 
     def _position_blocks(self) -> tuple[Tensor, Tensor | None]:
-        """Returns what moving the positions of atom j does to x_i', entries [j, c, i, c']; see ``_message_blocks``."""
+        """Returns ∂(x_i' − x_i)/∂x_j at fixed h, entries [j, c, i, c'], and the same for the input positions."""
         identity = torch.eye(self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
         by_w = self.w.transpose(1, 2)[:, :, None, :, None] * identity[:, None, :]
         r = -2.0 * self.r.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, j, n, i, 1)
@@ -307,7 +307,7 @@ class _Layer:
         return (weight.unsqueeze(-1) * self.r).transpose(1, 2).unsqueeze(2)
 
     def push_first(self, lift: Tensor) -> _Tangent:
-        """Pushes the directions of the network's inputs, each of which moves one atom, through the layer."""
+        """Pushes the directions of the network's inputs, each of which perturbs one atom, through the layer."""
         size, atoms, n = self.x.shape
         (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
         if to_m0 is not None:
@@ -325,15 +325,15 @@ class _Layer:
         node = self.module.node
         inner = F.linear(torch.cat([dh.expand(size, -1, -1, -1), dm], dim=-1), node.node_in.weight)
         moved = dh + F.linear(inner * self.node_slope.unsqueeze(2), node.node_out.weight)
-        return _Tangent(moved.contiguous(), dx.contiguous())  # push writes into views of it
+        return _Tangent(moved.contiguous(), dx.contiguous())  # push writes into views of them
 
     def push(self, tangent: _Tangent, together: int, work: Tensor | None) -> _Tangent:
-        """Pushes any directions through the layer.
+        """Pushes arbitrary directions through the layer.
 
         Args:
-            tangent: The directions; overwritten unless a graph is recorded.
-            together: Molecules whose blocks are held at a time.
-            work: Memory for the blocks; None where a graph is recorded.
+            tangent: Tangents of the layer's inputs; overwritten unless a graph is recorded.
+            together: Number of molecules whose blocks are held at a time.
+            work: Memory for the blocks; None if a graph is recorded.
         """
         if work is not None and self.module.uses_kernel(self.x):
             return self._push_fused(tangent, work)
@@ -343,32 +343,32 @@ class _Layer:
         (to_m, to_m0), (to_x, to_x0) = self._message_blocks(), self._position_blocks()
         to_x_by_h = torch.einsum("bijf,bijc->bjfic", self.psi, self.r)  # (B, j, F, i, n)
         others, moved = F.linear(tangent.h, self.a_j), tangent.x.transpose(1, 2).flatten(2)
-        # What an atom does to itself, as matrices (F, F) of the node update and (F, n) of the position.
+        # Effect of an atom on itself, as matrices (F, F) on the node update and (F, n) on the position.
         own = self.a_i.T @ self.message.row_sum() @ by_m.T + by_h.T  # (B, i, F, F)
         own_x = self.a_i.T @ to_x_by_h.sum(dim=1).transpose(1, 2)  # (B, i, F, n)
         out = self.node_slope.unsqueeze(-1) * node.node_out.weight.T  # (B, i, F, F)
         h_pieces, x_pieces = [], []
-        for first in range(0, size, together):  # what follows of one molecule stays in the cache
+        for first in range(0, size, together):  # few molecules at a time stay in the cache
             some = slice(first, first + together)
             v, h = others[some].transpose(1, 2).flatten(2), tangent.h[some].view(-1, directions, width)
             dm = torch.bmm(moved[some], to_m[some].flatten(3).flatten(1, 2))
             dx = torch.bmm(moved[some], to_x[some].flatten(3).flatten(1, 2))
             dm.baddbmm_(v, self.message.blocks(some, work))
             dx.baddbmm_(v, to_x_by_h[some].flatten(3).flatten(1, 2))
-            if to_m0 is not None:  # directions of the input positions move what every layer sees of them
+            if to_m0 is not None:  # every layer depends on the input positions directly, too
                 dm.view(len(dm), atoms, -1, atoms, width)[:, :, :n] += to_m0[some]
                 dx.view(len(dx), atoms, -1, atoms, n)[:, :, :n] += to_x0[some]
             dm, dx = (t.unflatten(2, (atoms, -1)).transpose(1, 2).flatten(0, 1) for t in (dm, dx))  # (B' M, D, ·)
             x_pieces.append(torch.baddbmm(dx, h, own_x[some].flatten(0, 1)))
             inner = torch.bmm(dm, by_m.T.expand(len(dm), -1, -1)).baddbmm_(h, own[some].flatten(0, 1))
-            # In place where no graph is recorded: nobody needs the old tangent any more.
+            # In place unless a graph is recorded: the old tangent is not needed any more.
             target = None if work is None else h
             h_pieces.append(torch.baddbmm(h, inner, out[some].flatten(0, 1), out=target))
         dh = torch.cat(h_pieces).view_as(tangent.h) if work is None else tangent.h
         return _Tangent(dh, tangent.x + torch.cat(x_pieces).view_as(tangent.x))
 
     def _push_fused(self, tangent: _Tangent, work: Tensor) -> _Tangent:
-        """The same by the compiled kernel, which keeps what belongs to an atom in the caches; changes ``tangent.h``."""
+        """As ``push``, by the compiled kernel, which keeps the data of an atom in the caches; changes ``tangent.h``."""
         size, atoms, _, n = tangent.x.shape
         width, node, message = self.h.shape[-1], self.module.node, self.message
         by_h, by_m = node.node_in.weight.split(width, dim=1)
@@ -393,22 +393,20 @@ class _Layer:
             "own_x": torch.einsum("fg,bifc->bigc", self.a_i, by_v.sum(dim=2)),
         }
         dx = tangent.x + fused.push_tangents(tangent.h, tangent.x, terms, work)
-        if to_x0 is not None:  # directions of the input positions move what every layer sees of them
+        if to_x0 is not None:  # every layer depends on the input positions directly, too
             dx.unflatten(2, (atoms, -1))[:, :, :, :n] += to_x0.permute(0, 3, 1, 2, 4)
         return _Tangent(tangent.h, dx)
 
     def trace(self, tangent: _Tangent, out: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Contracts the tangents that arrive with the cotangents of the outputs, atom by atom.
-
-        Returned are the traces of positions and of features, shape (B,) each.
+        """Returns the traces of positions and of features, shape (B,) each, contracting tangents and cotangents.
 
         Args:
-            tangent: Of the layer's inputs.
-            out: Weight of the linear layer that follows on the features, shape (S, F), if any.
-            mask: True for real atoms.
+            tangent: Tangents of the layer's inputs.
+            out: Weight of the linear output layer of the features, shape (S, F), if there is one.
+            mask: True for real atoms, shape (B, M).
         """
         atoms, n = self.x.shape[1:]
-        dh, dx = (t.unflatten(2, (atoms, -1)) for t in tangent)  # (B, j, i, s, ·): what output (i, s) asks of atom j
+        dh, dx = (t.unflatten(2, (atoms, -1)) for t in tangent)  # (B, j, i, s, ·): atom j along direction (i, s)
         total = torch.einsum("biicc->bi", dx[..., :n, :])
         if self.module.position_in is not None:
             to_x, to_x0 = self._position_blocks()

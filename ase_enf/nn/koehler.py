@@ -1,7 +1,7 @@
-"""Simple and kernel dynamics, the baselines of the paper's Table 1 (Köhler, Klein and Noé 2020): radial pair fields.
+"""Simple and kernel dynamics, baselines of the paper's Table 1 (Köhler, Klein and Noé 2020): radial pair fields.
 
-Both move each particle along the lines to the others by a function φ of distance and time, so that the trace of their
-Jacobian is a sum over pairs, exact at the cost of one evaluation.
+Both move each particle along the lines to the others by a function φ of distance and time. The trace of their Jacobian
+is then a sum over pairs, exact at the cost of one evaluation.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ase_enf.geometry import pair_differences
 from ase_enf.nn.radial import DISTANCE_EPSILON
 
-# Centres start evenly from 0 to this distance, in the units of the flow, in which two latent atoms are √2 · |N(0, 1)|
-# apart along each axis; Gaussians start this many spacings wide (the published settings are 0.5 on 50 centres to 8).
+# Centres are initially spaced evenly from 0 to REACH, in the units of the flow, in which two latent atoms are
+# √2 · |N(0, 1)| apart along each axis. Gaussians are initially OVERLAP spacings wide (published: width 0.5 for 50
+# centres from 0 to 8).
 REACH = 6.0
 OVERLAP = 3.0
 
@@ -22,11 +23,11 @@ OVERLAP = 3.0
 class Gaussians(nn.Module):
     """K normalised Gaussians of one variable, ``b_k(s) = e_k / Σ_l e_l``, ``e_k = exp(−(s − μ_k)² / γ_k²)``.
 
-    Centres μ_k and widths γ_k are learned. The functions sum to one, so that their span holds the constants.
+    Centres μ_k and widths γ_k are learned. The functions sum to one, so that their span contains the constants.
 
     Args:
         count: Number K of functions.
-        end: The centres start evenly from 0 to here.
+        end: Initial position of the last centre; the first is at 0.
     """
 
     def __init__(self, count: int, end: float) -> None:
@@ -53,12 +54,12 @@ class Gaussians(nn.Module):
 class RadialField(nn.Module):
     """A field along the lines between pairs, ``x_i^L − x_i = Σ_{j≠i} (x_i − x_j) φ(d_ij, t)`` (Köhler et al. 2020).
 
-    It has no mean and is equivariant to rotation, reflection, translation and permutation, whatever φ. Its trace is
+    For any φ its mean is zero, and it is equivariant to rotation, reflection, translation and permutation. Its trace is
 
         Tr J = Σ_{i≠j} n φ(d_ij, t) + φ'(d_ij, t) d_ij
 
-    with d = √(r² + ε) in φ, which therefore counts r² / d for the last d. A network as the others are, for positions
-    only: its one node feature is the time.
+    As φ is evaluated at d = √(r² + ε), the last factor d_ij is r² / d in the code. The field is called like the other
+    networks, for positions only: its one node feature is the time.
     """
 
     def forward(
@@ -73,7 +74,7 @@ class RadialField(nn.Module):
         return h[..., :0], x + torch.einsum("bij,bijn->bin", phi * pair_mask, difference)
 
     def with_trace(self, h: Tensor, x: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what :meth:`forward` does and the exact trace of x^L − x, shape (B,), differentiable."""
+        """Returns the output of :meth:`forward` and the exact trace of x^L − x, shape (B,), differentiable."""
         difference, squared = pair_differences(x)
         distance = torch.sqrt(squared + DISTANCE_EPSILON)
         phi, slope = self.profile(distance, h[:, 0, 0], slope=True)
@@ -81,23 +82,26 @@ class RadialField(nn.Module):
         return h[..., :0], x + torch.einsum("bij,bijn->bin", phi * pair_mask, difference), trace
 
     def profile(self, distance: Tensor, time: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns φ and, if asked, ∂φ/∂d.
+        """Returns φ and, if requested, ∂φ/∂d.
 
         Args:
-            distance: d, shape (B, M, M).
-            time: t, shape (B,).
-            slope: Whether to return the derivative; None stands for it otherwise.
+            distance: Distances d, shape (B, M, M).
+            time: Time t, shape (B,).
+            slope: Whether to compute the derivative.
+
+        Returns:
+            φ and its derivative or None, shape (B, M, M).
         """
         raise NotImplementedError
 
 
 class SimpleDynamics(RadialField):
-    """Simple dynamics: φ(d, t) is a perceptron of Gaussians of the distance and of the time.
+    """Simple dynamics: φ(d, t) is a perceptron of Gaussians of the distance, and of the time.
 
     v¹ = A b(d) + a t + c,  v^{l+1} = A^l tanh(v^l) + c^l,  φ = w · tanh(v^L)
 
-    In the published code the field follows a pair potential that knows no time; here φ sees the time as every other
-    network does, or flow matching could not train it.
+    In the published code the pair potential does not depend on time. Here φ does, as in all other networks; flow
+    matching could not train it otherwise.
 
     Args:
         hidden: Number of Gaussians and width of the perceptron.
@@ -120,7 +124,7 @@ class SimpleDynamics(RadialField):
         nn.init.xavier_uniform_(self.out.weight, gain=1e-3)  # the flow begins near the identity
 
     def profile(self, distance: Tensor, time: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns φ and, if asked, ∂φ/∂d, carried along layer by layer; see :meth:`RadialField.profile`."""
+        """Returns φ and, if requested, ∂φ/∂d, propagated layer by layer; see :meth:`RadialField.profile`."""
         v, rate = self.basis.with_slope(distance) if slope else (self.basis(distance), None)
         shift = self.time(time.unsqueeze(-1))[:, None, None]
         for depth, layer in enumerate(self.layers):
@@ -154,7 +158,7 @@ class KernelDynamics(RadialField):
         self.weight = nn.Parameter(1e-3 * torch.randn(hidden, layers))  # the flow begins near the identity
 
     def profile(self, distance: Tensor, time: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns φ and, if asked, ∂φ/∂d; see :meth:`RadialField.profile`."""
+        """Returns φ and, if requested, ∂φ/∂d; see :meth:`RadialField.profile`."""
         b, rate = self.basis.with_slope(distance) if slope else (self.basis(distance), None)
         now = self.time_basis(time) @ self.weight.T  # (B, K), the coefficients at this time
         phi = torch.einsum("bijk,bk->bij", b, now)

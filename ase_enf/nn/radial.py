@@ -1,4 +1,4 @@
-"""What a network sees of a distance: its square and, if asked, smooth functions of it that resolve bond lengths."""
+"""Input of a network for a distance: its square and, optionally, smooth functions of it that resolve bond lengths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ DISTANCE_EPSILON = 1e-8
 def pair_scalars(squared: Tensor, radial: int) -> Tensor:
     """Returns d² and K radial functions, ``b_k(d) = exp(−β (e^{−d} − μ_k)²)`` (Unke and Meuwly 2019, eq. 7).
 
-    μ_k are K points from 0 to 1 and β = (2K/3)², so that neighbours overlap; e^{−d} spreads them where bonds are.
+    The K centres μ_k are spaced evenly from 0 to 1, and β = (2K/3)² makes neighbours overlap; in e^{−d}, centres are
+    dense in the range of bond lengths.
 
     Args:
-        squared: Squared distances d² in the units of the flow, any shape.
+        squared: Squared distances d² in the units of the flow, shape (...).
         radial: Number K of functions.
 
     Returns:
-        Shape (..., 1 + K).
+        The scalars, shape (..., 1 + K).
 
     Example:
         >>> pair_scalars(torch.tensor([0.0, 4.0]), radial=2).shape

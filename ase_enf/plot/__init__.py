@@ -1,7 +1,7 @@
-"""Pictures of molecules and of what they are measured by.
+"""Pictures of molecules, and plots of their metrics.
 
-Figures are made with ``matplotlib.figure.Figure`` itself, never with pyplot: no window, no global state, any thread.
-Matplotlib is imported inside the functions that draw.
+Figures are made with ``matplotlib.figure.Figure`` and never with pyplot, so that drawing opens no window, changes no
+global state and works in any thread. Matplotlib is imported inside the functions that draw.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Molecules in motion, as a GIF: the way from noise to data, drawn as in the gallery."""
+"""Animations of molecules on the way from noise to data, as GIFs in the style of the gallery."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from ase_enf.chem.bonds import structures
 from ase_enf.plot.molecules import broadside, draw
 
 _MARGIN = 0.55  # Å of white around the outermost nuclei
-_HOLD = 1500  # milliseconds for which the last frame stays
+_HOLD = 1500  # milliseconds for which the last frame is shown
 
 
-@np.errstate(under="ignore")  # as in every picture, whatever numpy.seterr says
+@np.errstate(under="ignore")  # shading may underflow to zero
 def animate(paths: Sequence[Sequence[Atoms]], path: str | Path, pixels: int = 240, milliseconds: int = 60) -> Path:
-    """Draws sequences of frames side by side as one animation, which ends with their last frames and begins again.
+    """Draws sequences of frames side by side as one animation, which repeats after a pause at the last frames.
 
-    All frames of a molecule are seen from where its last one shows its broad side, and on one scale.
+    All frames of a molecule are shown from one direction, in which its last frame shows its broad side, and all
+    molecules on one scale.
 
     Args:
-        paths: For each molecule its frames, positions in Å; a shorter sequence waits at its end.
-        path: The .gif to write.
-        pixels: Width of the picture of a molecule.
-        milliseconds: How long a frame is seen.
+        paths: Frames of each molecule, positions in Å; a shorter sequence stops at its last frame.
+        path: The .gif file to write.
+        pixels: Width of the picture of one molecule.
+        milliseconds: Duration of a frame.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there.
-        ValueError: There are no frames, one is periodic or has a position that is not finite, or the ending is another.
+        OSError: If the file cannot be written.
+        ValueError: If there are no frames, one is periodic or has a position that is not finite, or the file does not
+            end in .gif.
 
     Example:
         >>> import tempfile
@@ -65,7 +67,17 @@ def animate(paths: Sequence[Sequence[Atoms]], path: str | Path, pixels: int = 24
 
 
 def check_animation(path: str | Path) -> Path:
-    """Returns the path if an animation can be written there, before anything is drawn for it.
+    """Checks, before anything is drawn, that an animation can be written to a path.
+
+    Args:
+        path: File to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If it does not end in .gif.
 
     Example:
         >>> check_animation("way.png")
@@ -79,12 +91,19 @@ def check_animation(path: str | Path) -> Path:
 
 
 def seen_broadside(frames: Sequence[Atoms]) -> list[NDArray[np.float64]]:
-    """Returns the positions of all frames, turned as the last one must be to be seen from its broad side."""
+    """Returns the positions of all frames, rotated together so that the last one shows its broad side.
+
+    Args:
+        frames: Frames of one molecule, positions in Å.
+
+    Returns:
+        Positions of each frame, shape (M, 3), Å.
+    """
     last = frames[-1].positions
     seen = broadside(last)
     shift, centred = seen.mean(axis=0), last - last.mean(axis=0)
     u, _, v = np.linalg.svd(centred.T @ (seen - shift))
-    turn = u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v  # the rotation between the two (Kabsch 1976)
+    turn = u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v  # the rotation from one to the other (Kabsch 1976)
     return [(frame.positions - frame.positions.mean(axis=0)) @ turn + shift for frame in frames]
 
 
@@ -96,11 +115,11 @@ def _picture(
 
 
 def _gif(pictures: Sequence[NDArray[np.float32]], milliseconds: int) -> bytes:
-    """Returns the content of a GIF, in colours that all pictures share."""
+    """Returns the content of a GIF whose pictures share one palette."""
     from PIL import Image
 
     images = [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pictures]
-    several = pictures[:: max(1, len(pictures) // 8)] + pictures[-1:]  # an element may be in some of them only
+    several = pictures[:: max(1, len(pictures) // 8)] + pictures[-1:]  # an element may occur in some frames only
     palette = Image.fromarray((np.concatenate(several) * 255).round().astype(np.uint8)).quantize(255)
     frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""An orthographic picture of spheres and cylinders, shaded and outlined: nothing here knows what a molecule is."""
+"""Shaded and outlined orthographic pictures of spheres and cylinders, without any chemistry."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SUPERSAMPLE = 3
 
 
 class Canvas(NamedTuple):
-    """An orthographic picture under construction: the eye looks along −z, pixels are filled where something is nearer.
+    """An orthographic picture under construction, viewed along −z, with a depth buffer.
 
     Attributes:
-        x: shape (W,), Å, pixel columns.
-        y: shape (H,), Å, pixel rows, from top to bottom.
-        depth: shape (H, W), Å, z of what is visible, −∞ for nothing.
-        normal: shape (H, W, 3), outward unit normal of it.
-        colour: shape (H, W, 3), its own colour, 0 to 1.
+        x: Positions of the pixel columns, shape (W,), Å.
+        y: Positions of the pixel rows, from top to bottom, shape (H,), Å.
+        depth: z of the visible surface, −∞ for the background, shape (H, W), Å.
+        normal: Outward unit normal of the surface, shape (H, W, 3).
+        colour: Colour of the surface, 0 to 1, shape (H, W, 3).
     """
 
     x: NDArray[np.float64]
@@ -32,7 +32,7 @@ class Canvas(NamedTuple):
 
 
 def blank(width: float, height: float, columns: int, rows: int) -> Canvas:
-    """An empty canvas, ``width`` by ``height`` Å about the origin, for a picture of ``columns`` by ``rows`` pixels."""
+    """Returns an empty canvas of ``width`` by ``height`` Å about the origin, for ``columns`` by ``rows`` pixels."""
     fine = (rows * _SUPERSAMPLE, columns * _SUPERSAMPLE)
     x = (np.arange(fine[1]) + 0.5) / fine[1] * width - width / 2
     y = height / 2 - (np.arange(fine[0]) + 0.5) / fine[0] * height
@@ -41,7 +41,14 @@ def blank(width: float, height: float, columns: int, rows: int) -> Canvas:
 
 
 def add_sphere(canvas: Canvas, centre: NDArray[np.float64], radius: float, colour: tuple[float, ...]) -> None:
-    """Where x² + y² ≤ r² the line of sight meets the sphere at z = √(r² − x² − y²), the normal being (x, y, z)/r."""
+    """Adds a sphere: for x² + y² < r² the line of sight meets it at z = √(r² − x² − y²), with normal (x, y, z)/r.
+
+    Args:
+        canvas: The picture, changed in place.
+        centre: Centre of the sphere, shape (3,), Å.
+        radius: Its radius r, Å.
+        colour: Red, green and blue, 0 to 1.
+    """
     rows, columns = _window(canvas, centre - radius, centre + radius)
     x, y = np.meshgrid(canvas.x[columns] - centre[0], canvas.y[rows] - centre[1])
     z = np.sqrt(np.maximum(radius**2 - x**2 - y**2, 0))
@@ -55,11 +62,21 @@ def add_cylinder(
     radius: float,
     colour: tuple[float, ...],
 ) -> None:
-    """The nearer root s of |d + s ẑ − ((d + s ẑ)·u) u|² = r², d from the start to the line of sight, u the axis."""
+    """Adds a cylinder: the line of sight meets it at the nearer root s of |d + s ẑ − ((d + s ẑ)·u) u|² = r².
+
+    Here u is the unit vector of the axis, and d leads from the start of the axis to the line of sight.
+
+    Args:
+        canvas: The picture, changed in place.
+        start: One end of the axis, shape (3,), Å.
+        end: The other end, shape (3,), Å.
+        radius: Radius r of the cylinder, Å.
+        colour: Red, green and blue, 0 to 1.
+    """
     length = np.linalg.norm(end - start)
     axis = (end - start) / max(length, 1e-9)
     slant = 1 - axis[2] ** 2
-    if slant < 1e-6:  # seen end on: hidden behind its atom
+    if slant < 1e-6:  # seen end-on, hidden behind its atom
         return
     rows, columns = _window(canvas, np.minimum(start, end) - radius, np.maximum(start, end) + radius)
     x, y = np.meshgrid(canvas.x[columns] - start[0], canvas.y[rows] - start[1])
@@ -72,7 +89,7 @@ def add_cylinder(
 
 
 def _window(canvas: Canvas, low: NDArray[np.float64], high: NDArray[np.float64]) -> tuple[slice, slice]:
-    """Rows and columns of the pixels inside a box, Å."""
+    """Returns the rows and columns of the pixels inside a box, Å."""
     top, bottom = np.searchsorted(-canvas.y, [-high[1], -low[1]])
     left, right = np.searchsorted(canvas.x, [low[0], high[0]])
     return slice(top, bottom), slice(left, right)
@@ -87,7 +104,7 @@ def _put(
     inside: NDArray[np.bool_],
     colour: tuple[float, ...],
 ) -> None:
-    """Fill the pixels of a window where a body is hit and nearer than what is there."""
+    """Fills the pixels of a window where a body is hit and nearer than the surface drawn so far."""
     seen = inside & (depth > canvas.depth[rows, columns])
     canvas.depth[rows, columns][seen] = depth[seen]
     canvas.normal[rows, columns][seen] = normal[seen]
@@ -95,24 +112,31 @@ def _put(
 
 
 def shade(canvas: Canvas) -> NDArray[np.float32]:
-    """Light the picture, fade it with depth, draw outlines where the depth jumps, and average the fine pixels."""
+    """Lights a picture, fades it with depth, outlines it where the depth jumps, and averages the fine pixels.
+
+    Returns:
+        Colours 0 to 1 on white, shape (H, W, 3) in final pixels.
+    """
     picture = np.ones_like(canvas.colour)
-    filled = np.isfinite(canvas.depth)  # half of the paper stays white: only the rest is worth lighting
+    filled = np.isfinite(canvas.depth)  # half of a picture is background, which needs no lighting
     if filled.any():
         depth, normal = canvas.depth[filled], canvas.normal[filled]
         diffuse = np.clip(normal @ _LIGHT, 0, None)[:, None]
         gloss = np.clip(normal @ _HALF_WAY, 0, None)[:, None] ** 45
-        rim = 1 - 0.35 * (1 - np.clip(normal[:, 2:], 0, 1)) ** 2  # rounder: edges turn away from the eye
+        rim = 1 - 0.35 * (1 - np.clip(normal[:, 2:], 0, 1)) ** 2  # darker where a surface turns away: looks rounder
         lit = np.clip(canvas.colour[filled] * (0.46 + 0.62 * diffuse) * rim + 0.33 * gloss, 0, 1)
         lit *= 1 - 0.72 * _outline(canvas.depth)[filled][:, None]
-        fade = 0.34 * (depth.max() - depth)[:, None] / max(np.ptp(depth), 4.0)  # flat molecules hardly fade
+        fade = 0.34 * (depth.max() - depth)[:, None] / max(np.ptp(depth), 4.0)  # so that flat molecules hardly fade
         picture[filled] = lit * (1 - fade) + fade
     rows, columns = (length // _SUPERSAMPLE for length in canvas.depth.shape)
     return picture.reshape(rows, _SUPERSAMPLE, columns, _SUPERSAMPLE, 3).mean(axis=(1, 3))
 
 
 def _outline(depth: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How much each pixel is an edge, shape (H, W), 0 to 1: what is 2 fine pixels away lies 0.15 to 0.35 Å deeper."""
+    """Returns how much each pixel is an edge, 0 to 1, shape (H, W).
+
+    It rises from 0 to 1 as the deepest surface within 2 fine pixels lies 0.15 to 0.35 Å deeper.
+    """
     floor = np.where(np.isfinite(depth), depth, np.float32(-1e3))
     padded = np.pad(floor, 2, constant_values=-1e3)
     deepest = floor.copy()

@@ -1,4 +1,4 @@
-"""Learning curves: how loss and validation fall as a run sees molecules."""
+"""Learning curves: loss and validation NLL against the number of molecules seen."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INK, _PALE, _ACCENT = "#222222", "#9aa8ba", "#c2410c"
-_BINS = 12  # of a decade of molecules, each a point of the averaged loss
-_SETTLING = 0.1  # the part of a run whose first, far higher, NLLs may leave the panel
+_BINS = 12  # points of the averaged loss in a decade of molecules
+_SETTLING = 0.1  # initial fraction of a run whose NLL, far higher, may lie outside the panel
 
 
 def learning_curve(log: Mapping[str, ArrayLike], path: str | Path, per_step: int = 1, dpi: int = 160) -> Path:
     """Draws the loss of training and validation, and the validation NLL, against the molecules seen.
 
-    The number of molecules seen is on a logarithmic axis, and so is a loss that is positive throughout, as that of flow
-    matching is: a power law is a straight line. The NLL in nats may be negative and has a linear axis, on which the
-    best value is marked.
+    The axis of the molecules is logarithmic, and so is that of the loss if it is always positive, as for flow matching:
+    a power law is then a straight line. The NLL in nats may be negative and has a linear axis; its lowest value is
+    marked.
 
     Args:
-        log: Columns of a run's log (``ase_enf.training.log.read_log``): ``step``, ``loss``, ``valid_loss`` and
-            ``valid_nll``, of one length, NaN where a row has no such number.
-        path: File to write; its ending names the format (.png, .pdf, .svg).
-        per_step: Molecules in a step of training, over all processes.
-        dpi: Pixels an inch.
+        log: Columns of the log of a run (``ase_enf.training.log.read_log``): ``step``, ``loss``, ``valid_loss`` and
+            ``valid_nll``, of equal length, NaN where a row has no value.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        per_step: Number of molecules in a training step, over all processes.
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
-        ValueError: The log has no rows.
+        OSError: If the file cannot be written, for instance because its folder does not exist.
+        ValueError: If the log has no rows.
 
     Example:
         >>> import tempfile
@@ -63,11 +63,22 @@ def learning_curve(log: Mapping[str, ArrayLike], path: str | Path, per_step: int
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlim(seen.min() / margin, seen.max() * margin)
-        axes.set_xlabel("molecules seen")
+        _label_counts(axes)
         axes.grid(which="major", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return save_figure(figure, target, dpi)
+
+
+def _label_counts(axes: Axes) -> None:
+    """Labels the axis of the molecules with short numbers, such as 500 or 20k; at 1, 2 and 5 if decades are few."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    axes.set_xlabel("molecules seen")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_losses(
@@ -76,7 +87,7 @@ def draw_losses(
     loss: NDArray[np.float64],  # (R,), NaN where there is none
     validation: NDArray[np.float64],  # (R,), NaN where there is none
 ) -> None:
-    """Draws the losses of training and validation, on a logarithmic axis if all are positive."""
+    """Draws the training and validation losses, on a logarithmic axis if all are positive."""
     axes.set_ylabel("loss")
     _plotted(axes, seen, loss, color=_PALE, linewidth=0.8, alpha=0.6)
     _plotted(axes, *_averaged(seen, loss), color="#3b6ea8", linewidth=1.4, label="training")
@@ -111,7 +122,7 @@ def draw_nll(
 
 
 def _averaged(seen: NDArray[np.float64], loss: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns means over rows that lie together on the logarithmic axis, where the last rows are the densest."""
+    """Returns means over bins of equal width on the logarithmic axis, which hold ever more rows."""
     known = np.isfinite(loss)
     place = np.floor(_BINS * np.log10(seen[known])).astype(int)
     place -= place.min(initial=0)
@@ -122,7 +133,7 @@ def _averaged(seen: NDArray[np.float64], loss: NDArray[np.float64]) -> tuple[NDA
 
 
 def _plotted(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], **style: object) -> bool:
-    """Draws the finite points as one line, and says whether there are any."""
+    """Draws the finite points as one line, and returns whether there are any."""
     known = np.isfinite(y)
     if known.any():
         axes.plot(x[known], y[known], **style)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
+@np.errstate(under="ignore")  # drawing may underflow to zero
 def distance_histogram(
     atoms: Structures,
     reference: str | Reference | Iterable[Atoms],
@@ -28,16 +28,16 @@ def distance_histogram(
 
     Args:
         atoms: Structures, or their ``metrics.survey``.
-        reference: A shipped name ("qm9") or structures.
-        path: File to write; its ending names the format (.png, .pdf, .svg).
-        dpi: Pixels an inch.
+        reference: Name of a shipped reference ("qm9"), or structures.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
-        ValueError: There are no structures, or the reference has no distances.
+        OSError: If the file cannot be written, for instance because its folder does not exist.
+        ValueError: If there are no structures, or the reference has no distances.
 
     Example:
         >>> import tempfile
@@ -58,7 +58,13 @@ def distance_histogram(
 
 
 def draw_distances(axes: Axes, seen: Survey, known: Reference | None) -> None:
-    """Draws the distances of structures over those of a reference that has some, or alone where there is none."""
+    """Draws the histogram of distances, over that of a reference if one is given.
+
+    Args:
+        axes: Axes to draw on.
+        seen: Survey of the structures.
+        known: A reference with distances, or None.
+    """
     counts = seen.distances.sum(axis=0)
     both, title = counts, None
     edges = np.linspace(0, MAX_DISTANCE, N_BINS + 1)
@@ -79,11 +85,11 @@ def draw_distances(axes: Axes, seen: Survey, known: Reference | None) -> None:
 
 
 def _density(counts: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Counts as a density over Å; zeros where there are no distances."""
+    """Returns counts as a density, 1/Å; zeros if there are no distances."""
     return counts / max(counts.sum(), 1) / (MAX_DISTANCE / N_BINS)
 
 
 def _last_filled(edges: NDArray[np.float64], counts: NDArray[np.integer]) -> float:
-    """Upper edge of the bin after the last one that holds more than a ten-thousandth of the distances, Å."""
+    """Returns the upper edge of the bin after the last one with more than a ten-thousandth of the distances, Å."""
     filled = np.flatnonzero(counts > 1e-4 * counts.sum())
     return float(edges[min(filled[-1] + 2, N_BINS)]) if len(filled) else MAX_DISTANCE

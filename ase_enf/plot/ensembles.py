@@ -1,4 +1,4 @@
-"""Histograms of a reweighted ensemble: torsions by dynamics, by the flow and reweighted; and the weights."""
+"""Histograms of a reweighted ensemble: its weights, and torsions of the walkers, the flow and the weighted draws."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _BINS = 36
 def torsion_histogram(
     angles: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], title: str, path: str | Path, dpi: int = 220
 ) -> Path:
-    """Histograms of a torsion from 0° to 180°, mirror images together.
+    """Draws histograms of the absolute value of a torsion, from 0° to 180°, so that mirror images coincide.
 
     Args:
-        angles: By name, angles in degrees and their weights, shapes (n,); the first is drawn filled.
-        title: What torsion it is.
-        path: File to write.
-        dpi: Pixels an inch.
+        angles: Name → angles in degrees and their weights, shape (n,) each; the first histogram is filled.
+        title: Name of the torsion.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there.
+        OSError: If the file cannot be written.
+        ValueError: If the ending of the file is not that of a picture.
 
     Example:
         >>> import tempfile
@@ -58,18 +59,19 @@ def torsion_histogram(
 
 
 def weight_histogram(log_weights: NDArray[np.float64], path: str | Path, dpi: int = 220) -> Path:
-    """Histogram of log w about its largest value; weights of zero are counted in the title.
+    """Draws a histogram of log w relative to its largest value; the title gives the number of zero weights.
 
     Args:
-        log_weights: Nats, shape (n,); −inf for a weight of zero.
-        path: File to write.
-        dpi: Pixels an inch.
+        log_weights: Log-weights, nats, shape (n,); −inf for a weight of zero.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there.
+        OSError: If the file cannot be written.
+        ValueError: If the ending of the file is not that of a picture.
 
     Example:
         >>> import tempfile

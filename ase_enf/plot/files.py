@@ -1,4 +1,4 @@
-"""Pictures on disk: there when they are complete, and not at all when something fails."""
+"""Writing pictures atomically: a file is either complete or not written at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 def check_picture(path: str | Path) -> Path:
-    """Returns the path if a picture can be written there, before anything is drawn for it.
+    """Checks, before anything is drawn, that a picture can be written to a path.
 
     Args:
-        path: File to write; its ending names the format.
+        path: File to write; its ending sets the format.
+
+    Returns:
+        The path.
 
     Raises:
-        FileNotFoundError: The folder of the file does not exist.
-        OSError: Nothing can be written there.
-        ValueError: Matplotlib knows no format of that ending.
+        FileNotFoundError: If the folder of the file does not exist.
+        OSError: If the file cannot be written.
+        ValueError: If matplotlib has no format with that ending.
 
     Example:
         >>> check_picture("g.xyz")
@@ -37,18 +40,18 @@ def check_picture(path: str | Path) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> Path:
-    """Writes a figure under its name when all of it is there.
+    """Writes a figure atomically.
 
     Args:
-        figure: What to write.
-        path: File to write or to replace; of a symbolic link, the file it points to. Its ending names the format.
-        dpi: Pixels an inch.
+        figure: The figure.
+        path: File to write or replace, or a symbolic link to it; its ending sets the format.
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: It cannot be written; an older picture stays as it was.
+        OSError: If it cannot be written; an existing picture then remains unchanged.
 
     Example:
         >>> import tempfile
@@ -64,7 +67,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int) -> Path:
         with atomic_write(path) as handle:
             handle.write(picture.getbuffer())
     except OSError as error:
-        if error.strerror is None:  # it names the file already
+        if error.strerror is None:  # the message already names the file
             raise
         reason = f"{type(error).__name__}: {error.strerror}"
         raise OSError(f"{path}: cannot be written ({reason}); make room there, or name another folder") from error

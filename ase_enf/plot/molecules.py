@@ -1,4 +1,4 @@
-"""Molecules as balls and sticks, one or a gallery of them."""
+"""Ball-and-stick pictures of molecules, single or as a gallery."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _COLOURS = {1: (0.95, 0.95, 0.95), 6: (0.33, 0.34, 0.36), 7: (0.20, 0.36, 0.88), 8: (0.87, 0.12, 0.10),
             9: (0.36, 0.74, 0.28)}  # fmt: skip
 _STICK = (0.70, 0.71, 0.73)  # colour of bonds
-_STICK_RADII = {1: 0.105, 2: 0.075, 3: 0.055}  # Å, by order
-_STICK_GAP = {1: 0.0, 2: 0.135, 3: 0.17}  # Å, of the outer sticks of a double or triple bond from the axis
-_TILT = np.deg2rad((-14.0, 10.0))  # about x and y: atoms that mirror each other in the picture plane come apart
+_STICK_RADII = {1: 0.105, 2: 0.075, 3: 0.055}  # Å, by bond order
+_STICK_GAP = {1: 0.0, 2: 0.135, 3: 0.17}  # Å, distance of the outer sticks of a multiple bond from its axis
+_TILT = np.deg2rad((-14.0, 10.0))  # about x and y, so that atoms behind one another become visible
 _MARGIN = 0.55  # Å of white around the outermost nuclei
 
 
-@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
+@np.errstate(under="ignore")  # shading may underflow to zero
 def gallery(
     atoms: Atoms | Iterable[Atoms],
     path: str | Path,
@@ -37,24 +37,25 @@ def gallery(
     size: float = 1.7,
     dpi: int = 220,
 ) -> Path:
-    """Ball-and-stick pictures of molecules on a grid, formula and stability beneath each (figure 5 of the paper).
+    """Draws molecules as balls and sticks on a grid, with formula and stability below each (figure 5 of the paper).
 
-    Every molecule is turned broadside, along its principal axes. All share one scale; the few that are much larger
-    than the rest are drawn smaller. Bonds are those of the distance table and are drawn by their order.
+    Every molecule is shown from its broad side. All share one scale, except the few that are much larger than the rest,
+    which are drawn smaller. Bonds and their orders are those of the distance table.
 
     Args:
-        atoms: One molecule or several, positions in Å. They are not modified.
-        path: File to write; its ending names the format (.png, .pdf, .svg).
-        columns: Pictures in a row.
-        size: Width of a picture in inches.
-        dpi: Pixels an inch.
+        atoms: One or several molecules, positions in Å; they are not modified.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        columns: Number of pictures in a row.
+        size: Width of a picture, inches.
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
-        ValueError: There are no molecules, one is periodic or has a position that is not finite, or ``columns`` < 1.
+        OSError: If the file cannot be written, for instance because its folder does not exist.
+        ValueError: If there are no molecules, one is periodic or has a position that is not finite, or ``columns`` is
+            below 1.
 
     Example:
         >>> import tempfile
@@ -91,16 +92,16 @@ def gallery(
 def broadside(
     positions: NDArray[np.floating],  # (M, 3), Å
 ) -> NDArray[np.float64]:  # (M, 3), Å
-    """Positions turned so that a molecule is seen from its broad side, centred on its extent.
+    """Returns positions rotated so that a molecule shows its broad side along z, and centred on their extent.
 
-    The principal axes of Σ_i (x_i − x̄)(x_i − x̄)ᵀ become x (longest), y and z (towards the eye), followed by a small
-    tilt. It is a proper rotation: a molecule is never shown as its mirror image.
+    The principal axes of Σ_i (x_i − x̄)(x_i − x̄)ᵀ become x (longest), y and z (towards the viewer), followed by a small
+    tilt. The rotation is proper, so a molecule is never shown as its mirror image.
 
     Args:
-        positions: shape (M, 3), Å.
+        positions: Positions, shape (M, 3), Å.
 
     Returns:
-        shape (M, 3), Å.
+        Rotated positions, shape (M, 3), Å.
 
     Example:
         >>> rod = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
@@ -112,32 +113,31 @@ def broadside(
     centred = np.asarray(positions, dtype=np.float64) - np.mean(positions, axis=0)
     axes = np.linalg.svd(centred, full_matrices=True)[2] if len(centred) > 2 else _axes_of_few(centred)
     skew = np.sum((centred @ axes.T) ** 3, axis=0)
-    axes = axes * np.where(skew < 0, -1, 1)[:, None]  # the heavier tail to the right and up, whatever SVD's signs
+    axes = axes * np.where(skew < 0, -1, 1)[:, None]  # the signs from SVD are arbitrary: the longer tail goes right, up
     axes[2] *= np.sign(np.linalg.det(axes))
     turned = centred @ axes.T @ _tilt().T
     return turned - (turned.max(axis=0) + turned.min(axis=0)) / 2
 
 
-@np.errstate(under="ignore")  # gloss that fades to nothing is no error, whatever numpy.seterr says
+@np.errstate(under="ignore")  # shading may underflow to zero
 def draw(
     numbers: NDArray[np.integer],  # (M,)
     positions: NDArray[np.floating],  # (M, 3), Å
     extent: tuple[float, float],
     pixels: int,
 ) -> NDArray[np.float32]:  # (H, W, 3)
-    """A shaded ball-and-stick picture, seen along −z.
+    """Draws a shaded ball-and-stick picture, viewed along −z.
 
-    Spheres and cylinders are intersected with the parallel lines of sight exactly; what lies deeper fades into the
-    white of the paper.
+    The parallel lines of sight are intersected exactly with spheres and cylinders; deeper parts fade to white.
 
     Args:
-        numbers: shape (M,), atomic numbers.
-        positions: shape (M, 3), Å.
-        extent: Width and height of the picture in Å; what is larger is scaled down to fit.
+        numbers: Atomic numbers, shape (M,).
+        positions: Positions, shape (M, 3), Å.
+        extent: Width and height of the picture, Å; a larger molecule is scaled down to fit.
         pixels: Width of the picture in pixels.
 
     Returns:
-        shape (H, W, 3), colours 0 to 1 on white.
+        Colours 0 to 1 on white, shape (H, W, 3).
 
     Example:
         >>> draw(np.array([1]), np.zeros((1, 3)), (2.0, 1.0), 40).shape
@@ -159,7 +159,7 @@ def draw(
 def _sticks(
     a: NDArray[np.float64], b: NDArray[np.float64], order: int
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64], float]]:
-    """The cylinders of a bond (start, end, radius): side by side in the picture, so that the order can be counted."""
+    """Yields the cylinders of a bond as (start, end, radius), side by side in the picture plane."""
     sideways = np.cross(b - a, [0.0, 0.0, 1.0])
     norm = np.linalg.norm(sideways)
     sideways = sideways / norm if norm > 1e-6 else np.array([1.0, 0.0, 0.0])
@@ -169,21 +169,21 @@ def _sticks(
 
 
 def _frame(turned: list[NDArray[np.float64]]) -> tuple[float, float]:
-    """Width and height of the pictures, Å: they hold all molecules but the largest twentieth."""
+    """Returns width and height of the pictures, Å, which hold all molecules but the largest 5 %."""
     reach = np.array([np.abs(positions).max(axis=0, initial=0)[:2] for positions in turned]) + _MARGIN
     width, height = 2 * np.quantile(reach, 0.95, axis=0, method="higher")
     return float(width), float(np.clip(height, 0.7 * width, 1.2 * width))
 
 
 def _axes_of_few(centred: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Principal axes of one or two atoms: SVD of so few rows already gives a whole basis when padded with zeros."""
+    """Returns principal axes of one or two atoms, padded with zeros so that SVD gives a complete basis."""
     padded = np.zeros((3, 3))
     padded[: len(centred)] = centred
     return np.linalg.svd(padded)[2]
 
 
 def _tilt() -> NDArray[np.float64]:
-    """Rotation by ``_TILT`` about x, then y."""
+    """Returns the rotation by ``_TILT`` about x, then y."""
     (cx, cy), (sx, sy) = np.cos(_TILT), np.sin(_TILT)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
@@ -191,7 +191,7 @@ def _tilt() -> NDArray[np.float64]:
 
 
 def _radius(number: int) -> float:
-    """Radius of a ball, Å: hydrogens small, the rest by their covalent radius."""
+    """Returns the radius of a ball, Å: small for hydrogen, otherwise from the covalent radius."""
     return 0.24 if number == 1 else 0.16 + 0.30 * float(covalent_radii[number])
 
 

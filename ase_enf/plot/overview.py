@@ -1,4 +1,4 @@
-"""An evaluation at a glance: distances against a reference, and which elements are stable."""
+"""An evaluation at a glance: distances compared with a reference, and stability by element."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 _INK, _PALE, _ACCENT = "#222222", "#6b7280", "#c2410c"
 
 
-@np.errstate(under="ignore")  # as in every picture, whatever numpy.seterr says
+@np.errstate(under="ignore")  # drawing may underflow to zero
 def evaluation(
     atoms: Structures,
     path: str | Path,
     reference: str | Reference | Iterable[str] | Iterable[Atoms] | None = None,
     dpi: int = 220,
 ) -> Path:
-    """The histogram of interatomic distances, and the stability of atoms by element, side by side.
+    """Draws the histogram of interatomic distances and the stability of atoms by element, side by side.
 
     Args:
         atoms: Structures, or their ``metrics.survey``.
-        path: File to write; its ending names the format (.png, .pdf, .svg).
-        reference: What the distances are compared with: a shipped name ("qm9") or structures. SMILES have no
-            distances: with them, or without a reference, those of the structures stand alone.
-        dpi: Pixels an inch.
+        path: File to write; its ending sets the format (.png, .pdf, .svg).
+        reference: Reference for the distances: a shipped name ("qm9") or structures. SMILES have no distances; with
+            them, or without a reference, only the distances of ``atoms`` are drawn.
+        dpi: Pixels per inch.
 
     Returns:
         The path.
 
     Raises:
-        OSError: Nothing can be written there: the folder of the file does not exist, for instance.
-        ValueError: There are no structures, or the reference is unknown, empty or unreadable.
+        OSError: If the file cannot be written, for instance because its folder does not exist.
+        ValueError: If there are no structures, or the reference is unknown, empty or unreadable.
 
     Example:
         >>> import tempfile
@@ -63,7 +63,7 @@ def evaluation(
 
     seen = survey(atoms)
     known = None if reference is None else as_reference(reference)
-    height = max(3.2, 1.5 + 0.27 * len(seen.elements))  # inches: a line an element
+    height = max(3.2, 1.5 + 0.27 * len(seen.elements))  # inches; one line for each element
     figure = Figure(figsize=(9.2, height), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     draw_distances(left, seen, known if known is not None and known.distances is not None else None)
@@ -72,13 +72,13 @@ def evaluation(
 
 
 def draw_elements(axes: Axes, seen: Survey) -> None:
-    """Draws the share of stable atoms of each element, with two standard errors, and that of all atoms as a line."""
+    """Draws the percentage of stable atoms of each element ± 2 standard errors, and that of all atoms as a line."""
     found = stability_by_element(seen)
     values = 100 * np.array([metric.value for metric in found.values()])
     errors = 200 * np.nan_to_num([metric.stderr for metric in found.values()])
     places = np.arange(len(found))
     everything = 100 * atom_stability(seen).value
-    low = max(0.0, float((values - errors).min(initial=90.0)))  # hundredths of a per cent are not worth a scale
+    low = max(0.0, float((values - errors).min(initial=90.0)))  # the axis spans at least 10 %
     margin = 0.08 * (100 - low)
     axes.set_xlim(low - margin, 100 + margin)
     if np.isfinite(everything):

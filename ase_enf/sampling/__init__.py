@@ -1,1 +1,1 @@
-"""Noise to Atoms."""
+"""Sampling: from noise to ``Atoms``."""

@@ -1,4 +1,4 @@
-"""Compositions: which a flow of given types draws and how often, and one that a flow of drawn types is asked for."""
+"""Compositions: those drawn for a flow of given types, and one requested from a flow that draws types itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ase_enf.flow.model import ENF
 from ase_enf.flow.weights import read_header, shipped, shipped_path
 from ase_enf.sampling.requirements import open_shell
 
-# A formula is waited for if so many molecules that have it are expected in as many attempts as one may take.
+# A formula is accepted if ``max_attempts`` draws are expected to have it at least this often.
 EXPECTED = 5
 
 
 def drawn_compositions(
     flow: ENF, n_atoms: int | None, formula: str | None, closed_shell: bool
 ) -> tuple[list[str], np.ndarray] | None:
-    """Returns the formulas to draw from and their weights, None when the types are not given."""
+    """Returns the formulas to draw from and their weights; None for a flow of other than given types."""
     if not flow.config.types_given:
         return None
     if formula is not None:
@@ -45,12 +45,12 @@ def drawn_compositions(
 def awaited_composition(
     flow: ENF, n_atoms: int | None, formula: str | None, closed_shell: bool, max_attempts: int
 ) -> np.ndarray | None:
-    """Returns the atomic numbers that a flow which draws types itself is asked for; None where none are.
+    """Returns the atomic numbers of a formula that is asked of a flow which draws types itself; None without one.
 
-    Such a flow has them by rejection, where P(formula | M) of its training set lets ``max_attempts`` suffice.
+    Such a flow meets the formula by rejection, if P(formula | M) in its training set lets ``max_attempts`` suffice.
 
     Raises:
-        ValueError: For a formula that the flow cannot have, is too unlikely to draw, or does not know how likely.
+        ValueError: For a formula that the flow cannot draw, draws too rarely, or whose probability is not known.
     """
     if formula is None or flow.config.types_given:
         return None
@@ -73,7 +73,7 @@ def awaited_composition(
 
 
 def _checked(flow: ENF, n_atoms: int | None, formula: str, closed_shell: bool) -> np.ndarray:
-    """Returns the atomic numbers of a formula that the flow can have."""
+    """Returns the atomic numbers of a formula, checked against what the flow can draw."""
     numbers = formula_numbers(formula)
     unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
     if unknown:
@@ -91,10 +91,10 @@ def _checked(flow: ENF, n_atoms: int | None, formula: str, closed_shell: bool) -
 
 
 def _training_compositions(flow: ENF) -> dict[str, int]:
-    """Returns how often each formula was in the training set of a flow that draws types; empty where that is unknown.
+    """Returns how often each formula occurs in the training set of a flow that draws types; empty if unknown.
 
-    A flow of given types knows it; one that draws types takes it of a shipped flow which saw the same set, as its
-    counts of every size say.
+    Such a flow does not store compositions. They are those of a shipped flow of given types whose counts of every size
+    are the same, and which therefore saw the same set.
     """
     if not flow.config.types_flow:
         return {}
@@ -112,6 +112,6 @@ def _given_model(numbers: np.ndarray) -> str:
 
 
 def _shipped_given() -> list[dict]:
-    """Returns the configurations, with names, of the shipped flows that draw molecules of a composition."""
+    """Returns the configurations, with names, of the shipped flows of given types that need no graph."""
     configs = [read_header(shipped_path(name))["config"] | {"name": name} for name in shipped()]
     return [config for config in configs if config["features"] == "given" and not config.get("graph")]

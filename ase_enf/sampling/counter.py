@@ -1,7 +1,7 @@
-"""Normal numbers from a counter, made where they are used: molecule i of a seed has its own, whatever the batch.
+"""Normal random numbers from a counter, made where they are used: molecule i of a seed has its own in any batch.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) maps a counter of four words and a key of two to four random words. It
-has no state, so that a GPU makes the noise of a whole batch at once, without a generator for each molecule.
+has no state, so that a GPU can make the noise of a whole batch at once without a generator for each molecule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     a, b, c, d = counter
     k, m = key
     for _ in range(ROUNDS):
-        # The product of two words wraps round in int64, but its 64 bits are right; the mask takes the sign away.
+        # The product of two words may overflow int64, but its 64 bits are right, and the masks remove the sign.
         first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a, b, c, d = (
             ((second >> 32) & WORD) ^ b ^ k,
@@ -51,10 +51,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 def standard_normal(
     seed: int, index: Tensor, attempt: Tensor, draw: int, numbers: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Returns independent standard normal numbers of each molecule, by Box and Muller.
+    """Returns independent standard normal numbers for each molecule, by the Box-Muller transform.
 
-    They are functions of ``seed``, ``index``, ``attempt`` and ``draw`` alone: neither the batch nor the device decides
-    the random bits, only the rounding of logarithm and cosine.
+    They depend on ``seed``, ``index``, ``attempt`` and ``draw`` alone. The random bits are the same in every batch and
+    on every device; only the rounding of logarithm and cosine may differ.
 
     Args:
         seed: Of the request.
@@ -76,7 +76,7 @@ def standard_normal(
     """
     low, high = (int(word) for word in np.random.SeedSequence(seed).generate_state(2, np.uint32))
     blocks = torch.arange(-(-numbers // 4), device=index.device, dtype=torch.int64)
-    # The first word numbers the blocks of a molecule, and has room for what an index has beyond 32 bits.
+    # The first word counts the blocks of a molecule; its upper half holds the bits of an index beyond 32.
     place = blocks[None] + (index[:, None] >> 32 << 16 & WORD)
     words = philox((place, torch.full_like(place, draw), index[:, None] & WORD, attempt[:, None]), (low, high))
     exact = torch.float32 if index.device.type == "mps" else torch.float64

@@ -17,42 +17,44 @@ from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
 
-# Å; no two atoms of a molecule are as near as this.
+# Å; no two atoms of a molecule are this close.
 OVERLAP = 0.5
-# Trials of a molecule that go together. With one, few completions are stable; 16 are no better than 8 (qm9-small).
+# Particles of each molecule. With one, few completions are stable; 16 are no better than 8 (qm9-small).
 PARTICLES = 8
-# Time t until which they are compared: r of a later one is smaller than what the flow does wrong.
+# Particles are compared down to this time t; below it, r is smaller than the errors of the flow.
 LAST_LOOK = 0.02
 
 
 class Fragment:
-    """A structure of which some atoms are kept, checked.
+    """A structure to complete, of which some atoms are kept.
 
-    On the path x_t = (1 − t) x + t z, the predicted end D of every step gets the kept atoms K put in,
+    On the path x_t = (1 − t) x + t z, every step predicts an end D, in which the kept atoms K are replaced by those of
+    the fragment f,
 
         D_i ← f_i − f̄ + D̄,  i ∈ K,  where f̄ and D̄ are means over K,
 
-    so that their geometry is that of the fragment, while the centre of the whole, which nobody knows before the rest is
-    there, is the one that the flow predicts; the mean of all atoms stays zero. Their features are replaced as well.
-    The flow looks at the kept atoms without their noise, at (1 − t) f. That alone puts the rest anywhere: where the
-    fragment lacks a bond is not to be seen in noise. So :data:`PARTICLES` trials of every molecule go together
-    (:class:`~ase_enf.sampling.particles.Particles`), and those go on that let the flow predict the fragment as it is:
+    so that their geometry is that of the fragment and their centre the one that the flow predicts, since the true one
+    is not known before the rest is drawn; the mean of all atoms stays zero. Their features are replaced as well. The
+    flow sees the kept atoms without noise, at (1 − t) f. This alone would put the rest anywhere, because noise hides
+    where the fragment lacks a bond. Therefore every molecule has :data:`PARTICLES` particles
+    (:class:`~ase_enf.sampling.particles.Particles`), and those survive for which the flow itself predicts the fragment
+    well:
 
         U = ‖f − f̄ − (D_K − D̄)‖² / (2 r²) + ‖f_h − D_h,K‖² / (2 r_h²),  r² = t² s² / ((1 − t)² s² + t²)
 
-    with the variance r² of data of standard deviation s, 1 for positions, that are seen in noise. The law is not the
-    exact conditional one of the flow. Ask for ``require="stable"`` and expect some attempts.
+    where r² is the posterior variance at time t of data with standard deviation s (1 for positions). The resulting
+    distribution is not the exact conditional one of the flow. Use ``require="stable"`` and expect some attempts.
 
     Args:
-        flow: A flow of molecules that flow matching has trained.
-        atoms: The structure. Atoms under ``FixAtoms`` are kept; without a constraint all are, or none if there is a
-            strength.
-        strength: How far back towards noise, in (0, 1], the atoms that are not kept start from; 1 when None, where
-            nothing is left of where they were.
+        flow: A flow of molecules, trained by flow matching.
+        atoms: The structure. Atoms under ``FixAtoms`` are kept; without a constraint all are, or none if a strength is
+            given.
+        strength: How far back towards noise, in (0, 1], the other atoms start; None is 1, which leaves nothing of their
+            positions.
 
     Raises:
-        TypeError: For something else than ``Atoms``.
-        ValueError: For elements that the flow does not know, atoms nearer than 0.5 Å, more atoms than the flow saw,
+        TypeError: For anything but ``Atoms``.
+        ValueError: For elements that the flow does not know, atoms closer than 0.5 Å, more atoms than the flow saw,
             constraints other than ``FixAtoms``, a cell, or a flow that cannot do this.
 
     Example:
@@ -68,7 +70,7 @@ class Fragment:
         _check_flow(flow)
         _check_structure(flow, atoms)
         if strength is not None and not 0 < strength <= 1:
-            raise ValueError(f"strength={strength}: must be in (0, 1], where 1 leaves nothing of where atoms were")
+            raise ValueError(f"strength={strength}: must be in (0, 1], where 1 leaves nothing of the positions")
         fixed = _fixed(atoms)
         if fixed is None:
             fixed = np.arange(len(atoms) if strength is None else 0)
@@ -82,7 +84,7 @@ class Fragment:
         self.particles = PARTICLES if len(fixed) else 1
 
     def sizes(self, weights: Mapping[int, float]) -> dict[int, float]:
-        """Returns weights of sizes with those that the whole cannot have at zero.
+        """Returns the weights of sizes, zero for those that the whole cannot have.
 
         Raises:
             ValueError: If none is left.
@@ -109,7 +111,7 @@ class Fragment:
             )
 
     def compositions(self, formulas: list[str], weights: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Returns those compositions that hold the structure, with their weights.
+        """Returns those compositions that contain the structure, with their weights.
 
         Raises:
             ValueError: If there is none.
@@ -135,11 +137,11 @@ class Fragment:
         return np.concatenate([self.atoms.numbers, np.sort(list(rest.elements())).astype(int)])
 
     def bound(self, flow: ENF, like: Tensor) -> BoundFragment:
-        """Returns the fragment in the coordinates of a flow; ``like`` has the dtype and the device."""
+        """Returns the fragment in the coordinates of a flow; ``like`` gives dtype and device."""
         batch = to_batch([self.atoms], flow.species, dtype=like.dtype).to(device=like.device)
         with torch.no_grad():
             features = batch.positions.new_zeros(1, len(self.atoms), flow.config.flow_features)
-            encoded = flow.encode(batch, features)  # which is the mean of q
+            encoded = flow.encode(batch, features)  # without noise: the mean of q
         kept = torch.from_numpy(self.kept).to(like.device)
         return BoundFragment(encoded.x[0], encoded.h[0], kept, self.strength, flow.config.feature_std)
 
@@ -155,7 +157,7 @@ class Fragment:
         return atoms
 
     def info(self) -> dict[str, Any]:
-        """Returns what ``info`` says of the fragment."""
+        """Returns the entries of ``info`` about the fragment."""
         kept = self.atoms[self.kept].get_chemical_formula() if len(self.kept) else "none"
         return {"enf_fragment": kept} | ({} if self.strength is None else {"enf_strength": self.strength})
 
@@ -166,7 +168,7 @@ class BoundFragment:
     Args:
         x: Positions of the structure, centred, shape (A, n).
         h: Its features, shape (A, F).
-        kept: Which of its atoms are kept, shape (K,).
+        kept: Indices of the kept atoms, shape (K,).
         strength: Time on the path where the others start; 1 when None.
         feature_std: Standard deviation of features; that of positions is 1.
     """
@@ -177,7 +179,7 @@ class BoundFragment:
         self.feature_std = feature_std
 
     def started(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns latent molecules at the time of the start, (1 − t) x + t z of the structure."""
+        """Returns where latent molecules start: (1 − t) x + t z, with x the structure and t the strength."""
         if self.start == 1.0:
             return x, h
         return tuple((1.0 - self.start) * own + self.start * z for own, z in ((self.x, x), (self.h, h)))
@@ -187,7 +189,7 @@ class BoundFragment:
         return self._put_in(x, h, 1.0) if len(self.kept) else (x, h)
 
     def looking(self, velocity: Velocity) -> Velocity:
-        """Returns a velocity whose predicted end is that of states with kept atoms that have no noise, (1 − t) f."""
+        """Returns a velocity that sees the kept atoms without noise, at (1 − t) f, and predicts the end from there."""
 
         def clear(t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
             states = self._put_in(x, h, 1.0 - t)
@@ -206,7 +208,7 @@ class BoundFragment:
         return (apart.square().sum(dim=(1, 2)) / _seen(t, 1.0) + by_features) / 2.0
 
     def _put_in(self, x: Tensor, h: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Returns copies of x and h with the kept atoms times ``scale``, around where their centre is."""
+        """Returns copies of x and h whose kept atoms are the fragment times ``scale``, about their present centre."""
         own = self.x[self.kept]
         centre = x[:, self.kept].mean(dim=1, keepdim=True)
         x, h = x.clone(), h.clone()
@@ -218,25 +220,25 @@ class BoundFragment:
 def requested_fragment(
     flow: ENF, atoms: Atoms | None, strength: float | None, solver: object, n_atoms: int | None
 ) -> Fragment | None:
-    """Returns the fragment that is asked for, checked, None where there is none.
+    """Returns the requested fragment, checked; None without one.
 
     Raises:
-        TypeError: For something else than ``Atoms``.
-        ValueError: For strength without a structure, a solver that renews no noise, or see :class:`Fragment`.
+        TypeError: For anything but ``Atoms``.
+        ValueError: For a strength without a structure, a solver that replaces no noise, and as :class:`Fragment`.
     """
     if atoms is None:
         if strength is not None:
-            raise ValueError(f"strength={strength}: says how far a structure is varied; give one as fragment")
+            raise ValueError(f"strength={strength}: needs a structure to vary; give one as fragment")
         return None
     fragment = Fragment(flow, atoms, strength)
     if not isinstance(solver, StochasticSampler) or not solver.churn:
-        raise ValueError(f"fragment: needs noise that is renewed on the way, not {solver}; leave solver and churn out")
+        raise ValueError(f"fragment: needs the stochastic sampler with churn, not {solver}; leave solver and churn out")
     fragment.check_size(n_atoms)
     return fragment
 
 
 def _seen(t: float, std: float) -> float:
-    """Returns the variance r² that data of this standard deviation have left when seen at t."""
+    """Returns the posterior variance r² at time t of data with this standard deviation."""
     return t**2 * std**2 / ((1.0 - t) ** 2 * std**2 + t**2)
 
 
@@ -246,7 +248,7 @@ def _check_flow(flow: ENF) -> None:
     if flow.config.graph:
         raise ValueError("fragment: this model draws conformers of whole graphs; use another one, such as qm9")
     if not flow.matched:
-        raise ValueError("fragment: flow matching did not train this model; use one that it did, such as qm9")
+        raise ValueError("fragment: this model was not trained by flow matching; use one that was, such as qm9")
 
 
 def _check_structure(flow: ENF, atoms: Atoms) -> None:
@@ -260,7 +262,7 @@ def _check_structure(flow: ENF, atoms: Atoms) -> None:
     if distance < OVERLAP:
         raise ValueError(f"fragment: atoms {i} and {j} overlap, {distance:.2f} Å apart; move or remove one of them")
     if len(atoms) > (largest := max(flow.size_prior.counts)):
-        raise ValueError(f"fragment: has {len(atoms)} atoms, and this model saw at most {largest}; cut it down")
+        raise ValueError(f"fragment: has {len(atoms)} atoms, and this model saw at most {largest}; remove some")
 
 
 def _fixed(atoms: Atoms) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Molecular graphs that are asked for: a SMILES, checked against what the flow knows."""
+"""The molecular graph of a request: a SMILES, checked against what the flow knows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def requested_graph(flow: ENF, smiles: str | None, n_atoms: int | None, formula:
     """Returns the molecular graph to draw conformers of, None for a flow that knows no graphs.
 
     Raises:
-        ValueError: For a SMILES that is none of one neutral closed-shell molecule, has elements or more atoms than the
-            flow knows, or is missing where one is needed, or given where none is.
+        ValueError: For a SMILES that does not describe one neutral closed-shell molecule, has elements or a size that
+            the flow does not know, is missing where one is needed, or is given to a flow that knows no graphs.
     """
     if not flow.config.graph:
         if smiles is not None:
@@ -50,5 +50,5 @@ def requested_graph(flow: ENF, smiles: str | None, n_atoms: int | None, formula:
 
 
 def graph_info(graph: Graph | None) -> dict[str, str]:
-    """Returns what ``info`` says of the graph that a molecule was drawn for."""
+    """Returns the entries of ``info`` about the graph that a molecule was drawn for."""
     return {} if graph is None else {GRAPH_KEY: graph.smiles, BONDS_KEY: write_bonds(graph.bonds)}

@@ -1,4 +1,4 @@
-"""Noise of molecules by their names: molecule i of a seed, drawn for the k-th time, has its own wherever it is."""
+"""Noise by name: the k-th draw of molecule i of a seed has its own noise, whatever batch it is in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import Noise
 from ase_enf.sampling.counter import standard_normal
 
-# Kinds of device whose noise numpy draws. All others draw by a counter, so that no step waits for the host.
+# Types of device whose noise numpy draws. All others use a counter, so that no step waits for the host.
 HOST_DEVICES = ("cpu",)
 
 
@@ -26,21 +26,21 @@ class Drawing(NamedTuple):
 
 
 class NoiseSource(Protocol):
-    """What draws latent molecules: centred Gaussian positions (B, M, n) and Gaussian features (B, M, F)."""
+    """A source of latent molecules: centred Gaussian positions (B, M, n) and Gaussian features (B, M, F)."""
 
     def latents(self, drawings: Sequence[Drawing], n_atoms: int) -> tuple[Tensor, Tensor]:
-        """Returns where molecules of M atoms begin, z_x and z_h."""
+        """Returns latent molecules of M atoms, z_x and z_h."""
 
     def renewed(self, drawings: Sequence[Drawing], n_atoms: int) -> Noise:
-        """Returns what draws fresh noise for these molecules at every call; see ``stochastic.sample_stochastic``."""
+        """Returns a function that draws fresh noise for these molecules; see ``stochastic.sample_stochastic``."""
 
 
 class HostNoise:
-    """Noise by a generator of numpy for each molecule, drawn on the host.
+    """Noise drawn on the host, by one numpy generator for each molecule.
 
     Args:
         seed: Of the request.
-        flow: Says dimension, number of features, dtype and device.
+        flow: Gives dimension, number of features, dtype and device.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
@@ -54,11 +54,11 @@ class HostNoise:
         self.seed, self.flow = seed, flow
 
     def latents(self, drawings: Sequence[Drawing], n_atoms: int) -> tuple[Tensor, Tensor]:
-        """Returns where molecules of M atoms begin, z_x (B, M, n) and z_h (B, M, F)."""
+        """Returns latent molecules of M atoms, z_x (B, M, n) and z_h (B, M, F)."""
         return self._drawn([self._generator(*drawing) for drawing in drawings], n_atoms)
 
     def renewed(self, drawings: Sequence[Drawing], n_atoms: int) -> Noise:
-        """Returns what draws fresh noise for these molecules."""
+        """Returns a function that draws fresh noise for these molecules."""
         generators = [self._generator(*drawing, 1) for drawing in drawings]
         return lambda: self._drawn(generators, n_atoms)
 
@@ -73,14 +73,14 @@ class HostNoise:
 
 
 class CounterNoise:
-    """Noise by a counter, made on the device of the flow for a whole batch at once.
+    """Noise from a counter, made on the device of the flow for a whole batch at once.
 
-    Nothing is read back, and nothing but the names of the molecules goes to the device. The random bits are the same on
-    every device; logarithm and cosine round in their own way. They are other numbers than those of :class:`HostNoise`.
+    Only the names of the molecules go to the device, and nothing is read back. The random bits are the same on every
+    device; logarithm and cosine may be rounded differently. The numbers are not those of :class:`HostNoise`.
 
     Args:
         seed: Of the request.
-        flow: Says dimension, number of features, dtype and device.
+        flow: Gives dimension, number of features, dtype and device.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
@@ -94,11 +94,11 @@ class CounterNoise:
         self.seed, self.flow = seed, flow
 
     def latents(self, drawings: Sequence[Drawing], n_atoms: int) -> tuple[Tensor, Tensor]:
-        """Returns where molecules of M atoms begin, z_x (B, M, n) and z_h (B, M, F)."""
+        """Returns latent molecules of M atoms, z_x (B, M, n) and z_h (B, M, F)."""
         return self._drawn(self._names(drawings), 0, n_atoms)
 
     def renewed(self, drawings: Sequence[Drawing], n_atoms: int) -> Noise:
-        """Returns what draws fresh noise for these molecules; the latent molecule is draw 0, the first of these 1."""
+        """Returns a function whose calls give draws 1, 2 and so on of these molecules; draw 0 is the latent one."""
         names, draw = self._names(drawings), 0
 
         def fresh() -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class CounterNoise:
 
 
 def noise_source(seed: int, flow: ENF) -> NoiseSource:
-    """Returns what draws the noise of a request, by the kind of the flow's device.
+    """Returns the source of noise of a request, which depends on the type of the flow's device.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig

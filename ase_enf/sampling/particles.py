@@ -1,4 +1,4 @@
-"""Particles: several trials of a molecule on their way together, of which those go on that fit what is known."""
+"""Particles: several trials of a molecule, integrated together, of which those survive that fit what is known."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 # (t, predicted positions (B, M, n), predicted features (B, M, F)) → misfit U of each, shape (B,).
 Misfit = Callable[[float, Tensor, Tensor], Tensor]
 
-# U of a particle that is no longer finite; others replace it.
+# U of a particle that is not finite, so that others replace it.
 LOST = 1e30
 
 
 class Particles:
-    """Which of P particles of each molecule go on: sequential Monte Carlo along the path.
+    """Selects among P particles of each molecule: sequential Monte Carlo along the path.
 
-    The weight of a particle changes with the misfit U of its predicted end from step to step,
+    From step to step, the weight of a particle changes with the misfit U of its predicted end,
 
         log w ← log w + U_before − U,
 
-    and where the effective number (Σ w)² / Σ w² falls below P/2, all P are drawn anew by their weights, systematically,
-    as in the particle methods of Trippe et al. (2022) and Wu et al. (2023). What the renewed noise of the kept atoms
-    adds to the weights there is left out.
+    and where the effective number (Σ w)² / Σ w² falls below P/2, all P are resampled systematically, as in the particle
+    methods of Trippe et al. (2022) and Wu et al. (2023). The terms that fresh noise of the kept atoms contributes to
+    their weights are left out.
 
     Args:
-        misfit: U of predicted ends, −log p(what is known | them) to a constant.
-        count: P. Particles of a molecule stand beside each other in a batch.
-        generators: Sources of randomness, one a molecule, so that none depends on its batch mates.
-        until: The least time t at which U is looked at.
+        misfit: U of predicted ends, −log p(what is known | predicted end) up to a constant.
+        count: P; the particles of one molecule are neighbours in the batch.
+        generators: Random generators, one for each molecule, so that none depends on the rest of its batch.
+        until: The smallest time t at which U is evaluated.
 
     Example:
         >>> misfit = lambda t, x, h: torch.tensor([40.0, 40.0, 40.0, 40.0])
         >>> particles = Particles(misfit, 4, [np.random.default_rng(0)])
-        >>> particles.select(0.5, None, None) is None  # the first look only begins
+        >>> particles.select(0.5, None, None) is None  # the first call only records U
         True
         >>> particles.misfit = lambda t, x, h: torch.tensor([80.0, 0.0, 80.0, 80.0])
         >>> particles.select(0.4, None, None).tolist()
@@ -47,10 +47,10 @@ class Particles:
     ) -> None:
         self.misfit, self.count, self.generators, self.until = misfit, count, generators, until
         self._log_weights: Tensor | None = None  # (G, P) of G molecules
-        self._before: Tensor | None = None  # U at the last look, (G, P)
+        self._before: Tensor | None = None  # U at the last call, (G, P)
 
     def select(self, t: float, x: Tensor, h: Tensor) -> Tensor | None:
-        """Returns places in the batch of the particles that go on, None for all as they are; nothing is read back."""
+        """Returns the batch indices of the particles to continue with, or None to keep all; the host reads nothing."""
         if t < self.until:
             return None
         now = self.misfit(t, x, h).double().view(len(self.generators), self.count)
@@ -68,8 +68,8 @@ class Particles:
         return self._in_batch(own)
 
     def last(self) -> Tensor:
-        """Returns the place of one particle a molecule, drawn by the weights at the end."""
-        if self._log_weights is None:  # nothing was looked at: they are all alike
+        """Returns the place of one particle of each molecule, drawn by the final weights."""
+        if self._log_weights is None:  # U was never evaluated: all weights are equal
             return self._in_batch(torch.zeros(len(self.generators), 1, dtype=torch.long))
         weights = torch.softmax(self._log_weights, dim=1)
         return self._in_batch(_places(weights, self._uniform(weights)))
@@ -85,6 +85,6 @@ class Particles:
 
 
 def _places(weights: Tensor, ticks: Tensor) -> Tensor:
-    """Returns in which share of (0, 1) each tick lies, shares w (G, P) side by side and ticks (G, T); shape (G, T)."""
+    """Returns which of the P intervals, into which weights (G, P) divide (0, 1), each of the ticks (G, T) is in."""
     below = ticks.unsqueeze(2) > weights.cumsum(dim=1).unsqueeze(1)
     return below.sum(dim=2).clamp(max=weights.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""The way of molecules from noise to data, frame by frame (figure 2 of the paper)."""
+"""The path of molecules from noise to data, frame by frame (figure 2 of the paper)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from ase import Atoms
 from torch import Tensor
 
 from ase_enf.atoms.batch import Batch, check_whole, to_atoms
-from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import Solver
+from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.stochastic import StochasticSampler, sample_stochastic
+from ase_enf.sampling.drafts import Draft
 from ase_enf.sampling.generate import check_counts
-from ase_enf.sampling.sampler import Draft, Sampler
-from ase_enf.sampling.samplers import resolve_sampler
+from ase_enf.sampling.request import Request
+from ase_enf.sampling.sampler import Sampler
 
 State = tuple[float, Tensor, Tensor]
 """Time t, positions (B, M, n) and features (B, M, F) on the way."""
 
 
 class MoleculePath(NamedTuple):
-    """A molecule and how it came about.
+    """A molecule and its path.
 
     Attributes:
         molecule: As ``generate`` returns it.
@@ -52,31 +53,31 @@ def paths(
     closed_shell: bool = False,
     **request: Any,
 ) -> Iterator[MoleculePath]:
-    """Draws the molecules of ``generate`` together with their way from noise to data.
+    """Draws the molecules of ``generate`` together with their paths from noise to data.
 
-    The states of a path are those x_t of the sampler that draws. ``churn=0`` follows the flow itself, the ODE of eq. 2:
-    a smooth path, x(t) = z − ∫_t^1 φ dt. By default, molecules of a flow trained by flow matching are drawn by the
-    stochastic sampler, whose states are x_t = (1 − t) x + t ε with ever new ε: a path that trembles until it arrives.
+    A path consists of the states x_t of the sampler. ``churn=0`` follows the flow itself, the ODE of eq. 2: a smooth
+    path, x(t) = z − ∫_t^1 φ dt. By default, a flow trained by flow matching uses the stochastic sampler, whose states
+    x_t = (1 − t) x + t ε have ever new noise ε: a path that trembles until it arrives.
 
-    Elements and charges of every frame are quantised as those of a molecule are: argmax of its types, floor of its
-    charges. Nothing is done for appearance; a frame in the middle need not be a molecule.
+    Elements and charges of every frame are quantised like those of a finished molecule: argmax of the types, floor of
+    the charges. Frames are not made to look better than they are, and one in the middle need not be a molecule.
 
     Args:
-        flow: A flow, as of ``ase_enf.load``.
+        flow: A flow, as ``ase_enf.load`` returns it.
         n: How many molecules.
-        frames: Frames of a path, at least 2, noise and molecule among them; fewer where the sampler has fewer steps.
-        seed: Non-negative.
+        frames: Frames of a path, noise and molecule included, at least 2; fewer where the sampler takes fewer steps.
+        seed: Seed of the random numbers, at least 0.
         start: Index of the first molecule.
-        n_atoms: As the others, see ``generate``.
+        n_atoms: Fixed size; this and the arguments below are those of ``generate``.
         formula: Composition, for "given".
         solver: How to draw.
         steps: Number of steps.
-        churn: How much noise is renewed on the way; 0 for the flow itself.
+        churn: How much noise is replaced on the way; 0 for the flow itself.
         batch_size: Molecules integrated together.
         device: Where to compute.
         require: What a molecule must pass to be kept.
         closed_shell: Adds "closed_shell" to ``require``.
-        **request: ``properties``, ``smiles``, ``max_attempts`` and ``with_smiles`` of ``generate``.
+        **request: ``properties``, ``guidance``, ``smiles``, ``max_attempts`` and ``with_smiles`` of ``generate``.
 
     Returns:
         An iterator over the molecules, in order; arguments are checked before it is returned.
@@ -96,20 +97,20 @@ def paths(
     check_counts(n, seed, batch_size, start)
     check_whole("frames", frames, 2)
     if request.get("fragment") is not None:
-        raise ValueError("fragment: paths are of whole molecules from noise; leave the fragment out, or the path")
-    chosen = resolve_sampler(flow, solver, steps, churn)
-    asked = [require] if isinstance(require, str) else list(require)
-    if closed_shell:
-        asked.append("closed_shell")
-    recorder = _Recorder(frames, flow, seed, n_atoms, formula, chosen, batch_size, device, ",".join(asked), **request)
+        raise ValueError("fragment: paths are those of whole molecules; leave out the fragment or the path")
+    asked = Request(
+        seed=seed, n_atoms=n_atoms, formula=formula, solver=solver, steps=steps, churn=churn, batch_size=batch_size,
+        device=device, require=require, closed_shell=closed_shell, **request,
+    )  # fmt: skip
+    recorder = _Recorder(flow, asked, frames)
     return recorder.paths(range(start, start + n))
 
 
 class _Recorder(Sampler):
-    """A request that remembers on which way its molecules come."""
+    """A sampler that records the paths of its molecules."""
 
-    def __init__(self, frames: int, *request: Any, **more: Any) -> None:
-        super().__init__(*request, **more)
+    def __init__(self, flow: ENF, request: Request, frames: int) -> None:
+        super().__init__(flow, request)
         self._frames = frames
         self._recorded: dict[int, dict[int, list[Atoms]]] = {}  # by index and attempt
 
@@ -123,10 +124,10 @@ class _Recorder(Sampler):
             yield MoleculePath(atoms, [*frames, arrived])
 
     def sample(self, drafts: list[Draft]) -> Batch:
-        """Takes drafts of one size to data, and remembers some states on the way."""
+        """Takes drafts of one size to data, and records some of the states on the way."""
         z_x, z_h, mask, context = self.latents(drafts)
         with torch.no_grad():
-            states = self._states(drafts, z_x, z_h, mask, context)
+            states = self._states(drafts, z_x, z_h, mask, self.velocity(drafts, z_x, z_h, mask, context))
             picked = np.unique(np.linspace(0, len(states) - 1, self._frames).round().astype(int))
             decoded = [self.flow.decode(*states[k][1:], mask, context) for k in picked]
         for draft in drafts:
@@ -140,19 +141,16 @@ class _Recorder(Sampler):
     def _said(self, draft: Draft, time: float) -> Mapping[str, Any]:
         return {"enf_model": self.flow.name, "enf_seed": self.seed, "enf_index": draft.index, "enf_time": time}
 
-    def _states(
-        self, drafts: list[Draft], z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | Context | None
-    ) -> list[State]:
+    def _states(self, drafts: list[Draft], z_x: Tensor, z_h: Tensor, mask: Tensor, velocity: Velocity) -> list[State]:
         """Returns the states from t = 1 to t = 0."""
         if isinstance(self.solver, Solver):
             times = _ode_times(self.solver, self._frames)
-            states = self.flow.flow(mask, context, self.solver).trajectory(z_x, z_h, times)
+            states = self.flow.flow(mask, None, self.solver, velocity).trajectory(z_x, z_h, times)
             return [(time, *state) for time, state in zip(times.tolist(), states, strict=True)]
-        velocity = self.flow.velocity(mask, context)
         states: list[State] = []
 
         def noted(t: Tensor, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-            states.append((t.item(), x, h))  # each step asks for the velocity once, where it is
+            states.append((t.item(), x, h))  # each step evaluates the velocity once, at its state
             return velocity(t, x, h)
 
         arrived = sample_stochastic(noted, z_x, z_h, self.noise(drafts), self.solver)
@@ -160,6 +158,6 @@ class _Recorder(Sampler):
 
 
 def _ode_times(solver: Solver, frames: int) -> Tensor:
-    """Returns times from 1 to 0: the grid of fixed steps, which stays as it is, or as dense near the data."""
+    """Returns times from 1 to 0: the solver's grid of fixed steps; for an adaptive solver, one dense near the data."""
     grid = torch.linspace(0, 1, frames, dtype=torch.float64) ** 2 if solver.adaptive else solver.grid()
     return grid.double().sort(descending=True).values

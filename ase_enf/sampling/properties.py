@@ -1,4 +1,4 @@
-"""Properties that are asked for: values or ranges, the sizes that go with them, and what is drawn of them."""
+"""Requested properties: values or ranges, the sizes that go with them, and the values that are drawn."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ase_enf.flow.context import Condition
 from ase_enf.flow.model import ENF
 from ase_enf.flow.weights import read_header, shipped, shipped_path
 
-# Key in ``info``, before the name, of the value that conditioned a molecule.
+# Prefix of the keys in ``info`` of the values that conditioned a molecule.
 CONDITION_KEY = "enf_condition_"
-# Added to p(c | M): several properties together leave every size a chance.
+# Added to p(c | M), so that no combination of properties rules out every size.
 SMALLEST_SHARE = 1e-4
 
 
@@ -24,11 +24,12 @@ class PropertyRequest:
 
     Args:
         flow: A flow.
-        properties: By name a value, or a range: (low, high) or a text "low:high", within which values are drawn as
-            often as the training set has them. Those of the flow that are not named stay unknown.
+        properties: For each name a value or a range, (low, high) or "low:high", within which values are drawn as
+            frequently as in the training set. Conditions of the flow that are not named stay unknown.
 
     Raises:
-        ValueError: For a property that the flow does not know, a value that is no number, or one far outside training.
+        ValueError: For a property that the flow does not know, a value that is not a number, or one far outside
+            training.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
@@ -49,9 +50,9 @@ class PropertyRequest:
             known[name].check(*self.ranges[name])
 
     def size_weights(self, counts: Mapping[int, int]) -> dict[int, float]:
-        """Returns weights of the sizes M, those that are given times p(c | M) of every property asked for.
+        """Returns the weights of the sizes M, multiplied by p(c | M) of every requested property.
 
-        p(M | c) ∝ p(M) Π_k p(c_k | M), as if properties were independent of each other within a size.
+        p(M | c) ∝ p(M) Π_k p(c_k | M), with the properties taken to be independent within a size.
         """
         weights = {size: float(count) for size, count in counts.items()}
         for condition, low, high in self._asked():
@@ -60,9 +61,9 @@ class PropertyRequest:
         return weights
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.float64] | None:
-        """Draws the value of every condition for a molecule of so many atoms, NaN where none is asked for.
+        """Draws the value of every condition for a molecule of ``size`` atoms, NaN where none is requested.
 
-        None, and nothing is drawn, for a flow without conditions.
+        For a flow without conditions it draws nothing and returns None.
         """
         if not self.conditions:
             return None
@@ -73,7 +74,7 @@ class PropertyRequest:
         return [(c, *self.ranges[c.name]) for c in self.conditions if c.name in self.ranges]
 
     def info(self, values: NDArray[np.float64] | None) -> dict[str, float]:
-        """Returns what ``info`` says of the values that conditioned a molecule."""
+        """Returns the entries of ``info`` about the values that conditioned a molecule."""
         if values is None:
             return {}
         named = zip(self.conditions, values.tolist(), strict=True)
@@ -81,10 +82,10 @@ class PropertyRequest:
 
 
 def read_range(name: str, asked: Any) -> tuple[float, float]:
-    """Returns the least and the largest value that are asked for.
+    """Returns the smallest and the largest requested value.
 
     Raises:
-        ValueError: If that is neither a number nor two of them.
+        ValueError: If ``asked`` is neither a number nor two of them.
 
     Example:
         >>> read_range("gap", 5), read_range("gap", "4:6"), read_range("gap", (4, 6))
@@ -101,10 +102,10 @@ def read_range(name: str, asked: Any) -> tuple[float, float]:
 
 
 def read_properties(items: list[str] | None) -> dict[str, str]:
-    """Returns properties by name from texts ``name=value`` or ``name=low:high``, as of the command line.
+    """Returns properties by name from strings ``name=value`` or ``name=low:high``, as on the command line.
 
     Raises:
-        ValueError: For another text, or a name that occurs twice.
+        ValueError: For any other string, or a name that occurs twice.
 
     Example:
         >>> read_properties(["gap=5.2", "alpha=70:80"])
@@ -129,5 +130,5 @@ def _knows(flow: ENF, name: str) -> str:
 
 
 def _conditions_of(model: str) -> list[str]:
-    """Returns the names of what conditions a shipped flow."""
+    """Returns the names of the conditions of a shipped flow."""
     return [condition["name"] for condition in read_header(shipped_path(model))["config"].get("conditions", ())]

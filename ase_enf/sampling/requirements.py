@@ -11,27 +11,27 @@ from ase import Atoms
 from ase_enf.chem.bonds import bond_orders, n_fragments, stable_atoms
 from ase_enf.flow.model import ENF
 
-# Requirement → what is said of a molecule that does not meet it. The cheapest to look at come first.
+# Requirement → what is said of a molecule that does not meet it. The cheapest tests come first.
 REASONS = {
     "closed_shell": "had an odd number of electrons",
     "connected": "was not one connected molecule",
     "stable": "had an atom that is not stable",
     "valid": "was not valid",
 }
-# What a formula that was asked for is called among them; nobody requires it by this name.
+# The name that a requested formula has among them; users do not require it by this name.
 FORMULA = "formula"
 
 
 class Requirements(NamedTuple):
-    """What molecules must pass, in the order in which it is looked at.
+    """The tests that a molecule must pass to be kept, in the order in which they are made.
 
-    * "closed_shell": an even number of electrons, when neutral. That is **electron parity**: a closed shell needs it,
-      and nothing looks at orbitals.
+    * "closed_shell": an even number of electrons in the neutral molecule. This is **electron parity**, which a closed
+      shell needs; orbitals are not looked at.
     * "connected": the bond graph of the distance table is in one piece.
     * "stable": the bond orders of every atom sum to its valence.
     * "valid": RDKit sanitises the bond graph, which is in one piece, and no atom lacks a bond ("strict" validity).
 
-    The words mean what the metrics of the same names mean.
+    The names mean what they mean in the metrics.
     """
 
     names: tuple[str, ...] = ()
@@ -39,15 +39,15 @@ class Requirements(NamedTuple):
 
     @classmethod
     def of(cls, flow: ENF, require: str | Iterable[str], composition: np.ndarray | None = None) -> Requirements:
-        """Returns what a user asks for, checked.
+        """Returns the requirements of a user, checked.
 
         Args:
             flow: A flow.
-            require: Names, or a text of them with commas between.
+            require: Names, or one string of names separated by commas.
             composition: Atomic numbers that a molecule must have, in any order.
 
         Raises:
-            ValueError: For an unknown name, or anything asked of a flow that knows no elements.
+            ValueError: For an unknown name, or any requirement for a flow that knows no elements.
 
         Example:
             >>> from ase_enf.flow.config import ENFConfig
@@ -79,7 +79,7 @@ class Requirements(NamedTuple):
         return [next((name for name in self.names if not self._meets(name, atoms)), None) for atoms in molecules]
 
     def reason(self, name: str) -> str:
-        """Returns what is said of a molecule that does not meet this requirement."""
+        """Returns the words for a molecule that does not meet this requirement."""
         return "had another composition" if name == FORMULA else REASONS[name]
 
     def _meets(self, name: str, atoms: Atoms) -> bool:
@@ -106,7 +106,7 @@ def strict_smiles(atoms: Atoms) -> str | None:
         >>> strict_smiles(molecule("CH3OH")), strict_smiles(molecule("CH3"))
         ('CO', None)
     """
-    from ase_enf.metrics.valid import valid_smiles  # which brings pandas, and RDKit when it is called
+    from ase_enf.metrics.valid import valid_smiles  # it imports pandas, and RDKit when it is called
 
     return valid_smiles(atoms, "strict")[0]
 

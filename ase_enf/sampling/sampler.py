@@ -1,11 +1,10 @@
-"""A request for molecules: which are drawn, again where that failed or was rejected, in order and in batches."""
+"""Meets a request for molecules: in order, in batches, and again where one fails or is rejected."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,27 +13,30 @@ from ase.data import atomic_numbers
 from torch import Tensor
 from tqdm import tqdm
 
-from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, formula_numbers, to_atoms
+from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, to_atoms
 from ase_enf.flow.context import Context
-from ase_enf.flow.continuous import Solver, SolverError
+from ase_enf.flow.continuous import SolverError
 from ase_enf.flow.devices import out_of_memory, resolve_device
+from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF
+from ase_enf.flow.replay import replayed
 from ase_enf.flow.stochastic import Noise, StochasticSampler, sample_stochastic
-from ase_enf.sampling.compositions import awaited_composition, drawn_compositions
+from ase_enf.sampling.compositions import awaited_composition
+from ase_enf.sampling.drafts import Draft, Drafts
 from ase_enf.sampling.fragments import LAST_LOOK, Fragment, requested_fragment
 from ase_enf.sampling.graphs import graph_info, requested_graph
-from ase_enf.sampling.noise import Drawing, noise_source
+from ase_enf.sampling.guidance import GUIDANCE_KEY, guided_velocity, requested_guidance
+from ase_enf.sampling.noise import noise_source
 from ase_enf.sampling.particles import Particles
 from ase_enf.sampling.properties import PropertyRequest
+from ase_enf.sampling.request import Request
 from ase_enf.sampling.requirements import Requirements, strict_smiles
 
 # How often the integration of one molecule may fail.
 MAX_ATTEMPTS = 10
-# How often one molecule may be rejected, by default.
-MAX_REJECTIONS = 100
 # Molecules are grouped by size inside windows of this many batches, which bounds the memory of a stream.
 WINDOW_BATCHES = 8
-# Last part of the name of the generator that chooses particles; 1 is that of renewed noise.
+# Last number in the key of the generator that selects particles; fresh noise on the way has 1.
 PARTICLE_KEY = 2
 
 
@@ -42,99 +44,45 @@ class GenerationError(RuntimeError):
     """A molecule could not be integrated to finite positions, or was rejected too often."""
 
 
-class Draft(NamedTuple):
-    """A latent molecule on its way."""
-
-    index: int
-    attempt: int
-    n_atoms: int
-    numbers: np.ndarray | None  # (M,), the composition for "given"
-    conditions: np.ndarray | None = None  # (C,), NaN where unknown
-    failures: int = 0  # of the attempts before, those that could not be integrated; others were rejected
-
-    def particles(self, count: int) -> list[Draft]:
-        """Returns so many trials of this draft, each with noise of its own."""
-        return [self._replace(attempt=self.attempt * count + k) for k in range(count)]
-
-    @property
-    def drawing(self) -> Drawing:
-        """What names its noise."""
-        return Drawing(self.index, self.attempt)
-
-
 class Sampler:
     """One request, checked, with everything that its molecules share."""
 
-    def __init__(
-        self,
-        flow: ENF,
-        seed: int,
-        n_atoms: int | None,
-        formula: str | None,
-        solver: Solver | StochasticSampler,
-        batch_size: int,
-        device: str | torch.device | None,
-        require: str | Iterable[str] = (),
-        max_attempts: int = MAX_REJECTIONS,
-        with_smiles: bool = False,
-        properties: Mapping[str, Any] | None = None,
-        smiles: str | None = None,
-        fragment: Atoms | None = None,
-        strength: float | None = None,
-    ) -> None:
-        if device is not None and resolve_device(device) != flow.device:
-            flow = copy.deepcopy(flow).to(resolve_device(device))
-        if n_atoms is not None:
-            check_whole("n_atoms", n_atoms, 1)
-        self.flow = flow
-        self.seed = seed
-        self.source = noise_source(seed, flow)
-        self.solver = solver
-        self.fragment = requested_fragment(flow, fragment, strength, solver, n_atoms)
-        # Particles are integrated as molecules are.
-        self.batch_size = max(1, batch_size // self.fragment.particles) if self.fragment else batch_size
-        n_atoms = (self.fragment and self.fragment.size) or n_atoms
-        self.n_atoms = n_atoms
-        check_whole("max_attempts", max_attempts, 1)
-        self.max_attempts = max_attempts
-        asked = Requirements.of(flow, require)
-        awaited = awaited_composition(flow, n_atoms, formula, "closed_shell" in asked.names, max_attempts)
-        self.require = asked if awaited is None else Requirements.of(flow, require, awaited)
-        if awaited is not None:
-            n_atoms = self.n_atoms = len(awaited)
-            if self.fragment:
-                self.fragment.compositions([str(formula)], np.ones(1))
-        self.with_smiles = with_smiles
-        if with_smiles and not flow.config.knows_types:
-            raise ValueError("with_smiles=True: this model knows no elements; leave it out")
-        self.properties = PropertyRequest(flow, properties)
-        self.graph = requested_graph(flow, smiles, n_atoms, formula)
+    def __init__(self, flow: ENF, request: Request) -> None:
+        if request.device is not None and resolve_device(request.device) != flow.device:
+            flow = copy.deepcopy(flow).to(resolve_device(request.device))
+        if request.n_atoms is not None:
+            check_whole("n_atoms", request.n_atoms, 1)
+        self.flow, self.seed, self.max_attempts = flow, request.seed, request.max_attempts
+        self.source, self.solver = noise_source(request.seed, flow), request.sampler(flow)
+        self.fragment = requested_fragment(flow, request.fragment, request.strength, self.solver, request.n_atoms)
+        n_atoms = (self.fragment and self.fragment.size) or request.n_atoms
+        self.require = request.requirements(flow)
         even = "closed_shell" in self.require.names
-        self.compositions = None if self.graph else drawn_compositions(flow, n_atoms, formula, even)
-        if self.compositions is not None and self.properties.ranges:
-            self.compositions = self._reweighted(*self.compositions)
-        self.sizes = self.properties.size_weights(flow.size_prior.counts) if self.properties.ranges else None
-        if self.fragment and self.compositions is not None:
-            self.compositions = self.fragment.compositions(*self.compositions)
-        elif self.fragment and n_atoms is None:
-            self.sizes = self.fragment.sizes(self.sizes or flow.size_prior.counts)
-        if n_atoms is not None and not self.graph and self.compositions is None and n_atoms not in flow.size_prior:
-            seen = list(flow.size_prior.counts)
-            near = " or ".join(str(size) for size in sorted(sorted(seen, key=lambda size: abs(size - n_atoms))[:2]))
-            raise ValueError(
-                f"n_atoms={n_atoms}: this model saw sizes {seen[0]} to {seen[-1]} only; choose one of those it saw, "
-                f"such as {near}"
-            )
+        awaited = awaited_composition(flow, n_atoms, request.formula, even, request.max_attempts)
+        if awaited is not None:
+            n_atoms, self.require = len(awaited), Requirements.of(flow, request.wanted, awaited)
+            if self.fragment:
+                self.fragment.compositions([str(request.formula)], np.ones(1))
+        self.with_smiles = request.with_smiles
+        if self.with_smiles and not flow.config.knows_types:
+            raise ValueError("with_smiles=True: this model knows no elements; leave it out")
+        self.properties = PropertyRequest(flow, request.properties)
+        self.guidance = requested_guidance(flow, request.guidance, self.properties)
+        # In a batch, particles take as much room as molecules, and so do the twins without conditions of guidance.
+        copies = (self.fragment.particles if self.fragment else 1) * (2 if self.guided else 1)
+        self.batch_size = max(1, request.batch_size // copies)
+        self.graph = requested_graph(flow, request.smiles, n_atoms, request.formula)
+        self.drafts = Drafts(
+            flow, request.seed, n_atoms, request.formula, even, self.properties, self.graph, self.fragment
+        )
 
-    def _reweighted(self, formulas: list[str], weights: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Returns compositions with weights that go with the properties asked for."""
-        sizes = [len(formula_numbers(formula)) for formula in formulas]
-        shares = self.properties.size_weights(dict.fromkeys(sizes, 1))
-        weights = weights * np.array([shares[size] for size in sizes])
-        return formulas, weights / weights.sum()
+    @property
+    def guided(self) -> bool:
+        """Whether molecules are drawn by another velocity than that of the conditional flow."""
+        return self.guidance != 1.0
 
     def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
-        """Yields the molecules ``indices`` in order; ``soon``: the first alone, the next without waiting for many."""
+        """Yields the molecules ``indices`` in order; with ``soon`` the first comes alone, the next in small windows."""
         self.integrations = self.failures = self.kept = self.attempts = 0
         largest = self.batch_size * WINDOW_BATCHES
         done, window = 0, 1 if soon else largest
@@ -150,7 +98,7 @@ class Sampler:
             )
 
     def _window(self, indices: Sequence[int], bar: tqdm) -> Iterator[Atoms]:
-        """Yields the molecules of a window in order, each as soon as those before it are there."""
+        """Yields the molecules of a window in order, each as soon as it and those before it are finished."""
         done: dict[int, Atoms] = {}
         waiting = [self.draft(index, attempt=0) for index in indices]
         coming = iter(indices)
@@ -175,7 +123,7 @@ class Sampler:
             waiting = again
 
     def _counted(self, atoms: Atoms, bar: tqdm) -> Atoms:
-        """Returns a molecule that is handed out with what was kept so far; in order, so that no batch decides it."""
+        """Counts a molecule and notes the acceptance so far; called in order, so that batches do not change it."""
         self.kept += 1
         self.attempts += atoms.info["enf_attempts"]
         if self.require.names:
@@ -184,7 +132,7 @@ class Sampler:
         return atoms
 
     def _check_rejections(self, draft: Draft, unmet: str) -> None:
-        """Raises ``GenerationError`` if a draft that is rejected was the last one."""
+        """Raises ``GenerationError`` if a rejected draft was the last that is allowed."""
         if draft.attempt + 1 - draft.failures < self.max_attempts:
             return
         what = self.require.reason(unmet) if len(self.require.names) == 1 else f"did not pass {self.require}"
@@ -194,12 +142,7 @@ class Sampler:
         )
 
     def draft(self, index: int, attempt: int, failures: int = 0) -> Draft:
-        """Returns the latent molecule of an index, anew for every attempt but of one size and composition.
-
-        Args:
-            index: Number of the molecule, from 0.
-            attempt: How often it was drawn before.
-            failures: How many of those integrations failed; the others were rejected.
+        """Returns the draft of an index, see :meth:`Drafts.draw`.
 
         Raises:
             GenerationError: If it failed too often.
@@ -209,18 +152,10 @@ class Sampler:
                 f"molecule {index} (seed {self.seed}) failed {MAX_ATTEMPTS} times with {self.solver.method}; "
                 "use more steps, or train the model further"
             )
-        # Size and composition stay when the noise is drawn again: failures must not tilt them.
-        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
-        numbers = self.graph.numbers if self.graph else None
-        if self.compositions is not None:
-            formulas, weights = self.compositions
-            numbers = formula_numbers(formulas[rng.choice(len(formulas), p=weights)])
-            numbers = self.fragment.ordered(numbers) if self.fragment else numbers
-        size = len(numbers) if numbers is not None else self.n_atoms or self.flow.size_prior.sample(rng, self.sizes)
-        return Draft(index, attempt, size, numbers, self.properties.draw(rng, size), failures)
+        return self.drafts.draw(index, attempt, failures)
 
     def same_size(self, drafts: list[Draft]) -> list[list[Draft]]:
-        """Returns batches of one size, that of the first draft first."""
+        """Returns batches of one size each, in the order of their first drafts."""
         by_size: dict[int, list[Draft]] = {}
         for draft in drafts:
             by_size.setdefault(draft.n_atoms, []).append(draft)
@@ -232,13 +167,13 @@ class Sampler:
         return sorted(batches, key=lambda batch: batch[0].index)
 
     def _integrate(self, drafts: list[Draft]) -> list[Atoms | None]:
-        """Returns a molecule for each draft, None where the integration failed; in halves where memory is full."""
+        """Returns a molecule for each draft, None where the integration failed; halves what memory cannot hold."""
         try:
             batch = self.sample(drafts)
         except SolverError:
             if len(drafts) == 1:
                 return [None]
-            parts = [[draft] for draft in drafts]  # one failed: find it
+            parts = [[draft] for draft in drafts]  # one of them failed: find out which
         except Exception as error:
             if len(drafts) == 1 or not out_of_memory(error):
                 raise
@@ -248,20 +183,20 @@ class Sampler:
         return [atoms for part in parts for atoms in self._integrate(part)]
 
     def _halved(self, drafts: list[Draft]) -> list[list[Draft]]:
-        """Returns the halves of a batch that memory does not hold; those to come are no larger."""
+        """Returns the halves of a batch that does not fit into memory; later batches are no larger."""
         half = (len(drafts) + 1) // 2
         if half < self.batch_size:
             warnings.warn(
-                f"memory is not enough for {len(drafts)} molecules together; goes on with {half}", stacklevel=2
+                f"memory is not enough for {len(drafts)} molecules at a time; continues with {half}", stacklevel=2
             )
         self.batch_size = min(self.batch_size, half)
         return [drafts[:half], drafts[half:]]
 
     def _finished(self, batch: Batch, drafts: list[Draft]) -> list[Atoms | None]:
-        """Returns the molecules of a batch, None where one is not finite or has atoms on one point."""
+        """Returns the molecules of a batch, None where one is not finite or has coinciding atoms."""
         both = torch.cat([batch.positions, batch.charges], dim=2)
         finite = torch.isfinite(both).all(dim=2).all(dim=1).tolist()
-        safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # only to convert; failures are discarded
+        safe = batch._replace(positions=torch.nan_to_num(batch.positions))  # for to_atoms; failures are discarded
         molecules = to_atoms(safe, self.flow.species)
         mismatches = self._charge_mismatches(batch, molecules)
         return [
@@ -274,10 +209,11 @@ class Sampler:
         if self.fragment:
             return self._completed(drafts, self.fragment)
         noise = self.noise(drafts) if isinstance(self.solver, StochasticSampler) else None
-        return self.flow.sample(*self.latents(drafts), self.solver, noise)
+        latents = self.latents(drafts)
+        return self.flow.sample(*latents, self.solver, noise, self.velocity(drafts, *latents))
 
     def _completed(self, drafts: list[Draft], fragment: Fragment) -> Batch:
-        """Takes drafts of one size to data around the fragment, the best of several particles each."""
+        """Takes drafts of one size to data around the fragment; each molecule is one of several particles."""
         several = [trial for draft in drafts for trial in draft.particles(fragment.particles)]
         z_x, z_h, mask, context = self.latents(several)
         own = fragment.bound(self.flow, z_x)
@@ -286,7 +222,8 @@ class Sampler:
         count = fragment.particles
         particles = Particles(own.misfit, count, generators, LAST_LOOK) if count > 1 else None
         with torch.no_grad():
-            velocity, start = own.looking(self.flow.velocity(mask, context)), own.started(z_x, z_h)
+            velocity = own.looking(self.velocity(several, z_x, z_h, mask, context))
+            start = own.started(z_x, z_h)
             select = None if particles is None else particles.select
             ended = sample_stochastic(
                 velocity, *start, self.noise(several), self.solver, own.corrected, own.start, select
@@ -303,12 +240,21 @@ class Sampler:
         mask = torch.ones(z_x.shape[:2], dtype=torch.bool, device=z_x.device)
         return z_x, z_h, mask, self._context(drafts, z_x, mask)
 
+    def velocity(
+        self, drafts: list[Draft], z_x: Tensor, z_h: Tensor, mask: Tensor, context: Tensor | Context | None
+    ) -> Velocity:
+        """Returns the velocity that moves drafts of these latents: that of the flow, guided if so requested."""
+        if not self.guided:
+            return replayed(self.flow.velocity(mask, context), z_x, z_h)
+        free = self._context([draft._replace(conditions=None) for draft in drafts], z_x, mask)
+        return replayed(guided_velocity(self.flow, mask, context, free, self.guidance), z_x, z_h)
+
     def noise(self, drafts: list[Draft]) -> Noise:
-        """Returns what draws fresh latent molecules for these drafts, which all have one size."""
+        """Returns a function that draws fresh latent molecules for these drafts, which all have one size."""
         return self.source.renewed([draft.drawing for draft in drafts], drafts[0].n_atoms)
 
     def _context(self, drafts: list[Draft], like: Tensor, mask: Tensor) -> Tensor | Context | None:
-        """Returns what conditions drafts of one size; ``like`` has the shape of their positions."""
+        """Returns the context of drafts of one size; ``like`` has the shape of their positions."""
         types, conditions, bonds = like[..., :0], None, None
         if drafts[0].numbers is not None:
             order = np.array([atomic_numbers[symbol] for symbol in self.flow.species])
@@ -345,5 +291,7 @@ class Sampler:
             atoms.info["enf_require"] = str(self.require)
         if self.with_smiles and (written := strict_smiles(atoms)):
             atoms.info["enf_smiles"] = written
+        if self.guided:
+            atoms.info[GUIDANCE_KEY] = self.guidance
         atoms.info.update(self.properties.info(draft.conditions) | graph_info(self.graph))
         return atoms

@@ -12,10 +12,10 @@ from ase_enf.flow.stochastic import StochasticSampler
 def resolve_sampler(
     flow: ENF, solver: str | Solver | StochasticSampler | None, steps: int | None, churn: float | None
 ) -> Solver | StochasticSampler:
-    """Returns how molecules of a flow are drawn: by a solver of the ODE, or with renewed noise.
+    """Returns how molecules of a flow are drawn: by a solver of the ODE, or by the stochastic sampler.
 
     Raises:
-        ValueError: For churn beside a solver, or of a flow that flow matching has not trained.
+        ValueError: For churn beside a solver, or a stochastic sampler for a flow that flow matching has not trained.
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
@@ -24,9 +24,7 @@ def resolve_sampler(
         ('stochastic, 64 steps, warp 2, churn 50', 'rk4, 8 steps, warp 1.75')
     """
     if solver is not None and churn:
-        raise ValueError(
-            f"solver={str(solver)!r} says how to draw, and churn={churn:g} renews noise; leave one of them out"
-        )
+        raise ValueError(f"solver={str(solver)!r} and churn={churn:g} are two ways to draw; leave one of them out")
     if isinstance(solver, StochasticSampler):
         if steps is not None or churn is not None:
             raise ValueError(f"solver={str(solver)!r} already says its steps and churn; leave them out")

@@ -19,10 +19,11 @@ from ase_enf.flow.likelihood import Later, log_likelihood, smeared
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.scoring.conditions import conditioned_batch
 
-# Forces of methanol (qm9-conditional, atoms off by 0.05 Å) err by 1 % so, by a tenth and more with half the steps.
+# With these steps the forces of methanol (qm9-conditional, atoms displaced by 0.05 Å) are off by 1 %; with half as
+# many, by 10 % and more.
 DEFAULT_SOLVER = Solver("rk4", steps=96, warp=2.0)
-# Standard deviation of the Gaussian that smears the data, Å. Along a line of ±0.05 Å, the converged log p of that
-# methanol leaves a parabola by 1.2 nats rms as it is, by 0.06 when smeared so.
+# Standard deviation of the Gaussian that smears the data, Å. Along a line of ±0.05 Å, the converged log p of this
+# methanol differs from a parabola by 1.2 nats rms without it and by 0.06 with it.
 DEFAULT_SMEAR = 0.05
 
 
@@ -30,37 +31,37 @@ class EnergyAndForces(NamedTuple):
     """What :func:`log_likelihood_gradient` returns."""
 
     log_likelihood: float  # nats
-    gradient: np.ndarray  # (M, n), nats / Å
+    gradient: np.ndarray  # (M, n), nats/Å
 
 
 def smeared_log_likelihood(
     flow: ENF, batch: Batch, solver: Solver = DEFAULT_SOLVER, intervals: int | None = None, smear: float = 0.0
 ) -> Tensor:
-    """Log-density of the data smeared by a Gaussian, at the mean of q; differentiable with respect to the positions.
+    """Log-density of data smeared by a Gaussian, at the mean of q; differentiable with respect to positions.
 
-    x + σ z has the density of x_t = (1 − t) x + t z on the path of flow matching, but for its scale:
+    Up to a factor, the smeared x + σ z is x_t = (1 − t) x + t z on the path of flow matching:
 
     log p_σ(x) = log p_t((1 − t) x) + D log(1 − t),  t = σ / (σ + s)
 
-    with s the length unit of the flow and D its dimensions; p_t is what the flow makes from t on, and lifted features
-    are smeared as much in units of the flow. σ = 0 is the flow itself.
+    where s is the length unit of the flow and D its number of dimensions; p_t is the density of the flow on the
+    interval from t to 1. Lifted features are smeared likewise, in units of the flow. σ = 0 is the flow itself.
 
     Args:
         flow: A flow.
         batch: Molecules.
         solver: A fixed-step solver.
-        intervals: Of the quadrature of the trace, a multiple of 8. By default they are the steps of the solver, rounded
-            up to the next multiple.
+        intervals: Number of intervals of the quadrature of the trace, a multiple of 8; by default the number of steps
+            of the solver, rounded up.
         smear: σ, Å.
 
     Returns:
         Nats, shape (B,), without p_M.
 
     Raises:
-        ValueError: For a negative σ, or one above zero where flow matching has not trained the flow.
+        ValueError: For a negative σ, or a positive one for a flow that was not trained by flow matching.
     """
     _check_smear(flow, smear)
-    if intervals is None:  # steps between the nodes, and nowhere else
+    if intervals is None:  # one step from each node to the next, and no others
         intervals, solver = 8 * -(-solver.steps // 8), replace(solver, steps=1)
     noise = torch.zeros(*batch.mask.shape, flow.config.flow_features, dtype=flow.dtype, device=flow.device)
     time = smear / (smear + flow.config.position_scale)
@@ -79,11 +80,11 @@ def log_likelihood_gradient(
     intervals: int | None = None,
     smear: float = 0.0,
 ) -> EnergyAndForces:
-    """Log-likelihood and its gradient with respect to positions, by back-propagation through the flow.
+    """Log-likelihood and its gradient with respect to the positions, by back-propagation through the flow.
 
-    The exact trace, the mean of q and a fixed-step solver make it a smooth function of the positions that is invariant
-    to translation and the order of atoms, and with an equivariant network to rotation; its gradient is that of exactly
-    this function.
+    With the exact trace, the mean of q and a fixed-step solver, it is a smooth function of the positions, invariant to
+    translation, to permutation and, for an equivariant network, to rotation. The gradient is exactly that of this
+    function.
 
     Args:
         flow: A flow.
@@ -93,11 +94,11 @@ def log_likelihood_gradient(
         smear: Standard deviation of the Gaussian that smears the data, Å.
 
     Returns:
-        Nats, and nats / Å. For ``features="joint"`` the value is the bound's integrand at the mean of q, without p_M.
-        It holds the errors of the path and of the quadrature, which are smooth; ``score`` estimates both.
+        Nats, and nats/Å. For ``features="joint"`` the value is the bound's integrand at the mean of q, without p_M.
+        Its errors, of the path and of the quadrature, are smooth; ``score`` estimates both.
 
     Raises:
-        ValueError: See ``molecules.check_atoms`` and :func:`smeared_log_likelihood`.
+        ValueError: See ``atoms.batch.check_atoms`` and :func:`smeared_log_likelihood`.
         SolverError: If the solution is not finite.
 
     Example:
@@ -107,12 +108,12 @@ def log_likelihood_gradient(
         >>> log_likelihood_gradient(flow, molecule("H2O")).gradient.shape
         (3, 3)
     """
-    batch = conditioned_batch(flow, [atoms])
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the mode of the caller
+        batch = conditioned_batch(flow, [atoms])
         positions = batch.positions.requires_grad_(True)
         total = smeared_log_likelihood(flow, batch._replace(positions=positions), solver, intervals, smear).sum()
         (gradient,) = torch.autograd.grad(total, positions)
-        gradient = gradient - gradient.mean(dim=1, keepdim=True)  # positions were centred before
+        gradient = gradient - gradient.mean(dim=1, keepdim=True)  # because positions are centred first
     _check_finite(atoms, total, gradient)
     return EnergyAndForces(float(total.detach()), gradient[0].cpu().double().numpy())
 
@@ -129,7 +130,7 @@ def _check_smear(flow: ENF, smear: float) -> None:
         raise ValueError(f"smear={smear}: must be a length in Å, at least 0")
     if smear and not flow.matched:
         raise ValueError(
-            f"smear={smear:g}: only a flow trained by flow matching knows smeared data, and {flow.name!r} is none; "
+            f"smear={smear:g}: only a flow trained by flow matching knows smeared data, and {flow.name!r} is not one; "
             "use smear=0"
         )
 
@@ -137,34 +138,35 @@ def _check_smear(flow: ENF, smear: float) -> None:
 class ENFCalculator(Calculator):
     """Pseudo-energy of a flow, ``E = −kT log p``, with forces by automatic differentiation.
 
-    With kT in eV the energy is in eV and the forces in eV/Å, and ASE's optimisers, filters and dynamics can be run on
-    it; that does not make what they find a sound structure. It is *not* a potential energy: a flow trained on relaxed
-    structures gives a sharp well around each of them, and absolute values mean something within one composition only.
-    ``ase.io.write`` stores it as ``energy``.
+    With kT in eV, energies are in eV and forces in eV/Å, and ASE's optimisers, filters and dynamics run on them; the
+    structures that they find need not be sound. It is *not* a potential energy: a flow trained on relaxed structures
+    has a sharp well around each of them, and absolute values compare within one composition only. ``ase.io.write``
+    stores it as ``energy``.
 
-    It is good for telling how far a structure is from what the flow was trained on, and in which direction that lies.
-    The learned density of relaxed structures is rough on a scale of a hundredth of an Å, which no solver mends; by
-    default it is therefore that of smeared data. It is no force field even so: optimisers converge, but not always to
-    a sound structure (``qm9-conditional`` took water, displaced by 0.05 Å, to O-H of 1.15 and 1.36 Å), and nothing
-    makes a trajectory physical. On one core, an energy takes some two seconds and a call with forces a quarter to half
-    a minute for three to six atoms; both fall with ``steps``. ``benchmarks/accuracy/calculator.py`` measures
-    all of this.
+    It tells how far a structure is from the training data of the flow, and in which direction they lie. The learned
+    density of relaxed structures is rough on the scale of a hundredth of an Å, which no solver can mend; therefore the
+    default is the density of smeared data. Even so it is no force field: optimisers converge, but not always to a sound
+    structure (``qm9-conditional`` took water, displaced by 0.05 Å, to O-H lengths of 1.15 and 1.36 Å), and trajectories
+    are not physical. On one core and for three to six atoms, an energy takes some two seconds and a call with forces 15
+    to 30 seconds; both times fall with ``steps``. ``benchmarks/accuracy/calculator.py`` measures all of this.
 
-    ``results`` also hold ``log_likelihood`` (nats), which ASE's writers drop; ``ase_enf.annotate`` puts it in ``info``.
+    ``results`` also has ``log_likelihood`` (nats), which ASE's writers drop; ``ase_enf.annotate`` puts it into
+    ``info``.
 
     Args:
-        flow: A flow, as of ``ase_enf.load``; float64 (``load(..., dtype="float64")``) for forces to rounding.
-        kT: Energy unit, eV; 0.0257 is room temperature.
-        solver: A fixed-step ``Solver`` or the name of a method. Its steps are rounded up to a multiple of eight, and
-            the trace is taken once a step, so that time falls with them.
+        flow: A flow, as ``ase_enf.load`` returns it; in float64 (``load(..., dtype="float64")``) forces are exact to
+            rounding.
+        kT: Unit of energy, eV; 0.0257 is room temperature.
+        solver: A fixed-step ``Solver`` or the name of a method. The number of steps is rounded up to a multiple of
+            eight; the trace is evaluated once in each, so that fewer steps take less time.
         steps: Number of fixed steps, when ``solver`` is a name or None.
-        smear: Standard deviation σ of a Gaussian that smears the data, Å; see :func:`smeared_log_likelihood`. 0 for the
-            density of ``score``. By default 0.05 for molecules after flow matching, otherwise 0.
+        smear: Standard deviation σ of a Gaussian that smears the data, Å; see :func:`smeared_log_likelihood`. 0 is the
+            density of ``score``. By default 0.05 for flows of molecules trained by flow matching, otherwise 0.
 
     Raises:
-        CalculatorSetupError: For an adaptive solver, a stochastic sampler, a kT that is not positive, or smeared data
-            of a flow that flow matching has not trained; on calculation, for periodic cells, unknown elements and other
-            structures that the flow cannot take.
+        CalculatorSetupError: For an adaptive solver, a stochastic sampler, a kT that is not positive, or a positive
+            ``smear`` for a flow that was not trained by flow matching; on calculation, for periodic cells, unknown
+            elements and other structures that the flow does not accept.
 
     Example:
         >>> from ase.build import molecule
@@ -197,17 +199,17 @@ class ENFCalculator(Calculator):
                 f"solver {self._solver.method!r} is adaptive, which makes forces noisy; use rk4 or midpoint"
             )
         smooth = flow.matched and flow.config.knows_types
-        self._smear = float(smear if smear is not None else DEFAULT_SMEAR if smooth else 0.0)
         try:
+            self._smear = float(smear if smear is not None else DEFAULT_SMEAR if smooth else 0.0)
             _check_smear(flow, self._smear)
-        except ValueError as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise CalculatorSetupError(str(error)) from None
         super().__init__(
             kT=float(kT), model=flow.name, solver=self._solver.method, steps=self._solver.steps, smear=self._smear
         )
 
     def set(self, **settings: Any) -> dict[str, Any]:
-        """Changes kT; anything else takes a new calculator."""
+        """Changes kT; any other change needs a new calculator."""
         fixed = set(settings) - {"kT"} if hasattr(self, "parameters") and self.parameters else set()
         if fixed:
             raise CalculatorSetupError(f"{sorted(fixed)[0]} is fixed; make a new ENFCalculator for another")

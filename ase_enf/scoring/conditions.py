@@ -1,4 +1,4 @@
-"""Structures as a batch with all that conditions a flow: properties from ``info`` or given, bonds likewise."""
+"""Structures as a batch, with everything that conditions a flow: properties, given or from ``info``, and bonds."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ase_enf.sampling.properties import PropertyRequest
 
 
 def conditioned_batch(flow: ENF, atoms: Sequence[Atoms], properties: Mapping[str, Any] | None = None) -> Batch:
-    """Converts structures to a batch on the device of a flow, with what conditions it.
+    """Converts structures to a batch on the device of a flow, with its conditions.
 
     Args:
         flow: A flow.
         atoms: Structures; checked, never modified.
-        properties: Values of its conditions by name, for all structures; those not named are unknown. When None they
-            come from the ``info`` of each structure, and what is not there is unknown.
+        properties: Values of the conditions by name, for all structures; conditions that are not named are unknown.
+            With None each structure has its own from ``info``, and those that are missing there are unknown.
 
     Returns:
-        The batch; bonds of a flow of graphs are those of ``info["enf_bonds"]``, or else perceived from the positions.
+        The batch; for a flow of graphs, bonds come from ``info["enf_bonds"]`` or are perceived from the positions.
 
     Raises:
-        ValueError: See ``molecules.check_atoms``; also for a property that the flow does not know, and a structure
-            without a molecular graph where one is needed.
+        ValueError: See ``atoms.batch.check_atoms``; also for a property that the flow does not know, and, if the flow
+            needs one, for a structure without a molecular graph.
 
     Example:
         >>> from ase.build import molecule
@@ -46,7 +46,7 @@ def conditioned_batch(flow: ENF, atoms: Sequence[Atoms], properties: Mapping[str
     if config.conditions:
         batch = batch._replace(conditions=torch.from_numpy(_values(flow, atoms, properties)).to(flow.dtype))
     elif properties:
-        PropertyRequest(flow, properties)  # which says what is wrong with that
+        PropertyRequest(flow, properties)  # which raises the right error
     if config.graph:
         batch = batch._replace(bonds=torch.from_numpy(_padded_bonds(atoms, batch.mask.shape[1])))
     return batch.to(flow.device)

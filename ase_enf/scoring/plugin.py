@@ -1,6 +1,6 @@
-"""What the entry point ``ase.plugins`` offers to ASE: the calculator, for ``ase info --plugins``.
+"""The entry point ``ase.plugins``: it offers the calculator to ASE, for ``ase info --plugins``.
 
-ASE without plugins does not look for the entry point, and finds nothing in this module.
+Versions of ASE without plugins do not look for the entry point, and this module is empty for them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ CALCULATOR = "ase_enf.scoring.calculator.ENFCalculator"
 
 
 def plugins() -> set[Any]:
-    """Returns the plugins of this package, none where ASE has no plugins for calculators.
+    """Returns the plugins of this package; none if ASE has no plugins for calculators.
 
     Example:
         >>> sorted(plugin.name for plugin in plugins()) in ([], ["enf"])
         True
     """
     try:
-        from ase._4.plugins.plugin import CalculatorPlugin  # experimental: the only place where it is so far
+        from ase._4.plugins.plugin import CalculatorPlugin  # experimental, and the only place so far
     except ImportError:
         return set()
     citation = "Satorras, Hoogeboom, Fuchs, Posner, Welling, E(n) Equivariant Normalizing Flows, NeurIPS 2021"

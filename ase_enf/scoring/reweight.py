@@ -1,57 +1,35 @@
-"""Reweighting: samples of a flow as samples of the Boltzmann distribution of any ASE calculator (Noé et al. 2019)."""
+"""Reweights samples of a flow to the Boltzmann distribution of any ASE calculator (Noé et al. 2019)."""
 
 from __future__ import annotations
 
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
-from tqdm import tqdm
 
-from ase_enf.atoms.batch import Batch
-from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
-from ase_enf.flow.likelihood import log_likelihood, path_error
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
 from ase_enf.sampling.generate import check_counts
-from ase_enf.sampling.sampler import Draft, Sampler
+from ase_enf.sampling.request import Request
+from ase_enf.scoring.density import DensitySampler
+from ase_enf.scoring.energies import BatchCalculator as BatchCalculator
+from ase_enf.scoring.energies import Energies
+from ase_enf.scoring.energies import ReweightingError as ReweightingError
 
-# Configurations given at once to a calculator that takes many.
-ENERGY_BATCH = 1024
-# A calculator that failed on each of the first structures will not do better on the rest.
-HOPELESS = 10
-# An integration error above this many nats, in the weighted mean, is worth a warning.
+# A weighted mean integration error above this many nats causes a warning.
 ROUGH = 0.1
-# With fewer effective samples nobody can tell an error: it would be that of the few that happened to be found.
+# With fewer effective samples no error is stated: it would only reflect the few samples that happened to be found.
 FEW = 10
-
-
-class ReweightingError(RuntimeError):
-    """The calculator gave no energy to weigh by."""
-
-
-@runtime_checkable
-class BatchCalculator(Protocol):
-    """A calculator that takes many structures of one composition at once, which :func:`reweight` makes use of.
-
-    Example:
-        >>> from ase_enf.data import particles
-        >>> isinstance(particles.DW4(), BatchCalculator)
-        True
-    """
-
-    def batch_energies(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the energies (B,), eV, of structures with positions (B, M, n), Å; n is the flow's dimension."""
 
 
 class Estimate(NamedTuple):
@@ -63,13 +41,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reweighted:
-    """Samples of a flow with their weights under a Boltzmann distribution.
+    """Samples of a flow with their weights for a Boltzmann distribution.
 
     log w_i = −U(x_i) / kT − log p(x_i)
 
-    Sums run over all n samples; one whose energy is missing or not finite stays, with weight zero. With ``clip`` the
-    ⌈clip · n⌉ largest weights are lowered to the smallest of them in everything but ``log_weights``, which biases
-    averages and free energy for a smaller variance.
+    Sums run over all n samples; those whose energy is missing or not finite are kept with weight zero. With ``clip``
+    the ⌈clip · n⌉ largest weights are lowered to the smallest of them everywhere except in ``log_weights``: averages
+    and free energies then have less variance, and a bias.
 
     Args:
         samples: n structures with positions in Å, their energy in ``calc`` and ``enf_log_likelihood`` and
@@ -79,9 +57,9 @@ class Reweighted:
         log_prob: Log-density of the flow on the zero-mean subspace, nats of Å^−((M − 1) n), shape (n,).
         log_prob_error: Estimated integration error of ``log_prob``, nats, shape (n,).
         temperature: K.
-        clip: Fraction of the weights that are clipped; None for none.
-        failed: Number of samples with weight zero because their energy is missing or not finite.
-        redrawn: Number of integrations that failed and were drawn again; the free energy counts them with weight zero.
+        clip: Fraction of the weights that are clipped, or None.
+        failed: Number of samples whose energy is missing or not finite; their weight is zero.
+        redrawn: Number of failed integrations that were drawn again; in the free energy they count with weight zero.
     """
 
     samples: list[Atoms]
@@ -112,7 +90,7 @@ class Reweighted:
 
     @property
     def too_few(self) -> bool:
-        """Whether there are fewer than ten effective samples, too few for any error bar."""
+        """Whether there are fewer than ten effective samples, which is too few for an error bar."""
         return self.effective_sample_size < FEW
 
     @property
@@ -121,16 +99,16 @@ class Reweighted:
 
         F = −kT ln ∫ exp(−U / kT) dx = −kT ln mean_i w_i
 
-        over centred positions in Å; masses, and M! of like atoms, are not counted.
+        over centred positions in Å, without the contributions of masses and of permutations of like atoms.
         """
         peak = self._used.max()
         return float(-self.kT * (peak + math.log(np.exp(self._used - peak).sum() / self._attempts)))
 
     @property
     def free_energy_stderr(self) -> float:
-        """Standard error of ``free_energy``, eV: by the delta method, and the integration error, added in squares.
+        """Standard error of ``free_energy``, eV: that of the delta method and the integration error, squares added.
 
-        Infinite with fewer than ten effective samples: the samples cannot tell then what they have missed.
+        It is infinite with fewer than ten effective samples, which cannot tell what they have missed.
         """
         if self.too_few:
             return math.inf
@@ -140,8 +118,8 @@ class Reweighted:
 
     @property
     def integration_error(self) -> float:
-        """Weighted mean of ``log_prob_error``, nats: what quadrature and fixed steps may do to log w."""
-        counted = self.weights > 0  # without a weight, the error need not be finite
+        """Weighted mean of ``log_prob_error``, nats: the effect of quadrature and solver on log w."""
+        counted = self.weights > 0  # with weight zero, the error need not be finite
         return float(self.weights[counted] @ self.log_prob_error[counted])
 
     @property
@@ -152,14 +130,14 @@ class Reweighted:
     def average(self, observable: Callable[[Atoms], Any] | np.ndarray) -> Estimate:
         """Averages an observable over the Boltzmann distribution, ``Σ_i w_i A_i / Σ_i w_i``.
 
-        The standard error is that of a ratio by the delta method, √(Σ_i w̃_i² (A_i − Â)²) with normalised w̃; with fewer
-        than ten effective samples it is infinite, because the samples cannot tell then what they have missed.
+        The standard error is that of a ratio by the delta method, √(Σ_i w̃_i² (A_i − Â)²) with normalised w̃; with
+        fewer than ten effective samples, which cannot tell what they have missed, it is infinite.
 
         Args:
-            observable: A function of one ``Atoms``, called where the weight is not zero, or its values, shape (n, ...).
+            observable: A function of one ``Atoms``, called for samples with a weight, or its values, shape (n, ...).
 
         Raises:
-            ValueError: If there is not one value a sample, or one that counts is not finite.
+            ValueError: If there is not one value for each sample, or the value of a sample with a weight is not finite.
 
         Example:
             >>> energies = np.tile([1.0, 3.0], 8)
@@ -225,42 +203,45 @@ def reweight(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Reweighted:
-    """Draws n structures of one composition with their density, and weighs them by a calculator's Boltzmann factor.
+    """Draws n structures of one composition, and weights them for a calculator's Boltzmann distribution.
 
     log w = −U(x) / kT − log p(x),  log p(x) = log p_Z(z) + ∫_0^1 Tr J dt + log |det of the scaling|,  x = g(z)
 
     The density comes from the path that makes the sample, with the exact trace by quadrature. Sample i depends on
-    ``(seed, i)`` alone and is that of ``generate`` with this seed and solver and without churn, up to the integration
-    error: the path also stops at the nodes of the quadrature. That error is estimated for each sample (of the
-    quadrature, and of the path by the way back with a coarser solver) and stated.
+    ``(seed, i)`` alone. It is the one that ``generate`` draws with this seed and solver and without churn, up to the
+    integration error, as the path also stops at the nodes of the quadrature. The integration error of every density is
+    estimated: that of the quadrature, and that of the path by the way back with a coarser solver.
 
     Args:
-        flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as good as
-            its dtype: ``load(..., dtype="float64")`` where it matters.
+        flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as accurate
+            as its dtype: use ``load(..., dtype="float64")`` where that matters.
         calculator: Any ASE calculator of energies, eV. A :class:`BatchCalculator` is given many structures at once.
-        n: How many.
-        temperature: K; 1 / ``ase.units.kB`` = 11604.5 K makes kT one eV, for systems in reduced units.
-        seed: Non-negative.
-        n_atoms: Size M, for "none" where the flow knows several.
+        n: Number of structures.
+        temperature: K; for systems in reduced units, 1 / ``ase.units.kB`` = 11604.5 K makes kT one eV.
+        seed: Seed of the random numbers, at least 0.
+        n_atoms: Size M, for "none" if the flow knows several sizes.
         formula: Composition, for "given".
-        symbols: Elements that the calculator sees, for "none", such as "Ar13" or a list; "X" when None.
-        clip: Fraction of the largest weights to lower to the smallest of them; see :class:`Reweighted`.
-        solver: A ``Solver`` or the name of a method; that of ``score`` by default.
+        symbols: For "none": the elements that the calculator sees, such as "Ar13" or a list; by default "X".
+        clip: Fraction of the weights, the largest ones, that is lowered to the smallest of them; see
+            :class:`Reweighted`.
+        solver: A ``Solver`` or the name of a method; by default that of ``score``.
         steps: Number of fixed steps, when ``solver`` is a name or None.
-        intervals: Of the quadrature of the trace, a multiple of 8; more lower the integration error.
+        intervals: Number of intervals of the quadrature of the trace, a multiple of 8; more of them lower the
+            integration error.
         batch_size: Structures integrated together.
-        device: Where to compute; where the flow is when None.
-        progress: Show bars; by default on a terminal only.
+        device: Where to compute; None for the device of the flow.
+        progress: Whether to show progress bars; by default on a terminal only.
 
     Returns:
-        Samples, weights, effective sample size, free energy and averages; printed, they say all in one line. Warnings
-        count energies that failed (weight zero), and name an integration error above 0.1 nats and fewer than ten
+        Samples, weights, effective sample size, free energy and averages; ``print`` sums them up in one line. Warnings
+        tell of energies that failed (weight zero), of an integration error above 0.1 nats, and of fewer than ten
         effective samples, which give no error bar.
 
     Raises:
-        ValueError: For a joint flow, whose likelihood is a bound; where the composition is not one; for a bad option.
+        ValueError: For a joint flow, whose likelihood is a bound; if samples would differ in composition; for a bad
+            option.
         ReweightingError: If the calculator fails on all of the first batch, or on the first ten one by one.
-        GenerationError: If a structure fails to integrate ten times.
+        GenerationError: If the integration of a structure fails ten times.
 
     Example:
         >>> from ase.calculators.lj import LennardJones
@@ -277,136 +258,74 @@ def reweight(
     _check_one_composition(flow, size, formula)
     show = sys.stderr.isatty() if progress is None else progress
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
-    sampler = DensitySampler(flow, seed, size, formula, chosen, batch_size, device, intervals=intervals)
-    energies_of = _Energies(calculator, flow.config.dimension)
+    request = Request(seed=seed, n_atoms=size, formula=formula, solver=chosen, batch_size=batch_size, device=device)
+    sampler = DensitySampler(flow, request, intervals)
+    energies = Energies(calculator, flow.config.dimension)
     samples: list[Atoms] = []
-    # A calculator that cannot do the first batch ends it there.
+    # The first batch comes alone: a calculator that can do none of it ends the work there.
     for part in filter(len, (range(n)[:batch_size], range(n)[batch_size:])):
         drawn = list(sampler.stream(part, show))
         if numbers is not None:
             for atoms in drawn:
                 atoms.numbers = numbers
-        energies_of.add(drawn, show)
+        energies.add(drawn, show)
         samples += drawn
-    densities = [sampler.densities[atoms.info["enf_index"], atoms.info["enf_attempts"] - 1] for atoms in samples]
-    log_prob, error = np.array(densities).T
-    energies = np.array(energies_of.values)
+    result = _weigh(samples, np.array(energies.values), sampler.densities, float(temperature), clip)
+    _warn(result, energies.reason, intervals)
+    return result
+
+
+def _weigh(
+    samples: list[Atoms],
+    energies: np.ndarray,
+    densities: Mapping[tuple[int, int], tuple[float, float]],
+    temperature: float,
+    clip: float | None,
+) -> Reweighted:
+    """Returns samples with their weights, and writes density, weight and energy into each of them."""
+    attempts = [atoms.info["enf_attempts"] for atoms in samples]
+    indices = [atoms.info["enf_index"] for atoms in samples]
+    drawn = [densities[index, attempt - 1] for index, attempt in zip(indices, attempts, strict=True)]
+    log_prob, error = np.array(drawn).T
     finite = np.isfinite(energies)
     log_weights = np.where(finite, -np.where(finite, energies, 0.0) / (kB * temperature) - log_prob, -math.inf)
     for atoms, energy, density, weight in zip(samples, energies, log_prob, log_weights, strict=True):
         atoms.info["enf_log_likelihood"], atoms.info["enf_log_weight"] = float(density), float(weight)
         if math.isfinite(energy):
             atoms.calc = SinglePointCalculator(atoms, energy=float(energy))
-    redrawn = sum(atoms.info["enf_attempts"] - 1 for atoms in samples)
-    failed = int((~finite).sum())
-    result = Reweighted(samples, log_weights, energies, log_prob, error, float(temperature), clip, failed, redrawn)
-    if failed:
+    failed, redrawn = int((~finite).sum()), sum(attempts) - len(samples)
+    return Reweighted(samples, log_weights, energies, log_prob, error, temperature, clip, failed, redrawn)
+
+
+def _warn(result: Reweighted, reason: str, intervals: int) -> None:
+    """Warns of missing energies, a large integration error and too few effective samples."""
+    n = len(result.samples)
+    if result.failed:
         warnings.warn(
-            f"{failed} of {n} structures have no finite energy and count with weight zero ({energies_of.reason})",
-            stacklevel=2,
+            f"{result.failed} of {n} structures have no finite energy and count with weight zero ({reason})",
+            stacklevel=3,
         )
     if not result.integration_error <= ROUGH:
         warnings.warn(
             f"the integration error of the weights is {result.integration_error:.2g} nats; "
             f"use intervals={2 * intervals} or a finer solver",
-            stacklevel=2,
+            stacklevel=3,
         )
     if n >= FEW and result.too_few:
         warnings.warn(
             f"{result.effective_sample_size:.1f} effective samples of {n} are too few for averages or a free energy; "
             "use a larger n, another temperature (1 eV / kB is 11604.5 K), or a flow trained nearer to this calculator",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return result
-
-
-class DensitySampler(Sampler):
-    """The sampler of ``generate``, which also keeps the log-density of what it draws and its estimated error."""
-
-    def __init__(self, *request: Any, intervals: int) -> None:
-        super().__init__(*request)
-        self.intervals = intervals
-        self.densities: dict[tuple[int, int], tuple[float, float]] = {}  # (index, attempt) → nats, nats
-
-    def sample(self, drafts: list[Draft]) -> Batch:
-        """Takes drafts to data; a density that is not finite makes a draft fail."""
-        z_x, z_h, mask, context = self.latents(drafts)
-        with torch.no_grad():
-            flow = self.flow.flow(mask, context, self.solver)
-            data = flow.inverse(z_x, z_h, divergence.exact, intervals=self.intervals)
-            encoded = self.flow.encoded(data.x, data.h, mask, context)
-            terms = log_likelihood(encoded, z_x.double(), z_h.double(), -data.ladj.double())
-            by_path, _ = path_error(flow, data.x, data.h, terms.log_base, data.traces, divergence.exact)
-            log_prob, error = terms.log_prob, data.error.double() + by_path
-            batch = self.flow.decode(data.x, data.h, mask, context)
-        for draft, *density in zip(drafts, log_prob.tolist(), error.tolist(), strict=True):
-            self.densities[draft.index, draft.attempt] = tuple(density)
-        known = torch.isfinite(log_prob)[:, None, None]
-        return batch._replace(positions=torch.where(known, batch.positions, math.nan))
-
-
-class _Energies:
-    """U of structures in eV, NaN where the calculator failed, and why it first did."""
-
-    def __init__(self, calculator: Any, dimension: int) -> None:
-        self.calculator, self.dimension = calculator, dimension
-        self.many = calculator.batch_energies if isinstance(calculator, BatchCalculator) else None
-        self.values: list[float] = []
-        self._reason = ""
-
-    @property
-    def reason(self) -> str:
-        """Why the first one that is missing is missing."""
-        return self._reason or "its energies are not finite"
-
-    def add(self, samples: list[Atoms], progress: bool) -> None:
-        """Computes more; raises ReweightingError if there is none after the first ones."""
-        first = not self.values
-        size = ENERGY_BATCH if self.many else 1
-        with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
-            for k in range(0, len(samples), size):
-                self.values += self._chunk(samples[k : k + size])
-                bar.update(len(samples[k : k + size]))
-                if first and size == 1 and k + 1 == HOPELESS and not np.isfinite(self.values).any():
-                    break
-        if first and not np.isfinite(self.values).any():
-            raise ReweightingError(
-                f"{type(self.calculator).__name__} gave no finite energy ({self.reason}); check symbols and units"
-            )
-
-    def _chunk(self, samples: list[Atoms]) -> list[float]:
-        try:
-            if self.many:
-                return _energies_together(self.many, samples, self.dimension)
-            return [_energy(self.calculator, samples[0])]
-        except ReweightingError:
-            raise
-        except Exception as error:  # each calculator has errors of its own
-            where = f"batch_energies() of {len(samples)} structures: " if self.many else ""
-            self._reason = self._reason or where + f"{type(error).__name__}: {error}".splitlines()[0]
-            return [math.nan] * len(samples)
-
-
-def _energy(calculator: Any, atoms: Atoms) -> float:
-    atoms = atoms.copy()  # the calculator keeps what it was given
-    atoms.calc = calculator
-    return float(atoms.get_potential_energy())
-
-
-def _energies_together(many: Callable[[np.ndarray], Any], samples: list[Atoms], dimension: int) -> list[float]:
-    values = np.asarray(many(np.stack([atoms.positions[:, :dimension] for atoms in samples])), dtype=float)
-    if values.shape != (len(samples),):
-        raise ReweightingError(
-            f"batch_energies() gave shape {values.shape} for {len(samples)} structures; need one for each"
-        )
-    return values.tolist()
 
 
 def _check(
     flow: ENF, n: int, temperature: float, seed: int, clip: float | None, intervals: int, batch_size: int
 ) -> None:
     if not flow.config.mode.exact:
-        raise ValueError("features='joint': its likelihood is a bound, no density to weigh by; use 'none' or 'given'")
+        raise ValueError(
+            "features='joint': its likelihood is a bound, not a density for weights; use 'none' or 'given'"
+        )
     check_counts(n, seed, batch_size)
     check_intervals(intervals)
     if not (math.isfinite(temperature) and temperature > 0):
@@ -418,7 +337,7 @@ def _check(
 def _numbers(
     flow: ENF, symbols: str | Sequence[str] | None, n_atoms: int | None, formula: str | None
 ) -> np.ndarray | None:
-    """Returns the atomic numbers that the calculator sees, None for those that the flow gives."""
+    """Returns the atomic numbers that the calculator sees; None if they are those of the flow."""
     if symbols is None:
         return None
     if flow.config.knows_types:
@@ -426,21 +345,23 @@ def _numbers(
     try:
         numbers = Atoms(symbols).numbers
     except (KeyError, ValueError) as error:
-        raise ValueError(f"symbols={symbols!r}: no chemical symbols ({error}); write them like Ar13") from None
+        raise ValueError(f"symbols={symbols!r}: not chemical symbols ({error}); write them like Ar13") from None
     if n_atoms is not None and n_atoms != len(numbers):
         raise ValueError(f"symbols={symbols!r} are {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out")
     return numbers
 
 
 def _check_one_composition(flow: ENF, n_atoms: int | None, formula: str | None) -> None:
-    """Raises unless all samples will have one composition: energies of different ones have no common weights."""
+    """Raises unless all samples have one composition: weights of different ones cannot be compared."""
     if flow.config.graph:
         raise ValueError(
             f"the flow {flow.name!r} is one of molecular graphs, which reweight does not draw; use one of given "
             "elements"
         )
     if flow.config.types_given and formula is None:
-        raise ValueError("weights compare within one composition; give a formula")
+        raise ValueError("weights only compare within one composition; give a formula")
     sizes = list(flow.size_prior.counts)
     if not flow.config.knows_types and n_atoms is None and len(sizes) > 1:
-        raise ValueError(f"weights compare within one size, this model saw {sizes[0]} to {sizes[-1]}; give n_atoms")
+        raise ValueError(
+            f"weights only compare within one size, and this model saw {sizes[0]} to {sizes[-1]}; give n_atoms"
+        )

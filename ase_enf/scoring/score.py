@@ -1,4 +1,4 @@
-"""Scoring: ``ase.Atoms`` to log-likelihoods with error bars, one row a structure."""
+"""Scoring: log-likelihoods of ``ase.Atoms`` with error bars, one row for each structure."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
 from ase_enf.flow.devices import out_of_memory, resolve_device
 from ase_enf.flow.divergence import Divergence, Field
-from ase_enf.flow.likelihood import LogProb
+from ase_enf.flow.likelihood import Known, LogProb
 from ase_enf.flow.model import ENF, check_flow
+from ase_enf.renamed import renamed_keywords
 from ase_enf.scoring.conditions import conditioned_batch
+from ase_enf.scoring.importance import combine
+from ase_enf.scoring.remarks import warn_of_errors, warn_of_sizes
 
-COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "draws", "nfe", "n_atoms", "formula")
+COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "importance_samples", "nfe", "n_atoms", "formula")
+# Keywords and columns that have been renamed, by their earlier names.
+RENAMED = {"draws": "importance_samples", "tolerance": "max_stderr"}
 TRACES = ("auto", "exact", "hutchinson")
-# "auto" takes the exact trace up to this many dimensions M (n + F): by the closed form, where its blocks (M · width)²
-# fit (0.5 GB in float32), or by reverse passes.
+# "auto" takes the exact trace up to this many dimensions M (n + F): in closed form, if its (M · width)² numbers fit
+# (0.5 GB in float32), or by reverse passes.
 CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
 AUTOGRAD_DIMENSIONS = 96
 # The quadrature starts with INTERVALS and doubles them up to this many times.
 DOUBLINGS = 3
-# Rows times M² that are scored together: a thread needs some hundred MB for them.
-PAIRS_TOGETHER = 2**15
-# Key words of the streams of noise; those of generate have keys of three numbers at most, so that none can be shared.
+# Rows times M² that are scored together: on a CPU they take some hundred MB a thread, and a GPU needs more to be busy.
+PAIRS_TOGETHER = {"cpu": 2**15, "cuda": 2**20}
+# Keys of the random streams. Those of ``generate`` have at most three numbers, so that no stream is shared.
 NOISE_OF_Q, PROBES = (*b"score: noise of q",), (*b"score: probes",)
 
 
@@ -59,71 +64,84 @@ class Estimate(NamedTuple):
     nfe: int
 
 
+class _Attempt(NamedTuple):
+    """How a likelihood is integrated, and for which rows of a batch."""
+
+    places: np.ndarray
+    intervals: int
+    solver: Solver
+    before: Known | None = None  # from half the intervals
+
+
+@renamed_keywords(RENAMED)
 def score(
     flow: ENF,
     atoms: Atoms | Iterable[Atoms],
     trace: str = "auto",
     probes: int = 4,
-    draws: int = 2,
+    importance_samples: int = 2,
     seed: int | Sequence[int] = 0,
     solver: str | Solver | None = None,
     steps: int | None = None,
-    tolerance: float = 0.2,
+    max_stderr: float = 0.2,
     batch_size: int = 32,
     device: str | torch.device | None = None,
     progress: bool | None = None,
     first: int = 0,
     properties: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Scores structures by their log-likelihood in nats, with an error bar.
+    """Returns the log-likelihoods of structures, in nats, with error bars.
 
     * ``features="none"``: exact log p(x | M); ``features="given"``: exact log p(x | types) (``kind`` "exact").
     * ``features="joint"``: a lower bound (``kind`` "bound"). The dequantiser q draws continuous numbers h̃ that round to
-      the elements h; ``draws`` of them, K in all, give the importance-weighted bound
+      the elements h; ``importance_samples`` of them, K in all, give the importance-weighted bound
       log p(x, h, M) ≥ E log 1/K Σ_k p(x, h̃_k, M) / q(h̃_k | h), tighter in K (Burda et al. 2016; K = 1 is eq. 12).
-      With K > 1 and the trace of "hutchinson" it is none (``kind`` "estimate"): the logarithm of a mean is not linear
-      in the trace, whose noise lifts it, above the likelihood even. One draw, or the exact trace, keeps the bound.
+      With K > 1 and the "hutchinson" trace it is no bound (``kind`` "estimate"): the logarithm of a mean is not linear
+      in the trace, so that the noise of the probes raises it, sometimes above the likelihood. With one draw, or with
+      the exact trace, it is a bound.
 
-    Positions are in Å and densities live on the zero-centre-of-mass subspace, so values compare within one
-    composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone:
-    noise (of q, of the probes) is attached to atoms in a canonical order and is the same for every row, so the order of
-    atoms does not matter, and conformers do not differ by the luck of their draws. (An adaptive solver chooses steps
-    for a whole batch: with one, a row depends on its batch mates at the level of the tolerance.)
+    Positions are in Å and densities live on the zero-centre-of-mass subspace, so that values compare within one
+    composition only; mirror images score the same. A row depends on its ``Atoms``, the seed and the options alone: the
+    noise of q and of the probes is attached to atoms in a canonical order and is the same for every row, so that the
+    order of atoms does not matter and chance does not tell conformers apart. (An adaptive solver chooses its steps for
+    a whole batch: with one, a row depends on the rest of its batch within ``rtol`` and ``atol``.)
 
     Args:
-        flow: A flow, as of ``ase_enf.load``.
+        flow: A flow, as ``ase_enf.load`` returns it.
         atoms: One structure or many; never modified.
         trace: "exact" (invariant to rotation), "hutchinson" (an unbiased estimate of ladj), or "auto": exact up to 512
             dimensions M (n + F) where the trace has a closed form (all networks but "gnn"), and up to 96 elsewhere.
-        probes: Rademacher probes of "hutchinson".
-        draws: K, the number of h̃ drawn by the dequantiser, for "joint".
-        seed: Of the random numbers, one for all rows or one for each. With one, all rows use the same numbers, which is
-            best for differences between conformers. The mean over a set of molecules wants a seed of its own for each
-            (``seed=range(len(atoms))``), or its error is that of one draw and not that of many.
-        solver: A ``Solver`` or the name of a method; see ``ENF.likelihood_solver``. Fixed steps are taken between the
-            nodes of the quadrature and the solver's own grid, 48 intervals and more.
+        probes: Number of Rademacher probes of "hutchinson".
+        importance_samples: K, the number of draws h̃ from the dequantiser, for "joint".
+        seed: Seed of the random numbers, one for all rows or one for each. With one, all rows use the same numbers,
+            which is best for differences between conformers. For a mean over molecules give each its own
+            (``seed=range(len(atoms))``), or the mean has the error of a single draw instead of many.
+        solver: A ``Solver`` or the name of a method; None for ``ENF.likelihood_solver``. Fixed steps lead from node to
+            node of the quadrature and of the solver's own grid, 48 intervals or more.
         steps: Number of steps of that grid, when ``solver`` is a name or None; below 50 it changes little.
-        tolerance: Nodes and steps are doubled (of an adaptive solver, the tolerances are divided by ten), at most three
-            times, where the estimated integration error exceeds this many nats; a warning names what stays above it.
-        batch_size: Structures (times draws) integrated together.
-        device: Where to compute; where the flow is when None.
-        progress: Show a bar; by default on a terminal only.
-        first: What warnings call the first structure, where a list is scored in parts.
-        properties: Of a flow with conditions, values by name for all structures, those not named being unknown. When
-            None each structure's own from ``info`` (``info["gap"]``); what is not there is unknown.
+        max_stderr: Where the estimated integration error, a part of ``stderr``, exceeds this many nats, the numbers of
+            nodes and steps are doubled (for an adaptive solver, ``rtol`` and ``atol`` are divided by ten), at most
+            three times; a warning names the structures that stay above it.
+        batch_size: Number of structures, times K, that are integrated together.
+        device: Where to compute; None for the device of the flow.
+        progress: Whether to show a progress bar; by default on a terminal only.
+        first: Number of the first structure in warnings, for a list that is scored in parts.
+        properties: For a flow with conditions: values by name for all structures; conditions that are not named are
+            unknown. With None each structure has its own from ``info`` (``info["gap"]``), and those that are missing
+            there are unknown.
 
     Returns:
-        One row a structure, in order. ``stderr`` joins the integration error (of the quadrature and of the path)
-        and the standard errors over probes and over draws (see :func:`combine`; NaN for one probe, or one
-        draw of a bound, whose spread is unknown). It is the error of the computation alone: neither how good the flow
-        is nor how far a bound lies below the likelihood.
-        ``probes`` is 0 for the exact trace, ``draws`` 1 where nothing is drawn, ``nfe`` counts evaluations of the
-        dynamics.
+        One row for each structure, in order. ``stderr`` combines the integration error (of the quadrature and of the
+        path) with the standard errors over probes and over draws (see ``importance.combine``; NaN for one probe, or one
+        draw of a bound, whose spread is unknown). It is the error of the computation alone: it says neither how good
+        the flow is nor how far a bound lies below the likelihood. ``probes`` is 0 for the exact trace,
+        ``importance_samples`` 1 where nothing is drawn, ``nfe`` counts evaluations of the dynamics.
 
     Raises:
-        ValueError: For a bad structure (see ``molecules.check_atoms``), a size p_M never saw, no structure at all, a
-            bad option, a property that the flow does not know, or a structure without a molecular graph for a flow of
-            graphs.
+        TypeError: For a keyword that has been renamed; the message gives its new name.
+        ValueError: For a bad structure (see ``atoms.batch.check_atoms``), a size that p_M never saw, an empty list, a
+            bad option, a property that the flow does not know, or, for a flow of graphs, a structure without a
+            molecular graph.
 
     Example:
         >>> from ase.build import molecule
@@ -135,59 +153,32 @@ def score(
     check_flow(flow)
     many = one_or_many(atoms)
     seeds = [seed] * len(many) if np.ndim(seed) == 0 else list(seed)
-    check_request(flow, many, trace, probes, draws, seeds, batch_size, tolerance, properties)
+    check_request(flow, many, trace, probes, importance_samples, seeds, batch_size, max_stderr, properties)
     if device is not None and resolve_device(device) != flow.device:
         flow = copy.deepcopy(flow).to(resolve_device(device))
-    scorer = Scorer(flow, trace, probes, 1 if flow.config.mode.exact else draws, tolerance, batch_size)
+    samples = 1 if flow.config.mode.exact else importance_samples
+    scorer = Scorer(flow, trace, probes, samples, max_stderr, batch_size)
     scorer.properties = properties
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
+    warn_of_sizes(flow, many, first)
     estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
-    _warn(many, estimates, tolerance, first)
-    rows = []
-    for item, estimate in zip(many, estimates, strict=True):
-        used = scorer.trace_of(len(item))
-        rows.append(
-            (
-                estimate.log_likelihood,
-                estimate.stderr,
-                scorer.kind_of(len(item)),
-                used,
-                probes if used == "hutchinson" else 0,
-                scorer.draws,
-                estimate.nfe,
-                len(item),
-                item.get_chemical_formula(),
-            )
-        )
+    values, _, errors, _ = zip(*estimates, strict=True)
+    warn_of_errors(many, values, errors, max_stderr, first)
+    rows = [scorer.table_row(item, estimate) for item, estimate in zip(many, estimates, strict=True)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _warn(atoms: list[Atoms], estimates: list[Estimate], tolerance: float, first: int) -> None:
-    """Names the structures without a finite score, and those whose integration error stayed above the tolerance."""
-
-    def say(places: list[int], words: str) -> None:
-        if places:
-            names = ", ".join(f"{first + k} ({atoms[k].get_chemical_formula()})" for k in places[:5])
-            warnings.warn(f"{len(places)} structure(s) {words}: structure {names}", stacklevel=4)
-
-    finite = [math.isfinite(estimate.log_likelihood) for estimate in estimates]
-    say([k for k, good in enumerate(finite) if not good], "have no finite log-likelihood; use 200 steps or float64")
-    rough = [k for k, e in enumerate(estimates) if finite[k] and not e.integration_error <= tolerance]
-    worst = max((estimates[k].integration_error for k in rough), default=0.0)
-    words = f"keep an integration error above tolerance={tolerance:g}, up to {worst:.2g} nats; take it into account"
-    say(rough, words)
 
 
 def annotate(flow: ENF, atoms: Atoms | Iterable[Atoms], **options: object) -> list[Atoms]:
     """Returns copies of the structures with their score in ``info``, which extended xyz and ``.traj`` keep.
 
-    ``enf_log_likelihood``, ``enf_log_likelihood_stderr`` (nats; left out when unknown), ``enf_log_likelihood_kind``
-    ("exact", "bound" or "estimate"), ``enf_log_likelihood_trace`` and ``enf_log_likelihood_model``.
+    The keys are ``enf_log_likelihood``, ``enf_log_likelihood_stderr`` (nats; left out when unknown),
+    ``enf_log_likelihood_kind`` ("exact", "bound" or "estimate"), ``enf_log_likelihood_trace`` and
+    ``enf_log_likelihood_model``.
 
     Args:
         flow: A flow.
         atoms: One structure or many; never modified.
-        options: Of :func:`score`.
+        options: Those of :func:`score`.
 
     Example:
         >>> from ase.build import molecule
@@ -205,7 +196,7 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
     result = []
     for original, row in zip(atoms, table.itertuples(), strict=True):
         item = original.copy()
-        if results := _known_results(original):  # energies, which copy leaves behind
+        if results := _known_results(original):  # energies, which copy() drops
             item.calc = SinglePointCalculator(item, **results)
         item.info["enf_log_likelihood"] = float(row.log_likelihood)
         item.info.pop("enf_log_likelihood_stderr", None)  # of an earlier score
@@ -213,13 +204,13 @@ def with_scores(atoms: Iterable[Atoms], table: pd.DataFrame, model: str) -> list
             item.info["enf_log_likelihood_stderr"] = float(row.stderr)
         item.info["enf_log_likelihood_kind"] = str(row.kind)
         item.info["enf_log_likelihood_trace"] = str(row.trace)
-        item.info["enf_log_likelihood_model"] = model  # enf_model, if there, says which one made the structure
+        item.info["enf_log_likelihood_model"] = model  # enf_model, if present, is the one that made the structure
         result.append(item)
     return result
 
 
 def _known_results(atoms: Atoms) -> dict[str, Any]:
-    """Returns what a calculator has computed, or a file told, of these positions; computes nothing."""
+    """Returns the results of these positions that a calculator or a file holds already; computes nothing."""
     results = getattr(atoms.calc, "results", {})
     if isinstance(atoms.calc, Calculator) and atoms.calc.check_state(atoms):
         return {}
@@ -227,21 +218,23 @@ def _known_results(atoms: Atoms) -> dict[str, Any]:
 
 
 class Scorer:
-    """One request: everything that its structures share."""
+    """One request for scores: what all of its structures share."""
 
-    def __init__(self, flow: ENF, trace: str, probes: int, draws: int, tolerance: float, batch_size: int) -> None:
+    def __init__(
+        self, flow: ENF, trace: str, probes: int, importance_samples: int, max_stderr: float, batch_size: int
+    ) -> None:
         self.flow = flow
         self.trace = trace
         self.probes = probes
-        self.draws = draws
-        self.tolerance = tolerance
+        self.importance_samples = importance_samples
+        self.max_stderr = max_stderr
         self.batch_size = batch_size
-        self.together = batch_size  # less where memory was not enough
+        self.together = batch_size  # fewer once memory was not enough
         self.solver = flow.likelihood_solver
         self.properties: Mapping[str, float] | None = None
 
     def trace_of(self, n_atoms: int) -> str:
-        """Returns the trace that "auto" means for a structure of this size."""
+        """Returns the method of the trace for a structure of this size, with "auto" resolved."""
         if self.trace != "auto":
             return self.trace
         config = self.flow.config
@@ -250,14 +243,22 @@ class Scorer:
         return "exact" if dimensions <= (CLOSED_FORM_DIMENSIONS if closed else AUTOGRAD_DIMENSIONS) else "hutchinson"
 
     def kind_of(self, n_atoms: int) -> str:
-        """Returns what the score of a structure of this size is: "exact", a "bound", or an "estimate" of a bound."""
+        """Returns the kind of score for a structure of this size: "exact", "bound", or "estimate" of a bound."""
         if self.flow.config.mode.exact:
             return "exact"
-        # The logarithm of a mean over draws is not linear in the trace, whose noise lifts it.
-        return "estimate" if self.draws > 1 and self.trace_of(n_atoms) == "hutchinson" else "bound"
+        # The logarithm of a mean over draws is not linear in the trace, so that the noise of the probes raises it.
+        return "estimate" if self.importance_samples > 1 and self.trace_of(n_atoms) == "hutchinson" else "bound"
+
+    def table_row(self, atoms: Atoms, estimate: Estimate) -> tuple[float | str | int, ...]:
+        """Returns the row of the table for a structure, in the order of ``COLUMNS``."""
+        size = len(atoms)
+        trace, kind = self.trace_of(size), self.kind_of(size)
+        probes = self.probes if trace == "hutchinson" else 0
+        settings = (kind, trace, probes, self.importance_samples)
+        return estimate.log_likelihood, estimate.stderr, *settings, estimate.nfe, size, atoms.get_chemical_formula()
 
     def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[Estimate]:
-        """Returns one estimate a structure, in order."""
+        """Returns one estimate for each structure, in order."""
         rows = [
             Row(index, item, self._rank(item), seed)
             for index, (item, seed) in enumerate(zip(atoms, seeds, strict=True))
@@ -271,7 +272,7 @@ class Scorer:
         return [results[index] for index in range(len(rows))]
 
     def _within_memory(self, rows: list[Row]) -> list[Estimate]:
-        """Scores a batch, in parts that memory holds."""
+        """Scores a batch, in smaller parts if memory is not enough for all of it."""
         estimates: list[Estimate] = []
         while len(estimates) < len(rows):
             part = rows[len(estimates) :][: self.together]
@@ -281,64 +282,88 @@ class Scorer:
                 if len(part) == 1 or not out_of_memory(error):
                     raise
                 self.together = (len(part) + 1) // 2
-                words = f"memory is not enough for {len(part)} structures together; goes on with {self.together}"
+                words = f"memory is not enough for {len(part)} structures at a time; continues with {self.together}"
                 warnings.warn(words, stacklevel=2)
         return estimates
 
     def _rank(self, atoms: Atoms) -> np.ndarray:
-        """Returns the order in which noise is attached; any where there is none."""
+        """Returns the order in which noise is attached to the atoms; without noise, any order does."""
         noisy = not self.flow.config.mode.exact or self.trace_of(len(atoms)) == "hutchinson"
         return canonical_order(atoms) if noisy else np.arange(len(atoms))
 
     def _groups(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """Yields batches of one size, of fewer rows where those are large: memory is that of pairs."""
+        """Yields batches of structures of one size, smaller ones for larger structures: memory grows with the pairs."""
         for size in sorted({len(row.atoms) for row in rows}):
-            together = max(1, min(self.batch_size, PAIRS_TOGETHER // size**2) // self.draws)
+            pairs = PAIRS_TOGETHER.get(self.flow.device.type, PAIRS_TOGETHER["cpu"])
+            together = max(1, min(self.batch_size, pairs // size**2) // self.importance_samples)
             members = [row for row in rows if len(row.atoms) == size]
             for k in range(0, len(members), together):
                 yield members[k : k + together]
 
     def _estimate(self, rows: list[Row]) -> list[Estimate]:
-        """Scores one batch, with twice the nodes and a finer solver for the rows whose integration error is too large.
+        """Scores one batch, and once more those rows whose integration error is too large.
 
-        Each row decides for itself, so that it does not depend on its batch mates.
+        This is decided for each row, so that a row does not depend on the rest of its batch.
         """
         answers: dict[int, Estimate] = {}
         evaluations = np.zeros(len(rows), dtype=int)
-        work = [(np.arange(len(rows)), INTERVALS, self.solver)]
+        work = [_Attempt(np.arange(len(rows)), INTERVALS, self.solver)]
         while work:
-            places, intervals, solver = work.pop()
-            chosen = [rows[place] for place in places]
-            out = self.log_prob(chosen, intervals, solver)
-            weights = (out.log_prob - out.ladj + out.samples).double().unflatten(-1, (len(chosen), self.draws))
-            error = out.error.double().view(len(chosen), self.draws).amax(dim=1).cpu().numpy()
-            evaluations[places] += out.nfe * self.draws
+            attempt = work.pop()
+            places = attempt.places
+            out = self.log_prob([rows[place] for place in places], attempt)
+            weights = (out.log_prob - out.ladj + out.samples).double()
+            weights = weights.unflatten(-1, (len(places), self.importance_samples))  # (P, R, K)
+            error, by_path = (
+                part.double().view(len(places), self.importance_samples).amax(dim=1).cpu().numpy()
+                for part in (out.error, out.path_error)
+            )
+            evaluations[places] += out.nfe * self.importance_samples
             for number, place in enumerate(places):
                 row = weights[:, number].cpu().numpy()  # (P, K)
                 answers[place] = self._answer(rows[place], row, error[number], evaluations[place])
-            rough = ~(error <= self.tolerance)  # also where it is not finite, which it may be on a finer path
-            if rough.any() and intervals < INTERVALS * 2**DOUBLINGS:
-                work.append((places[rough], 2 * intervals, solver.finer(self.flow.dtype)))
+            work += self._further(attempt, out, error, by_path)
         return [answers[place] for place in range(len(rows))]
 
-    def log_prob(self, rows: list[Row], intervals: int, solver: Solver) -> LogProb:
+    def _further(self, attempt: _Attempt, out: LogProb, error: np.ndarray, by_path: np.ndarray) -> Iterator[_Attempt]:
+        """Yields what is to be tried where the error is too large, with twice the nodes.
+
+        Where the path is good enough, the traces that are known serve again; elsewhere its solver becomes finer.
+        """
+        if attempt.intervals >= INTERVALS * 2**DOUBLINGS:
+            return
+        rough = ~(error <= self.max_stderr)  # also where it is not finite, which it may be on a finer path
+        good = by_path <= self.max_stderr / 2
+        draws = np.arange(self.importance_samples)
+        for chosen, reused in ((rough & good, True), (rough & ~good, False)):
+            if not chosen.any():
+                continue
+            places, intervals = attempt.places[chosen], 2 * attempt.intervals
+            if reused:
+                columns = chosen.nonzero()[0][:, None] * self.importance_samples + draws
+                before = out.known(torch.from_numpy(columns.ravel()).to(out.path_error.device))
+                yield _Attempt(places, intervals, attempt.solver, before)
+            else:
+                yield _Attempt(places, intervals, attempt.solver.finer(self.flow.dtype))
+
+    def log_prob(self, rows: list[Row], attempt: _Attempt) -> LogProb:
         """Returns the terms of every row and draw, draws of a row side by side."""
         flow, config = self.flow, self.flow.config
         batch = conditioned_batch(flow, [row.atoms for row in rows], self.properties)
         noise = None if config.mode.exact else self.noise(rows, config.flow_features)
-        method = self._trace_method(rows)
-        return flow.log_prob(batch.repeat(self.draws), noise, method, solver, intervals)
+        batch, how = batch.repeat(self.importance_samples), (attempt.solver, attempt.intervals)
+        return flow.log_prob(batch, noise, self._trace_method(rows), *how, before=attempt.before)
 
     def _answer(self, row: Row, weights: np.ndarray, error: float, evaluations: int) -> Estimate:
         value, stderr = combine(weights, float(error))
-        # One draw of a bound, or one probe, says nothing of their spread.
-        unknown = not self.flow.config.mode.exact and self.draws == 1
+        # One draw of a bound, or one probe, says nothing about their spread.
+        unknown = not self.flow.config.mode.exact and self.importance_samples == 1
         unknown |= self.probes == 1 and self.trace_of(len(row.atoms)) == "hutchinson"
         return Estimate(value, math.nan if unknown else stderr, error, int(evaluations))
 
     def noise(self, rows: list[Row], width: int) -> Tensor:
-        """Returns ε of q for every row and draw, shape (R K, M, width)."""
-        stacked = np.concatenate(self.normals(NOISE_OF_Q, rows, (self.draws, width)))
+        """Returns the noise ε of q for every row and draw, shape (R K, M, width)."""
+        stacked = np.concatenate(self.normals(NOISE_OF_Q, rows, (self.importance_samples, width)))
         return torch.from_numpy(stacked).to(device=self.flow.device, dtype=self.flow.dtype)
 
     def _trace_method(self, rows: list[Row]) -> TraceMethod:
@@ -347,7 +372,9 @@ class Scorer:
         n, width = self.flow.config.dimension, self.flow.config.flow_features
         gaussian = np.stack(self.normals(PROBES, rows, (self.probes, n + width)), axis=1)  # (P, R, M, n + F)
         by_row = np.where(gaussian >= 0, 1.0, -1.0)
-        v = torch.from_numpy(by_row.repeat(self.draws, axis=1)).to(device=self.flow.device, dtype=self.flow.dtype)
+        v = torch.from_numpy(by_row.repeat(self.importance_samples, axis=1)).to(
+            device=self.flow.device, dtype=self.flow.dtype
+        )
 
         def estimate(field: Field, x: Tensor, h: Tensor) -> Divergence:
             return divergence.hutchinson(field, x, h, (v[..., :n], v[..., n:]))
@@ -356,12 +383,12 @@ class Scorer:
 
     @staticmethod
     def normals(stream: tuple[int, ...], rows: list[Row], shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Returns the noise of every row, (shape[0], M, shape[1]) each; more draws or atoms only add to it.
+        """Returns the noise of every row, (shape[0], M, shape[1]) each; it does not depend on further draws or atoms.
 
         Args:
-            stream: `NOISE_OF_Q` or `PROBES`: what it is for, so that the two are independent.
+            stream: ``NOISE_OF_Q`` or ``PROBES``, the purpose of the noise, so that the two are independent.
             rows: Structures of one size.
-            shape: Draws and numbers an atom.
+            shape: Number of draws, and of random numbers for each atom.
         """
 
         def draw(seed: int, place: int) -> np.ndarray:
@@ -373,49 +400,15 @@ class Scorer:
         return [by_seed[row.seed][row.rank].transpose(1, 0, 2) for row in rows]
 
 
-def combine(weights: np.ndarray, integration_error: float) -> tuple[float, float]:
-    """Joins log weights to an importance-weighted log-likelihood and its error.
-
-    log p̂ = log 1/K Σ_k w_k with w_k the mean over probes in the logarithm; its error over draws, by the spread over
-    probes, and by the integration, added in squares. That over draws is the larger of the delta method's, which is
-    right for many draws but never exceeds one nat, and the standard error of the mean of log w, which is right where
-    one draw outweighs the others; for many draws of a wide spread, both are too small.
-
-    Args:
-        weights: Log weights by probe and draw, shape (P, K).
-        integration_error: Nats.
-
-    Returns:
-        Log-likelihood and standard error, nats.
-
-    Example:
-        >>> round(combine(np.log([[1.0, 3.0]]), 0.0)[0], 6)  # log 2
-        0.693147
-    """
-    probes, draws = weights.shape
-    log_w = weights.mean(axis=0)
-    peak = log_w.max()
-    ratio = np.exp(log_w - peak)
-    value = peak + math.log(ratio.mean())
-    variance = integration_error**2
-    if draws > 1:
-        by_ratio = float(ratio.var(ddof=1) / draws / ratio.mean() ** 2)
-        variance += max(by_ratio, float(log_w.var(ddof=1) / draws))
-    if probes > 1:
-        share = ratio / ratio.sum()
-        variance += float((weights @ share).var(ddof=1) / probes)
-    return float(value), math.sqrt(variance)
-
-
 def check_request(
     flow: ENF,
     atoms: Sequence[Atoms],
     trace: str,
     probes: int,
-    draws: int,
+    importance_samples: int,
     seeds: Sequence[int],
     batch_size: int,
-    tolerance: float,
+    max_stderr: float,
     properties: Mapping[str, float] | None = None,
 ) -> None:
     """Raises the ``ValueError`` that :func:`score` would raise, given a seed for each structure; computes nothing."""
@@ -425,10 +418,10 @@ def check_request(
         raise ValueError(f"{len(seeds)} seeds for {len(atoms)} structures: give one for all or one for each")
     if trace not in TRACES:
         raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
-    for name, value in (("probes", probes), ("draws", draws), ("batch_size", batch_size)):
+    for name, value in (("probes", probes), ("importance_samples", importance_samples), ("batch_size", batch_size)):
         check_whole(name, value, 1)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: must be a positive number of nats")
+    if not max_stderr > 0:
+        raise ValueError(f"max_stderr={max_stderr}: must be a positive number of nats")
     for value in seeds:
         check_whole("seed", value, 0)
     for index, item in enumerate(atoms):

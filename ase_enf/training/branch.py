@@ -1,4 +1,4 @@
-"""A branch: it leaves a run of constant learning rate and lets the rate fall to zero, while that run can go on."""
+"""A branch: starts from a run of constant learning rate and lets the rate fall to zero; the run itself can continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ase_enf.training.folder import FolderLock, check_new_run
 from ase_enf.training.run import Run
 from ase_enf.training.state import read_state
 
-# What decides the learning rate at a step, and may be changed when a run goes on.
+# The fields that decide the learning rate at a step; a run may change them when it is resumed.
 SCHEDULE_FIELDS = ("schedule", "cool_down", "epochs", "steps")
 
 
@@ -28,13 +28,14 @@ def branch(
     lock: FolderLock,
     trunk: Path,
 ) -> Run:
-    """Returns a new run in ``config.out`` at the last saved step of another, the trunk, which is only read.
+    """Returns a new run in ``config.out`` that starts from the last save of another, the trunk, which is only read.
 
-    Weights, averages and optimizer are those of the trunk; log and best weights are the branch's own. From then on it
-    is a run like any other.
+    Weights, averages and optimizer are those of the trunk; the log and the best weights are its own. After that it is a
+    run like any other.
 
     Raises:
-        ValueError: If settings or data are not those of the trunk, or it cannot cool down there.
+        ValueError: If settings or data are not those of the trunk, or the learning rate of the trunk is not constant
+            there.
     """
     if config.out:
         check_new_run(config.out)
@@ -52,13 +53,13 @@ def branch(
 
 
 def branch_steps(step: int, warmup: int, cool_down: float) -> int:
-    """Returns the steps in all of a branch that leaves its trunk at a step.
+    """Returns the total number of steps T of a branch that leaves its trunk at step S.
 
-    T = S + ⌈c (S − w) / (1 − c)⌉, so that the rate falls from there on, over the part c of the T − w steps after the
-    warm-up.
+    T = S + ⌈c (S − w) / (1 − c)⌉, so that the rate falls from step S on, over the fraction c of the T − w steps after
+    the warm-up.
 
     Raises:
-        ValueError: For c = 1, which leaves nothing for the trunk.
+        ValueError: For c = 1, which leaves no steps to the trunk.
 
     Example:
         >>> branch_steps(850, 0, 0.15)
@@ -70,15 +71,15 @@ def branch_steps(step: int, warmup: int, cool_down: float) -> int:
 
 
 def _check_plateau(trunk: Run) -> None:
-    """Makes sure that the learning rate has its constant value where a trunk was saved."""
+    """Makes sure that the learning rate was at its constant value when the trunk was saved."""
     step, warmup = trunk.step, trunk.config.warmup
     if step < max(2 * warmup, 1):
         raise ValueError(
-            f"{trunk.out}: the run has done {step} steps, and its warm-up takes {warmup}; let it cool down after twice "
-            "as many"
+            f"{trunk.out}: the run has done {step} steps, and its warm-up takes {warmup}; start the branch "
+            f"from at least {max(2 * warmup, 1)} steps"
         )
     if trunk.rate(step) != 1:
         raise ValueError(
-            f"{trunk.out}: the learning rate of the run falls already, at step {step}; a branch leaves a run whose "
-            "rate is constant"
+            f"{trunk.out}: the learning rate of the run is falling already at step {step}; a branch needs a run "
+            "whose rate is constant"
         )

@@ -1,4 +1,4 @@
-"""From settings and structures to a run: data sets, model, objective, optimizers; new, fine-tuned or resumed."""
+"""Builds a run from settings and structures: data sets, model, objective and optimizers; new, fine-tuned or resumed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ase_enf.flow.loading import load
 from ase_enf.flow.model import ENF
 from ase_enf.flow.modes import FeatureMode
 from ase_enf.training.config import TrainConfig, model_fields
+from ase_enf.training.device_steps import DeviceSteps, stays_on_device
 from ase_enf.training.distributed import Ranks
 from ase_enf.training.folder import FolderLock, check_new_run, check_no_run
 from ase_enf.training.log import LOG_FILE, truncate_log
@@ -37,7 +38,7 @@ from ase_enf.training.state import agree, read_state, restore, resumed_config, s
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """Returns what is minimised."""
+    """Returns the objective of a run."""
     if config.objective == "nll":
         solver = Solver("dopri5", rtol=config.ode_tolerance, atol=config.ode_tolerance)
         return NegativeLogLikelihood(solver, config.regularisation, config.adjoint)
@@ -45,7 +46,7 @@ def build_objective(config: TrainConfig) -> Objective:
 
 
 def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...]) -> ENFConfig:
-    """Returns the configuration of a new flow: its sizes, compositions and scales are those of the data."""
+    """Returns the configuration of a new flow, with the sizes, compositions and scales of the data."""
     shift, scale = data.feature_standardisation(config.type_scale) if config.mode.types_flow else ((), ())
     return ENFConfig(
         features=config.features,
@@ -70,7 +71,7 @@ def model_config(config: TrainConfig, data: MoleculeSet, species: tuple[str, ...
 
 
 def conditions_of(config: TrainConfig, data: MoleculeSet) -> tuple[Condition, ...]:
-    """Returns what training knows of the numbers that condition a flow."""
+    """Returns the conditions of a flow, with their statistics in the training set."""
     if not config.condition:
         return ()
     sizes = data.sizes.numpy()
@@ -93,7 +94,7 @@ def begin(
     source: str | None,
     lock: FolderLock,
 ) -> Run:
-    """Returns a run at step 0, and starts its folder when all that it needs has been found good."""
+    """Returns a run at step 0; its folder is written only after all checks have passed."""
     if config.out:
         check_new_run(config.out)
     _check_not_empty(train_atoms, valid_atoms)
@@ -104,11 +105,12 @@ def begin(
     else:
         species = species_of(train_atoms) if config.mode.knows_types else ()
     data, valid = _data_sets(config, train_atoms, valid_atoms, species)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay theirs
+    with torch.random.fork_rng(devices=[]):  # leaves the random numbers of the caller alone
         torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would change those on GPUs too
         model = _refitted(initial, config, data) if initial else ENF(model_config(config, data, species))
     run = _assemble(config, data, valid, model, ranks, source)
     start_folder(run, lock)
+    _warn_of_common(data, valid)  # last, so that an error is the only line
     return run
 
 
@@ -120,7 +122,7 @@ def resume(
     source: str | None,
     lock: FolderLock,
 ) -> Run:
-    """Returns the run of ``config.out`` where it was saved, if settings and data are its own."""
+    """Returns the run of ``config.out`` at its last save, if settings and data are its own."""
     if not config.out:
         raise ValueError("resume=True needs config.out, the folder of the run")
     if ranks.main and Path(config.out).is_dir():
@@ -128,7 +130,7 @@ def resume(
     run = restored(config, read_state(Path(config.out)), train_atoms, valid_atoms, ranks, source)
     if ranks.main:
         truncate_log(run.out / LOG_FILE, run.noted)
-        save_config(run)  # a longer run, interrupted, goes on as the longer run
+        save_config(run)  # a run that is resumed with more steps and interrupted again keeps them
     return run
 
 
@@ -140,7 +142,7 @@ def restored(
     ranks: Ranks,
     source: str | None,
 ) -> Run:
-    """Returns a run where its state was saved, if settings and data are its own; nothing is written."""
+    """Returns a run at the saved state, if settings and data are its own; nothing is written."""
     _check_not_empty(train_atoms, valid_atoms)
     config, known = resumed_config(config, state, ranks.world), state["model_config"]
     data, valid = _data_sets(config, train_atoms, valid_atoms, known.species)
@@ -160,8 +162,8 @@ def _check_not_empty(train_atoms: list[Atoms], valid_atoms: list[Atoms]) -> None
 
 
 def _initial(config: TrainConfig) -> ENF:
-    """Loads the weights to start from."""
-    initial = load(config.init_from, device="cpu")
+    """Returns the flow whose weights training starts from."""
+    initial = load(config.init_from, device="cpu", backend="torch")
     learned = initial.config.types_flow and initial.config.dequantizer == "learned"
     if learned and config.objective == "flow_matching":
         raise ValueError(
@@ -174,7 +176,7 @@ def _initial(config: TrainConfig) -> ENF:
 def _data_sets(
     config: TrainConfig, train_atoms: list[Atoms], valid_atoms: list[Atoms], species: tuple[str, ...]
 ) -> tuple[MoleculeSet, MoleculeSet]:
-    """Returns training and validation set; what is wrong with a structure says which set it is in."""
+    """Returns the training and the validation set; errors name the set that a structure is in."""
     data = _molecules("training set", train_atoms, species, config)
     for index, item in enumerate(valid_atoms if species and not config.init_from else ()):
         if foreign := sorted(set(item.symbols) - set(species)):
@@ -183,6 +185,16 @@ def _data_sets(
                 f"{', '.join(foreign)} are not in the training set; add such structures to it, or take this one out"
             )
     return data, _molecules("validation set", valid_atoms, species, config)
+
+
+def _warn_of_common(data: MoleculeSet, valid: MoleculeSet) -> None:
+    """Warns about structures that are in both sets."""
+    if common := valid.common(data):
+        warnings.warn(
+            f"validation set: {common} of {len(valid)} structures are also in the training set, so that the validation "
+            "likelihood does not hold for new structures; remove them from one of the sets",
+            stacklevel=2,
+        )
 
 
 def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], config: TrainConfig) -> MoleculeSet:
@@ -197,7 +209,7 @@ def _molecules(name: str, atoms: list[Atoms], species: tuple[str, ...], config: 
 
 
 def _with_graphs(name: str, atoms: list[Atoms]) -> tuple[list[Atoms], list[np.ndarray]]:
-    """Returns the structures whose molecular graph is clear, and these graphs; a warning says how many are left out."""
+    """Returns the structures whose molecular graph is unambiguous, and the graphs; a warning counts the others."""
     kept, bonds = [], []
     for item in atoms:
         try:
@@ -207,17 +219,17 @@ def _with_graphs(name: str, atoms: list[Atoms]) -> tuple[list[Atoms], list[np.nd
         kept.append(item)
     if len(kept) < len(atoms):
         warnings.warn(
-            f"{name}: {len(atoms) - len(kept)} of {len(atoms)} structures are left out, of which RDKit finds no "
-            "bonds, or such with charges, radicals or fragments",
+            f"{name}: {len(atoms) - len(kept)} of {len(atoms)} structures are left out: RDKit finds no bonds, "
+            "or charges, radicals or fragments",
             stacklevel=2,
         )
     if not kept:
-        raise ValueError("RDKit finds the bonds of no structure; train without graph")
+        raise ValueError("RDKit finds bonds for none of the structures; train without graph")
     return kept, bonds
 
 
 def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
-    """Returns what conditions a flow that starts from weights: what these know, or new conditions."""
+    """Returns the fields that condition a fine-tuned flow: those of its first weights, or new ones."""
     names = tuple(condition.name for condition in initial.config.conditions)
     if names and config.condition and names != config.conditions:
         raise ValueError(
@@ -233,7 +245,7 @@ def _context_fields(initial: ENF, config: TrainConfig) -> dict[str, Any]:
 
 
 def _counts(data: MoleculeSet, mode: FeatureMode) -> dict[str, Mapping[Any, int]]:
-    """Returns how many atoms, and which compositions, the training set has how often."""
+    """Returns how often each size, and each composition, occurs in the training set."""
     return {
         "sizes": dict(sorted(Counter(data.sizes.tolist()).items())),
         "compositions": dict(sorted(data.compositions.items())) if mode.types_given else {},
@@ -241,7 +253,7 @@ def _counts(data: MoleculeSet, mode: FeatureMode) -> dict[str, Mapping[Any, int]
 
 
 def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
-    """Returns a trained flow with the sizes and compositions of these data; its weights and scales stay."""
+    """Returns a trained flow with the sizes and compositions of these data, and its own weights and scales."""
     counts = _counts(data, initial.config.mode)
     conditions = initial.config.conditions or conditions_of(config, data)
     known = dataclasses.replace(
@@ -253,12 +265,12 @@ def _refitted(initial: ENF, config: TrainConfig, data: MoleculeSet) -> ENF:
 
 
 def widened(state: Mapping[str, Tensor], before: ENFConfig, after: ENFConfig) -> dict[str, Tensor]:
-    """Returns weights for a network that sees more of the context, and does not mind: new inputs have weight zero.
+    """Returns weights for a network with more context inputs; theirs are zero, so that the flow stays the same.
 
     Args:
-        state: Weights of the network as it was.
-        before: What it was.
-        after: What it is to be, with more conditions, or with a graph.
+        state: Weights of the original network.
+        before: Its configuration.
+        after: The new configuration, with more conditions or with a graph.
     """
     result = dict(state)
     nodes = after.context_features - before.context_features
@@ -272,7 +284,7 @@ def widened(state: Mapping[str, Tensor], before: ENFConfig, after: ENFConfig) ->
 
 
 def _check_same_data(config: TrainConfig, known: ENFConfig, data: MoleculeSet) -> None:
-    """Makes sure that the data would give the model of the run again."""
+    """Makes sure that settings and data give the model of the run again."""
     counts = _counts(data, known.mode)
     expected = dataclasses.replace(known, **counts) if config.init_from else model_config(config, data, known.species)
     if not agree(dataclasses.asdict(expected), dataclasses.asdict(known)):
@@ -287,14 +299,10 @@ def _assemble(
     """Puts model, objective and optimizers together, on the device."""
     device = ranks.device(config.device)
     model = model.to(device).requires_grad_(True).train()
-    torch_only = config.objective == "nll" or config.compile
-    if device.type == "cpu":
-        # The threads of the kernel and those of torch's own operations get in each other's way.
-        crowded = config.backend == "auto" and torch.get_num_threads() > 1
-        torch_only = torch_only or crowded or config.precision != "float32"
-    model.use_backend("torch" if torch_only else config.backend)
+    model.use_backend(_backend(config, device))
     objective = build_objective(config)
-    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)  # copies, exact in every product
+    # Copied before products are rounded: validation computes with exact ones.
+    averages = tuple(moving_average(model, decay) for decay in config.ema_decays)
     if config.precision == "bf16":
         model.dynamics.network.multiply_in(torch.bfloat16)
     optimizer = build_optimizers(
@@ -307,8 +315,9 @@ def _assemble(
         config.weight_decay,
         amsgrad=config.objective == "nll",  # as in the paper; flow matching does better without
     )
+    on_device = stays_on_device(config, ranks, device)
     stepper: torch.nn.Module = Step(model, objective)
-    if config.compile:
+    if config.compile and not on_device:  # there, layer by layer
         model.dynamics.network.compile()
     if ranks.world > 1:
         stepper = DistributedDataParallel(stepper)
@@ -325,16 +334,29 @@ def _assemble(
         averages=averages,
         optimizer=optimizer,
         clip=Clipper(),
+        device_steps=DeviceSteps(capture=device.type == "cuda") if on_device else None,
     )
+
+
+def _backend(config: TrainConfig, device: torch.device) -> str:
+    """Returns the backend of the pairs: torch where the compiled kernel does not help, else the requested one."""
+    if config.objective == "nll" or config.compile:
+        return "torch"
+    if device.type == "cpu":
+        # The threads of the kernel and those of torch's own operations get in each other's way.
+        crowded = config.backend == "auto" and torch.get_num_threads() > 1
+        if crowded or config.precision != "float32":
+            return "torch"
+    return config.backend
 
 
 def start_folder(run: Run, lock: FolderLock) -> None:
     """Writes the first files of a run."""
     if run.out is None:
         return
-    run.ranks.wait()  # nobody writes before everybody has looked
+    run.ranks.wait()  # no process writes before all have looked
     if run.ranks.main:
         lock.take(run.out)
-        check_no_run(run.out)  # another run may have come and gone meanwhile
+        check_no_run(run.out)  # another run may have saved in the meantime
         save_config(run)
         truncate_log(run.out / LOG_FILE, -1)

@@ -1,4 +1,4 @@
-"""What is trained, by which objective and for how long; every field checks and explains itself."""
+"""The settings of a training run; every field carries its own check and help text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.modes import MODES, FeatureMode, feature_mode
 from ase_enf.flow.parameterisation import PARAMETERISATIONS
 from ase_enf.nn.backends.choice import BACKENDS
+from ase_enf.renamed import refuse_renamed
 from ase_enf.training.objectives import OBJECTIVES, TIMES
 from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
 
 PRECISIONS = ("float32", "tf32", "bf16")
+CAPTURES = ("auto", "always", "never")
 # Names of backends in earlier versions.
 RENAMED_BACKENDS = {"fused": "compiled", "plain": "torch"}
 # Names of fields in earlier versions; runs and weights of those versions have them.
@@ -34,19 +36,19 @@ RENAMED = {
     "matrix_rate": "muon_learning_rate",
     "tolerance": "ode_tolerance",
 }
-# What may differ when a run is resumed; the rest decides which numbers come next.
+# Fields that may change when a run is resumed; all others decide which numbers come next.
 RESUME_MAY_CHANGE = (
     "epochs", "steps", "validate_every", "validation_size", "checkpoint_every", "log_every", "time_limit", "init_from",
-    "out", "device", "precision", "compile", "backend", "cool_down", "muon_weight_decay",
+    "out", "device", "precision", "compile", "backend", "capture", "cool_down", "muon_weight_decay",
 )  # fmt: skip
-# Fields that weights to start from bring with them.
+# Fields that a fine-tuned flow takes from its first weights.
 MODEL_FIELDS = (
     "parameterisation", "features", "dimension", "network", "hidden", "layers", "attention", "radial", "dequantizer",
 )  # fmt: skip
 
 
 class Range(NamedTuple):
-    """Values that a field may have."""
+    """The values that a field may have."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -67,10 +69,10 @@ def setting(
 
     Args:
         default: Its default.
-        text: What it is, for ``ase-enf train --help`` and the docstring.
-        within: The range of a number.
-        least: The least whole number.
-        one_of: The names that a text may be.
+        text: Its description, for ``ase-enf train --help`` and the docstring.
+        within: The range of a real number.
+        least: The smallest allowed whole number.
+        one_of: The allowed names.
     """
     about = {"help": text, "within": within, "least": least, "one_of": one_of}
     return dataclasses.field(default=default, metadata=about)
@@ -78,10 +80,10 @@ def setting(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained, by which objective, how long; the defaults are those of the shipped models.
+    """What is trained, by which objective and for how long; the defaults are those of the shipped models.
 
     Raises:
-        TypeError: For the earlier name of a field, with its name today.
+        TypeError: For a field that has been renamed; the message gives its new name.
         ValueError: For a value outside its range, an unknown name, or fields that contradict each other.
 
     Example:
@@ -135,23 +137,23 @@ class TrainConfig:
         '"auto" is power for velocity, else beta',
         one_of=("auto", *TIMES),
     )
-    time_power: float | None = setting(None, "see times; without it 1.3 for power, 1.8 for beta", POSITIVE)
+    time_power: float | None = setting(None, "the exponent in times; by default 1.3 for power, 1.8 for beta", POSITIVE)
     schedule: str = setting(
         "cosine",
         'learning rate after the warm-up: "cosine" (constant, then half a cosine to zero at the end, see cool_down) or '
-        '"constant" (no end of its own: it stops at steps, if given, or at the time limit, and epochs do not count)',
+        '"constant" (without an end of its own: training stops after steps, if given, or at the time limit)',
         one_of=SCHEDULES,
     )
     cool_down: float = setting(
         1.0,
-        "part of the steps after the warm-up over which the learning rate falls to zero, at the end; 1 for all; with "
-        "the constant schedule, that of its branches",
+        "fraction of the steps after the warm-up, at the end, over which the learning rate falls to zero; 1 for all of "
+        "them; with the constant schedule, that of its branches",
         PART,
     )
     regularisation: float = setting(1e-3, "λ of the kinetic and Jacobian terms of nll", NOT_NEGATIVE)
     ode_tolerance: float = setting(1e-4, "rtol and atol of dopri5 for nll", POSITIVE)
     adjoint: bool = setting(True, "adjoint (constant memory) instead of back-propagation through the solver, for nll")
-    epochs: int = setting(100, "passes over the training set; do not count when steps is given")
+    epochs: int = setting(100, "passes over the training set; ignored if steps is given, or with the constant schedule")
     steps: int | None = setting(None, "optimizer steps")
     batch_size: int = setting(64, "molecules in a step of one process")
     optimizer: str = setting(
@@ -166,7 +168,7 @@ class TrainConfig:
     warmup: int = setting(500, "steps of linear warm-up", least=0)
     weight_decay: float = setting(1e-12, "weight decay of AdamW", NOT_NEGATIVE)
     ema_decay: float = setting(
-        0.999, "decay of the weights' exponential moving average, which is what is validated and shipped", BELOW_ONE
+        0.999, "decay of the exponential moving average of the weights, which is validated and saved", BELOW_ONE
     )
     long_ema_decay: float | None = setting(
         None,
@@ -177,18 +179,18 @@ class TrainConfig:
     seed: int = setting(0, "seed of initialisation, order, times and noise", WORD, least=0)
     validate_every: int = setting(
         0,
-        "steps between validations; 0 for one epoch, or more where the training set is so small that flow matching "
-        "would spend more time on validations than a fifth of that on training",
+        "steps between validations; 0 for one epoch, or for more with flow matching on a training set so small that "
+        "validations would take more than a fifth of the time of training",
         least=0,
     )
     validation_size: int = setting(128, "molecules of the validation set that are scored, always the same")
     checkpoint_every: int = setting(500, "steps between saves of the training state")
     log_every: int = setting(50, "steps between rows of the log")
     time_limit: float | None = setting(
-        None, "hours from the start after which training stops as if interrupted, to be resumed", HOURS
+        None, "hours after which training stops as if interrupted; it can be resumed", HOURS
     )
     init_from: str | None = setting(
-        None, "weights to start from, a path or a shipped name; the model's own fields then come from there"
+        None, "weights to start from, a path or a shipped name; they decide the fields of the model"
     )
     out: str | None = setting(None, "folder of weights, training state and log; without it everything stays in memory")
     device: str = setting("auto", '"auto", "cpu", "cuda" …')
@@ -200,17 +202,20 @@ class TrainConfig:
     compile: bool = setting(False, "compile the network by torch.compile (flow matching only; needs a C++ compiler)")
     backend: str = setting(
         "auto",
-        'what computes the pairs of an EGNN: "compiled" (a C++ kernel for CPUs, for flow matching in float32, three '
+        'what computes the pairs of an EGNN: "compiled" (a C++ kernel for CPUs, for flow matching in float32, in three '
         'quarters of the time on one thread), "triton" (kernels for GPUs, for flow matching), "torch", or "auto": '
-        "compiled where one thread computes (torchrun gives each process one), triton on a GPU",
+        "compiled on one thread (torchrun gives each process one), triton on a GPU",
         one_of=BACKENDS,
+    )
+    capture: str = setting(
+        "auto",
+        "whether steps stay on the device, which the host waits for only now and then, and each is one CUDA graph on a "
+        'GPU: "always" (flow matching, one process), "never", or "auto": on a GPU, where that is possible',
+        one_of=CAPTURES,
     )
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:  # noqa: D102 (a hook before dataclass's own __init__)
-        for name in fields.keys() & RENAMED.keys():
-            raise TypeError(
-                f"TrainConfig: {name} is now called {RENAMED[name]}; write {RENAMED[name]}={fields[name]!r}"
-            )
+        refuse_renamed("TrainConfig", fields, RENAMED)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -224,7 +229,7 @@ class TrainConfig:
                 raise ValueError(message)
 
     def resolved(self) -> Self:
-        """Returns the settings with what "auto" stands for, which is part of a run: another version may choose anew.
+        """Returns the settings with every "auto" resolved; a run keeps these, however later versions resolve it.
 
         Example:
             >>> chosen = TrainConfig().resolved()
@@ -306,14 +311,18 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
         "backend='triton' has no second derivatives (objective='nll') and no compile=True; use backend='torch'",
     ),
     (
+        lambda c: c.capture == "always" and (c.objective == "nll" or c.augment),
+        "capture='always' is for flow matching without augment; use capture='auto'",
+    ),
+    (
         lambda c: c.schedule == "constant" and not (c.steps or c.time_limit or c.out),
-        "schedule='constant' has no end; give steps, time_limit, or out, from which a run that is stopped goes on",
+        "schedule='constant' has no end; give steps, time_limit, or out, where a stopped run can be resumed",
     ),
 )
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Returns the value of a field as a plain one, which JSON takes at the end of a run as well."""
+    """Returns the value of a field, checked, as a plain Python value that JSON can store."""
     kind, *optional = field.type.split(" | ")
     if optional and value is None:
         return None
@@ -340,7 +349,7 @@ def _real(name: str, value: Any, _: int) -> float:
 
 def _text(name: str, value: Any, _: int) -> str:
     if not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{name}={value!r}: must be a text")
+        raise ValueError(f"{name}={value!r}: must be a string")
     return os.fsdecode(value)
 
 
@@ -348,7 +357,7 @@ _PLAIN: dict[str, Callable[[str, Any, int], Any]] = {"bool": _flag, "int": check
 
 
 def field_help() -> dict[str, str]:
-    """Returns what every field of :class:`TrainConfig` is, in words.
+    """Returns the description of every field of :class:`TrainConfig`.
 
     Example:
         >>> field_help()["warmup"]
@@ -363,7 +372,7 @@ if TrainConfig.__doc__:  # python -OO has none
 
 
 def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a run as they are called today, whichever version wrote them.
+    """Returns the settings of a run under their present names, whichever version wrote them.
 
     Example:
         >>> migrated({"ema": 0.99, "kernel": "plain"})
@@ -376,7 +385,7 @@ def migrated(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_fields(config: ENFConfig) -> dict[str, Any]:
-    """Returns the fields of TrainConfig that weights to start from decide, as their configuration has them.
+    """Returns the fields of TrainConfig that the configuration of a fine-tuned flow's first weights decides.
 
     Example:
         >>> model_fields(ENFConfig(features="given", hidden=8))["hidden"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ase_enf.flow.devices import resolve_device
 
-# How gloo and NCCL say that a process does not answer any more.
+# How gloo and NCCL report that a process no longer answers.
 LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|remote process|nccl", re.IGNORECASE)
 
 
@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """Returns where this process computes: each on a GPU of its own."""
+        """Returns the device of this process; on GPUs each process has its own."""
         device = resolve_device(name)
         if device.type == "cuda" and self.world > 1:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -40,12 +40,12 @@ class Ranks(NamedTuple):
         return device
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes have reached this point."""
         if self.world > 1:
             dist.barrier()
 
     def any(self, here: bool, device: torch.device) -> bool:
-        """Whether something holds in one process at least, so that all decide alike."""
+        """Whether a condition holds in at least one process, so that all of them decide alike."""
         if self.world == 1:
             return here
         shared = torch.tensor(float(here), device=device)
@@ -61,10 +61,20 @@ class Ranks(NamedTuple):
         return shared.cpu()
 
     def share(self, model: nn.Module) -> None:
-        """Gives all processes the weights of the first."""
+        """Copies the weights of the first process to all others."""
         if self.world > 1:
             for value in model.state_dict().values():
                 dist.broadcast(value, src=0)
+
+
+def _loss(error: RuntimeError | KeyboardInterrupt) -> BaseException | None:
+    """Returns the error by which the group reports a lost process, None if there is none or it has a note already."""
+    if hasattr(error, "__notes__"):
+        return None
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, RuntimeError) and LOST.search(str(found))):
+        found = found.__context__
+    return found
 
 
 @contextlib.contextmanager
@@ -72,28 +82,34 @@ def process_group(device: str) -> Iterator[Ranks]:
     """Joins the process group of ``torchrun``, if there is one, and leaves it at the end.
 
     Raises:
-        ConnectionError: In the processes that are left, when one of the group has ended or hangs.
+        ConnectionError: In the remaining processes, when one of the group has ended or hangs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     owner = not dist.is_initialized()
     if owner:
-        # Its functions keep the group of the time of their import as a default. DistributedDataParallel imports it, and
-        # threads of a group that is kept run on after its end: now and then they abort the process at exit.
+        # The functions of this module keep the group that exists when it is imported as their default, and
+        # DistributedDataParallel imports it. The threads of a group that is kept outlive it and sometimes abort the
+        # process at exit. So the module is imported before there is a group.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if resolve_device(device).type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
-    except RuntimeError as error:
-        if LOST.search(str(error)):
-            raise ConnectionError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs "
-                f"({str(error).splitlines()[0]}); see the message of that one, then go on from the last save with "
-                "--resume, or in Python with resume=True"
-            ) from error
-        raise
+    except (RuntimeError, KeyboardInterrupt) as error:
+        loss = _loss(error)
+        if loss is None:
+            raise
+        said = (
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs "
+            f"({str(loss).splitlines()[0]}); see the message of that one, then continue from the last save with "
+            "--resume, or in Python with resume=True"
+        )
+        if isinstance(error, KeyboardInterrupt):  # the signal of torchrun, which comes with the loss
+            error.add_note(said)
+            raise
+        raise ConnectionError(said) from error
     finally:
         if owner:
-            gc.collect()  # what else keeps the group
+            gc.collect()  # cycles that still hold the group
             dist.destroy_process_group()

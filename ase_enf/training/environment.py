@@ -1,4 +1,4 @@
-"""Settings of the process while it trains; afterwards they are what they were."""
+"""Settings of the process while it trains; they are restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def training_environment(precision: str) -> Iterator[None]:
     """Makes new tensors float32, allows TF32 where ``precision`` asks for it, and keeps freed memory.
 
     Raises:
-        RuntimeError: Where gradients are turned off.
+        RuntimeError: If gradients are turned off.
     """
-    if not torch.is_grad_enabled():  # as inference_mode does, too
+    if not torch.is_grad_enabled():  # inference_mode turns them off, too
         raise RuntimeError("training needs gradients, which torch.no_grad or inference_mode turns off; call it outside")
     matmul, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     keep_memory()
@@ -32,7 +32,7 @@ def training_environment(precision: str) -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed blocks of up to 32 MiB; returning pages at every step costs half the speed on a CPU."""
+    """Tells glibc to keep freed blocks of up to 32 MiB; returning them at every step halves the speed on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):

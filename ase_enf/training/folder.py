@@ -1,4 +1,4 @@
-"""The folder of a run: which files are in it, that one run at a time writes them, and that it replaces no others."""
+"""The folder of a run: its files, a lock that admits one run at a time, and the protection of other files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ase_enf.training.log import LOG_COLUMNS, LOG_FILE
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody is kept out there
+except ImportError:  # Windows, where no other run is kept out
     fcntl = None
 
 STATE_FILE, BEST_FILE, LAST_FILE, CONFIG_FILE = "state.pt", "model.safetensors", "last.safetensors", "config.json"
 LONG_FILE = "last-long.safetensors"  # the longer average, where there are two
 LOCK_FILE = "run.lock"
 RUN_FILES = (STATE_FILE, BEST_FILE, LAST_FILE, LONG_FILE, CONFIG_FILE, LOG_FILE, LOCK_FILE)
-# What a process leaves that is killed while it writes one of these files.
+# What remains of a file when a process is killed while writing it.
 _PART = re.compile(r"\.(state\.pt|(model|last|last-long)\.safetensors|(config|data)\.json|log\.csv)\..+\.part")
 
 
 class FolderLock:
     """Keeps other runs out of a folder from :meth:`take` to the end of the ``with`` block.
 
-    The lock is the system's own (``flock``) on ``run.lock``: when a process dies, however it does, its lock is gone.
-    The file that it then leaves behind stops nobody, and goes with the next run.
+    The lock is one of the system (``flock``) on ``run.lock``, which ends with the process, however that ends. A file
+    that a killed process leaves behind stops nobody, and the next run removes it.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def take(self, folder: Path) -> None:
-        """Takes the folder, which is made where it is not there, and removes what a killed run left half written.
+        """Takes the folder, creating it if necessary, and removes files that a killed run left half written.
 
         Raises:
-            ValueError: If another run has it, or a file of somebody else has the name of the lock.
+            ValueError: If another run has it, or another kind of file has the name of the lock.
         """
         self._path = make_folder(folder) / LOCK_FILE
         check_ours(self._path, lambda text: text.startswith("process "))
@@ -63,12 +63,12 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._path.unlink()  # before the lock goes: nobody else can have taken it
+                self._path.unlink()  # while it is still locked: nobody else can have taken it
             self._file.close()
 
 
 def _open_locked(path: Path) -> IO[str]:
-    """Opens a file and locks it; one that its owner has removed in between is left for a new one."""
+    """Opens a file and locks it; if its owner has removed it in the meantime, a new one is opened."""
     while True:
         file = open(path, "a+")
         _lock(file, path.parent)
@@ -79,7 +79,7 @@ def _open_locked(path: Path) -> IO[str]:
 
 
 def _lock(file: IO[str], folder: Path, shared: bool = False) -> None:
-    """Locks a file where the file system can; one that cannot keeps nobody out."""
+    """Locks a file, if the file system has locks; without them no other run is kept out."""
     if fcntl is None:
         return
     try:
@@ -89,28 +89,28 @@ def _lock(file: IO[str], folder: Path, shared: bool = False) -> None:
         owner = file.read().strip() or "by another process"
         file.close()
         raise ValueError(
-            f"{folder}: a run is going on there ({owner}); wait for its end, or choose another folder"
+            f"{folder}: a run is in progress there ({owner}); wait for its end, or choose another folder"
         ) from None
-    except OSError:  # no locks there
+    except OSError:  # the file system has no locks
         pass
 
 
 def check_unlocked(folder: Path) -> None:
-    """Makes sure that no run is going on in a folder.
+    """Makes sure that no run is in progress in a folder.
 
     Raises:
         ValueError: If there is one.
     """
     with contextlib.suppress(FileNotFoundError), open(folder / LOCK_FILE) as file:
-        _lock(file, folder, shared=True)  # the processes of torchrun look together
+        _lock(file, folder, shared=True)  # the processes of torchrun look at the same time
 
 
 def check_new_run(folder: str | os.PathLike[str]) -> None:
-    """Makes sure that a new run replaces nothing in its folder but the beginnings of one that never saved.
+    """Makes sure that a new run replaces nothing in its folder except the first files of a run that never saved.
 
     Raises:
-        ValueError: If the folder holds a run, one that is going on included, or a file of somebody else under a name
-            that a run needs.
+        ValueError: If the folder holds a run, finished or in progress, or another kind of file under a name that a run
+            needs.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -129,18 +129,21 @@ def check_no_run(folder: Path) -> None:
         ValueError: If one has.
     """
     if any((folder / name).exists() for name in (STATE_FILE, BEST_FILE, LAST_FILE, LONG_FILE)):
-        raise ValueError(f"{folder}: already holds a run; resume it, or choose another folder")
+        how = f"--resume {folder}, or resume=True in Python, continues it"
+        raise ValueError(f"{folder}: already holds a run; resume it, or choose another folder ({how})")
 
 
 def check_ours(path: Path, recognise: Callable[[str], bool]) -> None:
-    """Makes sure that a file, which is to be replaced, is not there, is empty, or has a text that is recognised.
+    """Makes sure that a file that is to be replaced is missing, empty, or recognised by its text.
 
     Raises:
-        ValueError: If it is somebody else's.
+        ValueError: If it is another kind of file.
     """
     if not os.path.lexists(path):
         return
     with contextlib.suppress(OSError, ValueError, TypeError):  # no file, no text, no JSON
         if not (text := path.read_text()) or recognise(text):
             return
-    raise ValueError(f"{path}: is no file of a run, and a run would replace it; move it away, or choose another folder")
+    raise ValueError(
+        f"{path}: is not a file of a run, and a run would replace it; move it away, or choose another folder"
+    )

@@ -1,4 +1,4 @@
-"""The log of a run: a CSV, TensorBoard where it is installed, and the bar on a terminal."""
+"""The log of a run: a CSV file, TensorBoard where it is installed, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ BOARD_FOLDER = "tensorboard"
 
 
 class Log:
-    """Where the rows of a run go.
+    """Writes the rows of a run to its CSV file, to TensorBoard and to the progress bar.
 
     Args:
-        folder: Of the run; None writes nothing.
-        step: The step from which the run goes on.
+        folder: The folder of the run; None writes no files.
+        step: The step at which the run starts or is resumed.
         total: Steps in all, None for no end.
         show: Whether to show a bar.
     """
@@ -61,16 +61,16 @@ class Log:
                     self.board.add_scalar(name, named[name], named["step"])
 
     def close(self) -> None:
-        """Ends bar and board."""
+        """Closes the progress bar and TensorBoard."""
         self.bar.close()
         if self.board is not None:
             self.board.close()
 
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Returns the columns of a run's log, NaN where a row has no such number.
+    """Returns the columns of a run's log, NaN for empty values.
 
-    A last row that a killed process left unfinished is passed over.
+    An unfinished last row, which a killed process may leave, is ignored.
 
     Example:
         >>> import tempfile
@@ -84,13 +84,13 @@ def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """Returns the complete rows of a log below its header, none of a missing file."""
+    """Returns the complete rows of a log below its header, none for a missing file."""
     rows = list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
     return [row for row in rows[1:] if len(row) == len(LOG_COLUMNS) and row[0].isdigit()]
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drops rows written after the last save, so that a resumed log has every step once; begins a missing one."""
+    """Drops the rows after ``step``, so that a resumed log has every step once; starts a missing log."""
     kept = [LOG_COLUMNS, *(row for row in _rows(path) if int(row[0]) <= step)]
     with atomic_write(path) as handle:
         text = io.TextIOWrapper(handle, newline="", write_through=True)

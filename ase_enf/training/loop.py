@@ -1,4 +1,4 @@
-"""The training loop: one for every experiment, on CPU or GPU, resumable to the same numbers, alone or by torchrun."""
+"""The training loop, one for every experiment: on CPU or GPU, alone or by torchrun, resumable to the same numbers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ase_enf.training.distributed import process_group
 from ase_enf.training.environment import training_environment
 from ase_enf.training.folder import LAST_FILE, LONG_FILE, STATE_FILE, FolderLock
 from ase_enf.training.log import Log
-from ase_enf.training.run import Run
+from ase_enf.training.run import Run, StepsElsewhere
 from ase_enf.training.state import save_config, save_state
 from ase_enf.training.validation import Validation, steps_between_validations, validate
 
-# A run that skips this many steps in a row does not recover by itself.
+# A run that skips this many steps in a row will not recover by itself.
 MAX_CONSECUTIVE_SKIPS = 20
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss stays non-finite."""
+    """Training cannot continue: the loss stays non-finite."""
 
 
 def train(
@@ -47,102 +47,108 @@ def train(
     source: str | None = None,
     branch_of: str | os.PathLike[str] | None = None,
 ) -> ENF:
-    """Trains a flow on ``Atoms`` of any elements and returns it at its best validation likelihood.
+    """Trains a flow on ``Atoms`` of any elements and returns it with the weights of the best validation likelihood.
 
     Species, size prior and scales come from ``train_atoms``; with ``config.init_from`` species and scales are those of
     that model. With ``config.out`` the folder receives ``model.safetensors`` (best), ``last.safetensors``,
     ``state.pt``, ``log.csv``, ``config.json`` and, where TensorBoard is installed, its events; a run killed at any
-    moment goes on from its last save with ``resume=True``, to the same numbers on a CPU. Started by ``torchrun``, every
-    process trains on its own share.
+    moment continues from its last save with ``resume=True``, on a CPU to the same numbers. Under ``torchrun``, every
+    process trains on its own share of the data.
 
     Weights are float32, whatever torch's default is. On Linux the process keeps freed memory instead of returning it
     to the system at every step (``mallopt``), which makes training on a CPU up to twice as fast.
 
     Args:
-        config: What and how.
+        config: The settings.
         train_atoms: Training structures.
         valid_atoms: Validation structures.
-        resume: Go on from ``config.out``; ``config.init_from`` is not read again. With other structures to validate
-            on, or more of them, the best weights are chosen anew.
-        progress: Show a bar; by default on a terminal only.
-        source: What the data are, in words, for the provenance in the weights file.
-        branch_of: Folder of a run whose learning rate is constant, the trunk. The new run leaves it where it was saved
-            last, and its rate falls to zero over the last part ``config.cool_down`` of its steps; the trunk is only
-            read, and can go on.
+        resume: Whether to continue the run in ``config.out``; ``config.init_from`` is not read again. With other or
+            more validation structures, the best weights are chosen anew.
+        progress: Whether to show a progress bar; by default on a terminal only.
+        source: A description of the data, for the provenance in the weights file.
+        branch_of: Folder of a run with constant learning rate, the trunk. The new run starts from its last save, and
+            its rate falls to zero over the last fraction ``config.cool_down`` of its steps; the trunk is only read, and
+            can be continued.
 
     Returns:
         The exponential moving average of the weights at the best validation NLL, in evaluation mode.
 
     Raises:
-        ValueError: For bad structures; if ``resume`` is False and ``config.out`` already holds a run, or a file of
-            yours under a name of ours; if it is True and data or settings are not those of the run, or its state is
-            damaged; if a run is going on in that folder.
+        ValueError: For bad structures; if ``resume`` is False and ``config.out`` already holds a run, or another file
+            under a name that a run needs; if it is True and data or settings are not those of the run, or its state is
+            damaged; if a run is in progress in that folder.
         FileNotFoundError: If there is nothing to resume.
         ConnectionError: If another process of ``torchrun`` has ended or hangs.
-        KeyboardInterrupt: By Ctrl-C, after the state is saved; its note says how to go on.
+        KeyboardInterrupt: After Ctrl-C, when the state is saved; its note says how to resume the run.
         RuntimeError: Inside ``torch.no_grad`` or ``torch.inference_mode``.
         TrainingError: If the loss stays non-finite.
     """
     if resume and branch_of is not None:
-        raise ValueError("resume=True goes on with a run, branch_of leaves one; choose one of them")
+        raise ValueError("resume=True continues a run, and branch_of starts another from it; choose one of them")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; ase_enf.TrainConfig(steps=1000) is one")
     config = config.resolved()
     with training_environment(config.precision), process_group(config.device) as ranks, FolderLock() as lock:
         prepare = build.resume if resume else build.begin
         if branch_of is not None:
             prepare = functools.partial(branch, trunk=Path(branch_of))
-        # No name here keeps the run, which keeps the process group that ends with this block.
+        # No local name refers to the run: it would keep the process group alive, which ends with this block.
         structures = one_or_many(train_atoms), one_or_many(valid_atoms)
         return complete(prepare(config, *structures, ranks, source, lock), progress)
 
 
 def complete(run: Run, progress: bool | None) -> ENF:
-    """Trains to the end, with a log, and returns the best weights."""
+    """Trains to the end, with a log, and returns the flow with its best weights."""
     show = (sys.stderr.isatty() if progress is None else progress) and run.ranks.main
     log = Log(run.out if run.ranks.main else None, run.step, run.total_steps, show)
     try:
-        loop(run, log)
-    finally:
-        log.close()
+        try:
+            loop(run, log)
+        finally:
+            log.close()
+    except KeyboardInterrupt as interrupt:  # closing is included: a signal that waited for a lost process arrives there
+        if run.whole:
+            settle(run)
+            save_state(run)
+        interrupt.add_note(how_to_resume(run))
+        raise
     return finish(run)
 
 
 def loop(run: Run, log: Log) -> None:
-    """Takes steps, and does what is due after each, to the end of the schedule or of the time limit."""
+    """Takes steps, each with the bookkeeping that is due, until the schedule or the time limit ends."""
     started, first, before = time.monotonic(), run.step, run.elapsed
-    try:
-        for index in run.batches():
-            if run.noted < run.step:
-                keep_books(run, log)
-            if run.ended or (run.step > first and out_of_time(run, time.monotonic() - started)):
-                break
-            train_step(run, index)
-            run.elapsed = before + time.monotonic() - started
-            log.bar.update(1)
-        if run.ended and run.validated[0] != run.step:  # one stopped by the time limit waits for its turn
-            write_row(run, log, validate(run))
-        run.noted = run.step
-        save_state(run)
-        if not run.ended and run.out and run.ranks.main:
-            save_config(run, time_limit=None)  # it is used up; one that is not is kept when the run goes on
-    except KeyboardInterrupt as interrupt:
-        if run.whole:
-            save_state(run)
-        interrupt.add_note(how_to_go_on(run))
-        raise
+    for index in run.batches():
+        if run.noted < run.step:
+            keep_books(run, log)
+        if run.ended or (run.step > first and out_of_time(run, time.monotonic() - started)):
+            break
+        train_step(run, index)
+        run.elapsed = before + time.monotonic() - started
+        log.bar.update(1)
+    settle(run)
+    if run.ended and run.validated[0] != run.step:  # after the time limit, validation waits until it is due
+        write_row(run, log, validate(run))
+    run.noted = run.step
+    save_state(run)
+    if not run.ended and run.out and run.ranks.main:
+        save_config(run, time_limit=None)  # it is used up, and would stop the resumed run
 
 
-def how_to_go_on(run: Run) -> str:
-    """Returns what is left of a run that was interrupted, and what to do with it."""
+def how_to_resume(run: Run) -> str:
+    """Says what an interrupted run has saved, and how to resume it."""
     if run.out is None:
         return f"{run.step} steps are lost, as the run has no folder; name one by out"
     if not (run.whole or (run.out / STATE_FILE).exists()):
         return f"nothing was saved yet in {run.out}; start again"
     saved = f"at step {run.step}" if run.whole else "as it was at its last save"
-    return f"the run is saved {saved}; go on with ase-enf train --resume {run.out}, or in Python with resume=True"
+    return f"the run is saved {saved}; continue with ase-enf train --resume {run.out}, or in Python with resume=True"
 
 
 def train_step(run: Run, index: np.ndarray) -> None:
-    """Takes one step on the molecules ``index``, or skips it where loss or gradient are not finite."""
+    """Takes one step on the molecules ``index``, or skips it if loss or gradient are not finite."""
+    if run.device_steps is not None:
+        return start_step(run, run.device_steps, index)
     config, alone = run.config, run.ranks.world == 1
     generator = run.generator(run.step)
     batch = run.data.batch(index)
@@ -162,7 +168,7 @@ def train_step(run: Run, index: np.ndarray) -> None:
         finite, loss, value = False, torch.tensor(math.nan), torch.tensor(math.nan)
     run.whole = False
     norm = run.clip(run.parameters) if finite or not alone else math.nan
-    if math.isfinite(norm) and (finite or not alone):  # the norm is the same on all ranks, the loss not
+    if math.isfinite(norm) and (finite or not alone):  # the norm is the same on all ranks, the loss is not
         run.optimizer.step()
         for average in run.averages:
             average.update_parameters(run.model)
@@ -174,8 +180,28 @@ def train_step(run: Run, index: np.ndarray) -> None:
     run.whole = True
 
 
+def start_step(run: Run, steps: StepsElsewhere, index: np.ndarray) -> None:
+    """Starts one step on the device."""
+    run.whole = False
+    steps(run, index)
+    run.step += 1
+    run.whole = True
+    if steps.full:
+        settle(run)
+
+
+def settle(run: Run) -> None:
+    """Reads what came of the steps that were started on the device."""
+    for row in run.device_steps.read(run) if run.device_steps is not None else ():
+        if math.isfinite(row[-1]):
+            run.consecutive_skips = 0
+            run.window.append(row)
+        else:
+            skip(run)
+
+
 def backward(loss: Tensor) -> None:
-    """Back-propagates; the adjoint solves an ODE there, and torchdiffeq asserts where it cannot."""
+    """Back-propagates; the adjoint solves another ODE here, and torchdiffeq raises an AssertionError if it fails."""
     try:
         loss.backward()
     except AssertionError as error:
@@ -199,20 +225,25 @@ def skip(run: Run) -> None:
 
 
 def keep_books(run: Run, log: Log) -> None:
-    """Validates, writes a row and saves where the last step makes that due; the last of all are those of the loop."""
+    """Validates, writes a row and saves if that is due after the latest step; at the very end, the loop does so."""
     if run.ended:
         return
     config = run.config
-    found = validate(run) if run.step % steps_between_validations(run) == 0 else None
-    if run.step % config.log_every == 0 or found:
+    validates, writes, saves = (
+        run.step % every == 0 for every in (steps_between_validations(run), config.log_every, config.checkpoint_every)
+    )
+    if validates or writes or saves:
+        settle(run)
+    found = validate(run) if validates else None
+    if writes or validates:
         write_row(run, log, found)
     run.noted = run.step
-    if run.step % config.checkpoint_every == 0 or found:  # no best weights without a state to resume
+    if saves or validates:  # best weights never come without a state to resume
         save_state(run)
 
 
 def write_row(run: Run, log: Log, found: Validation | None) -> None:
-    """Writes means since the last row, and the learning rate of the last step, to the log."""
+    """Writes the means since the last row, and the learning rate of the latest step, to the log."""
     rows = np.array(run.window) if run.window else np.full((1, 3), math.nan)
     loss, value, norm = rows.mean(axis=0)
     speed = run.step * run.config.batch_size * run.ranks.world / max(run.elapsed, 1e-9)
@@ -224,13 +255,13 @@ def write_row(run: Run, log: Log, found: Validation | None) -> None:
 
 
 def out_of_time(run: Run, seconds: float) -> bool:
-    """Whether the time limit is over in any process, so that all stop together."""
+    """Whether the time is over in any process, so that all of them stop together."""
     limit = run.config.time_limit
     return limit is not None and run.ranks.any(seconds > 3600 * limit, run.device)
 
 
 def finish(run: Run) -> ENF:
-    """Writes the last weights and returns the best, the same in every process."""
+    """Writes the last weights, and returns the flow with the best, the same in every process."""
     run.ranks.wait()
     model = run.averages[0].module.eval()
     if run.ranks.main and run.out:

@@ -16,7 +16,7 @@ from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, subspace_dim
 
 TIMES = ("power", "beta")
-# How often a molecule keeps none of its conditions, none or a single one, and each of several.
+# Probabilities that a molecule keeps none of its conditions, at most one, and each of them otherwise.
 KEEP_NONE, KEEP_ONE, KEEP_EACH = 0.1, 0.5, 0.7
 
 
@@ -28,14 +28,14 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """Anything that turns a model and a batch into a loss, with its randomness as an argument."""
+    """A function of model and batch that returns a loss; its randomness is an argument."""
 
     def __call__(self, model: ENF, batch: Batch, generator: torch.Generator | None = None) -> Loss:
-        """Returns the loss of one batch; ``generator`` is on the CPU."""
+        """Returns the loss of one batch; ``generator`` lives on the CPU."""
 
 
 def _normal(like: Tensor, *shape: int, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise by a generator of its own (of the CPU, so that every device sees the same), or by the device's."""
+    """Gaussian noise from ``generator`` (of the CPU, so that all devices see the same), or from that of the device."""
     device = like.device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, dtype=torch.float32, device=device).to(like)
 
@@ -47,13 +47,13 @@ def _uniform(like: Tensor, size: int, generator: torch.Generator | None) -> Tens
 
 
 def drop_conditions(batch: Batch, generator: torch.Generator | None = None) -> Batch:
-    """Returns a batch in which some conditions of each molecule are unknown, so that a flow learns to do without.
+    """Returns a batch in which some conditions of each molecule are unknown, so that a flow learns to do without them.
 
-    A molecule keeps none with probability 0.1, one alone with 0.4, else each with probability 0.7.
+    A molecule keeps none with probability 0.1, exactly one with 0.4; otherwise each is kept with probability 0.7.
 
     Args:
-        batch: Molecules; without conditions it is returned as it is, and nothing is drawn.
-        generator: Of the choice.
+        batch: Molecules; a batch without conditions is returned unchanged, and nothing is drawn.
+        generator: The source of randomness.
     """
     if batch.conditions is None:
         return batch
@@ -72,13 +72,13 @@ class FlowMatching:
 
     x_t = (1 − t) x + t z,  loss = E ‖φ(x_t, t) − (z − x)‖² / D
 
-    for positions and lifted features together; z is the base distribution, D = (M − 1) n + M F the dimensions.
+    for positions and lifted features together; z is drawn from the base distribution, and D = (M − 1) n + M F.
 
     Args:
-        times: How t is drawn from a uniform u: "power" for t = u^p, dense at the data alone, or "beta" for
+        times: How t is drawn from a uniform u: "power" for t = u^p, which is dense near the data only, or "beta" for
             t = 1 − u^(1/p), the distribution Beta(1, p), whose density falls like (1 − t)^(p − 1). The loss is not
             reweighted.
-        time_power: p; above 1 draws more times near the data.
+        time_power: p; values above 1 draw more times near the data.
         feature_weight: Weight of the features' squared error.
 
     Raises:
@@ -94,7 +94,7 @@ class FlowMatching:
             raise ValueError(f"times {self.times!r} is unknown; choose one of {', '.join(TIMES)}")
 
     def draw_times(self, uniform: Tensor) -> Tensor:
-        """Turns uniform numbers into times.
+        """Transforms uniform random numbers into times.
 
         Example:
             >>> FlowMatching("beta", 2.0).draw_times(torch.tensor([0.0, 0.25, 1.0]))
@@ -103,7 +103,7 @@ class FlowMatching:
         return uniform**self.time_power if self.times == "power" else 1.0 - uniform ** (1.0 / self.time_power)
 
     def coupled(self, x: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-        """Returns the noise that goes with the data, as it was drawn; another coupling may choose it by the data.
+        """Returns the noise that is paired with the data: as drawn, unless a subclass couples them in another way.
 
         Args:
             x: Data, centred, shape (B, M, n).
@@ -140,12 +140,13 @@ class FlowMatching:
 class NegativeLogLikelihood:
     """Maximum likelihood through the ODE, as in the paper, with the regulariser of Finlay et al. (2020).
 
-    loss = E[−log p] + λ E[∫ ‖f‖² dt + ∫ ‖vᵀ J‖² dt],  one Hutchinson probe v for each solve.
+    loss = E[−log p] + λ E[∫ ‖f‖² dt + ∫ ‖vᵀ J‖² dt],  with one Hutchinson probe v for each solve.
 
     Args:
-        solver: How to integrate; the paper uses dopri5 at 1e-4.
+        solver: The solver; the paper uses dopri5 with a tolerance of 1e-4.
         regularisation: λ.
-        adjoint: Constant-memory adjoint, as in the paper, instead of back-propagation through the solver.
+        adjoint: Whether to use the adjoint method, as in the paper, whose memory is constant, instead of
+            back-propagation through the solver.
         probe: "rademacher" or "gaussian".
     """
 

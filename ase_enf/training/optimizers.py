@@ -1,4 +1,4 @@
-"""What turns gradients into steps: AdamW or Muon, their learning rate, clipping, and the average of the weights."""
+"""From gradients to steps: AdamW or Muon, their learning rate, clipping, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 OPTIMIZERS = ("auto", "muon", "adamw")
 SCHEDULES = ("cosine", "constant")
 GRADIENT_HISTORY = 50
-# First and last maps ("weight" is all that kernel dynamics has): their rows or columns are single features.
+# First and last maps, whose rows or columns are single features; "weight" is the only parameter of kernel dynamics.
 OUTER = ("embed", "out", "weight")
 
 
@@ -23,7 +23,7 @@ class Optimizers:
     """Several optimizers, each for its own parameters, that step together and share one schedule.
 
     Args:
-        members: Optimizers; the learning rate each was made with is its peak.
+        members: Optimizers; the learning rate that each was made with is its peak.
     """
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
@@ -37,7 +37,7 @@ class Optimizers:
                 group["lr"] = fraction * peak
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Clears the gradients."""
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
@@ -51,9 +51,9 @@ class Optimizers:
         return [member.state_dict() for member in self.members]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned, or the state of one optimizer, as older runs have it.
+        """Restores what :meth:`state_dict` returned, or the state of a single optimizer, as older runs have it.
 
-        Weight decays stay as they were built: a run may go on with another.
+        Weight decays stay as they were built: a resumed run may have another one.
         """
         states = [states] if isinstance(states, dict) else states
         for member, state in zip(self.members, states, strict=True):
@@ -64,7 +64,7 @@ class Optimizers:
 
 
 def resolve_optimizer(name: str, objective: str) -> str:
-    """Returns "muon" or "adamw"; "auto" is muon for flow matching, where torch has it, and the paper's for nll.
+    """Returns "muon" or "adamw"; "auto" is muon for flow matching, where torch has it, else adamw, as in the paper.
 
     Raises:
         ValueError: For "muon" where torch does not have it.
@@ -87,20 +87,20 @@ def build_optimizers(
     weight_decay: float = 0.0,
     amsgrad: bool = False,
 ) -> Optimizers:
-    """Builds "adamw", or "muon": that for the hidden matrices of ``network``, AdamW for all other ``parameters``.
+    """Builds "adamw", or "muon": Muon for the hidden matrices of ``network`` and AdamW for all other ``parameters``.
 
     Muon (Jordan et al. 2024) steps along the orthogonal polar factor U Vᵀ of the momentum G = U S Vᵀ, so that all
-    directions of a layer learn at one pace; scaled by 0.2 √max(rows, columns), its steps have the root mean square
+    directions of a layer learn at the same pace; scaled by 0.2 √max(rows, columns), its steps have the root mean square
     0.2 · ``matrix_rate`` (Liu et al. 2025).
 
     Args:
         network: The network of the dynamics.
-        parameters: All that is trained.
+        parameters: All trained parameters.
         name: "muon" or "adamw".
         rate: Peak learning rate of AdamW.
         matrix_rate: Peak learning rate of Muon.
-        matrix_decay: Decoupled weight decay of Muon, which bounds the matrices where nothing else does.
-        weight_decay: That of AdamW.
+        matrix_decay: Decoupled weight decay of Muon; nothing else bounds the matrices.
+        weight_decay: Weight decay of AdamW.
         amsgrad: Whether AdamW keeps the maximum of its second moments.
 
     Example:
@@ -123,7 +123,7 @@ def build_optimizers(
 
 
 def hidden_matrices(network: nn.Module) -> list[Tensor]:
-    """Returns the trained matrices between hidden features, which are neither vectors nor the first or last map."""
+    """Returns the trained matrices between hidden features: neither vectors nor the first or last maps."""
     return [
         parameter
         for name, parameter in network.named_parameters()
@@ -135,13 +135,13 @@ def hidden_matrices(network: nn.Module) -> list[Tensor]:
 
 
 def schedule(step: int, total: float, warmup: int, cool_down: float = 1.0) -> float:
-    """Part of the peak learning rate: linear warm-up, a plateau, then half a cosine to zero.
+    """Fraction of the peak learning rate: linear warm-up, a plateau, then half a cosine down to zero.
 
     Args:
-        step: Steps done before this one.
-        total: Steps in all, at which the rate is zero; infinite for a rate that stays constant.
+        step: Number of steps before this one.
+        total: Total number of steps, after which the rate is zero; infinite for a constant rate.
         warmup: Steps of the warm-up.
-        cool_down: Part of the steps after the warm-up over which the rate falls.
+        cool_down: Fraction of the steps after the warm-up over which the rate falls.
 
     Example:
         >>> [round(schedule(step, 110, 10), 3) for step in (0, 4, 9, 60, 110)]
@@ -161,26 +161,26 @@ def schedule(step: int, total: float, warmup: int, cool_down: float = 1.0) -> fl
 
 
 class Clipper:
-    """Clips gradients at 1.5 · mean + 2 · std of the recent norms, and recognises non-finite ones.
+    """Clips gradients at 1.5 · mean + 2 · std of the recent norms.
 
     Args:
-        norms: Recent norms, to resume.
+        norms: Recent norms, of a run that is resumed.
     """
 
     def __init__(self, norms: Sequence[float] = ()) -> None:
         self.norms: deque[float] = deque(norms, maxlen=GRADIENT_HISTORY)
 
     def __call__(self, parameters: Sequence[Tensor]) -> float:
-        """Clips in place and returns the norm before; a non-finite norm leaves the history alone."""
+        """Clips in place and returns the norm before clipping; a non-finite norm does not enter the history."""
         limit = 1.5 * float(np.mean(self.norms)) + 2.0 * float(np.std(self.norms)) if self.norms else math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit if math.isfinite(limit) else 1e9))
-        if math.isfinite(norm) and norm > 0:  # a history of zeros would clip everything to zero
+        if math.isfinite(norm) and norm > 0:  # norms of zero would clip everything to zero
             self.norms.append(min(norm, limit))
         return norm
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Returns an exponential moving average of the weights, with a shorter memory in the first steps.
+    """Returns an exponential moving average of the weights, with a shorter memory during the first steps.
 
     w̄ ← d w̄ + (1 − d) w,   d = min(``decay``, (1 + k) / (10 + k)) after k updates.
 

@@ -1,4 +1,4 @@
-"""A run: what is fixed from its beginning, and what a step changes."""
+"""A run: what stays fixed from its beginning, and what each step changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ase_enf.training.optimizers import Clipper, Optimizers, schedule
 
 
 class Step(nn.Module):
-    """Objective as a module, so that DistributedDataParallel sees one forward."""
+    """The objective as a module, so that DistributedDataParallel sees a single forward pass."""
 
     def __init__(self, model: ENF, objective: Objective) -> None:
         super().__init__()
@@ -38,34 +38,49 @@ class Step(nn.Module):
         return tuple(self.objective(self.model, batch, generator))
 
 
+class StepsElsewhere(Protocol):
+    """Takes the steps of a run in place of the loop, which learns later what came of them."""
+
+    def __call__(self, run: Run, index: np.ndarray) -> None:
+        """Starts a step with the molecules ``index``, and does not wait for it."""
+
+    @property
+    def full(self) -> bool:
+        """Whether :meth:`read` must come before the next step."""
+
+    def read(self, run: Run) -> list[list[float]]:
+        """Brings the run up to date, and returns loss, value and gradient norm of each step since the last time."""
+
+
 @dataclass(kw_only=True)
 class Run:
-    """A run; the fields from ``model`` on change with every step, and ``state.py`` saves them.
+    """A training run. ``state.py`` saves the fields that change with its steps.
 
     Args:
-        config: What and how, with what "auto" chose.
-        ranks: This process among others.
-        device: Where it computes.
-        source: What the data are, in words.
+        config: Settings, with every "auto" resolved.
+        ranks: This process among those of ``torchrun``.
+        device: Device of this process.
+        source: Description of the data.
         data: Training set.
         valid: Validation set.
         model: The flow.
-        objective: What is minimised.
+        objective: The loss that is minimised.
         stepper: Model and objective together.
         averages: Exponential moving averages of the model.
-        optimizer: What turns gradients into steps.
-        clip: Recent norms of the gradient.
-        step: Steps done.
-        noted: The step up to which log, validations and saves are complete.
-        whole: Whether weights, averages, optimizer and ``step`` agree; they do but inside a step.
-        skipped: Steps without an update, because loss or gradient were not finite.
-        consecutive_skips: Of these the last in a row.
+        optimizer: Takes the steps.
+        clip: Clips the gradients by their recent norms.
+        device_steps: Takes the steps on the device; by default the host takes them.
+        step: Number of steps done.
+        noted: The step up to which log, validation and saves are complete.
+        whole: Whether weights, averages, optimizer and ``step`` agree; False only within a step.
+        skipped: Number of steps without an update, because loss or gradient were not finite.
+        consecutive_skips: Number of such steps in a row, up to the latest.
         elapsed: Seconds of training.
-        window: Loss, value and norm of the steps since the last row of the log.
-        validated: Step of the last validation, and the NLL of each average then.
+        window: Loss, value and gradient norm of each step since the last row of the log.
+        validated: Step of the last validation, and the NLL of each average there.
         best: The best NLL.
-        best_weights: The averaged weights that had it.
-        best_provenance: How these were made.
+        best_weights: The averaged weights that reached it.
+        best_provenance: Their provenance.
     """
 
     config: TrainConfig
@@ -80,6 +95,7 @@ class Run:
     averages: tuple[AveragedModel, ...]
     optimizer: Optimizers
     clip: Clipper
+    device_steps: StepsElsewhere | None = None
     step: int = 0
     noted: int = 0
     whole: bool = True
@@ -99,7 +115,7 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @functools.cached_property
@@ -110,7 +126,7 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps in all, None for a run without an end."""
+        """Total number of steps, None for a run without an end."""
         endless = self.config.schedule == "constant"
         return self.config.steps or (None if endless else self.config.epochs * self.steps_per_epoch)
 
@@ -120,7 +136,7 @@ class Run:
         return self.total_steps is not None and self.step >= self.total_steps
 
     def rate(self, step: int) -> float:
-        """Returns the part of the peak learning rate in the step after ``step`` steps."""
+        """Returns the fraction of the peak learning rate in the step that follows ``step`` steps."""
         config = self.config
         total = math.inf if config.schedule == "constant" else self.total_steps
         return schedule(step, total, config.warmup, config.cool_down)
@@ -131,24 +147,28 @@ class Run:
         while True:
             epoch, done = divmod(self.step, per_epoch)
             plan = self.data.epoch_plan(config.batch_size, (config.seed, epoch))
-            if len(plan) >= world:  # with fewer batches than processes, all train on the same
+            if len(plan) >= world:  # with fewer batches than processes, all of them train on the same
                 plan = plan[rank : per_epoch * world : world]
             yield from plan[done:per_epoch]
 
     def generator(self, step: int, stream: int = 0) -> torch.Generator:
-        """Returns the randomness of one step; it depends on nothing else, so a resumed run draws the same.
+        """Returns the generator of one step; it depends on nothing else, so that a resumed run draws the same numbers.
 
         Args:
-            step: Steps before this one.
+            step: Number of steps before this one.
             stream: 0 for training, 1 for validation, which is the same in every process.
         """
+        return torch.Generator().manual_seed(self.seed_of(step, stream))
+
+    def seed_of(self, step: int, stream: int = 0) -> int:
+        """Returns the seed of :meth:`generator`."""
         word = np.random.SeedSequence((self.config.seed, step, 0 if stream else self.ranks.rank, stream))
-        return torch.Generator().manual_seed(int(word.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        return int(word.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def provenance(self, average: int, nll: float) -> dict[str, Any]:
-        """Returns how the present weights of an average were made, and the validation NLL of these, NaN for none."""
+        """Returns the provenance of the present weights of an average; ``nll`` is their validation NLL or NaN."""
         training = dataclasses.asdict(self.config)
-        del training["out"]  # weights are given to others, who need not know the folders of this machine
+        del training["out"]  # weights are shared, and need not tell the folders of this machine
         if training["init_from"]:
             training["init_from"] = Path(training["init_from"]).name
         return {

@@ -21,11 +21,11 @@ from ase_enf.training.optimizers import Clipper
 from ase_enf.training.run import Run
 from ase_enf.training.validation import NLL_RULE, validation_set
 
-# What the averages are called, the longer one second.
+# Names of the averages, the longer one second.
 AVERAGES = ("ema", "long_ema")
-# Sums over the same data differ by less between machines.
+# Relative difference; between machines, sums over the same data differ by less.
 SAME = 1e-9
-# What runs of earlier versions had without saying so.
+# Settings that runs of earlier versions had but did not record.
 EARLIER_SETTINGS = {
     "optimizer": "adamw", "init_from": None, "schedule": "cosine", "long_ema_decay": None,
     "parameterisation": "velocity", "times": "power",
@@ -62,13 +62,13 @@ def save_state(run: Run) -> None:
 
 
 def save_config(run: Run, **changes: Any) -> None:
-    """Writes the settings with which a run goes on: its own, but for the changes."""
+    """Writes the settings with which a run is to be resumed: its own, with the changes."""
     with atomic_write(run.out / CONFIG_FILE) as handle:
         handle.write(f"{json.dumps(dataclasses.asdict(run.config) | changes, indent=2)}\n".encode())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns the state of the run in a folder, checked, with its JSON decoded and its names those of today.
+    """Returns the state of the run in a folder, checked and decoded, with its settings under their present names.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -77,19 +77,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume there; start the run without resume")
-    content = io.BytesIO(path.read_bytes())  # an OSError from here on is the reader's, of what is in the file
+    content = io.BytesIO(path.read_bytes())  # so that an OSError below is about the content of the file
     try:
-        # Optimizers move what belongs on a GPU; their counters of steps belong on the CPU, wherever they were saved.
+        # Optimizers move their tensors to the GPU themselves, except step counters, which belong on the CPU.
         state = dict(torch.load(content, map_location="cpu", weights_only=True))
         for name in ("config", "model_config", "best_provenance"):
             state[name] = dict(json.loads(state[name]))
         state["config"] = migrated(state["config"])
-        path = "linear" if state["config"].get("objective") == "flow_matching" else None  # older states do not say it
+        path = "linear" if state["config"].get("objective") == "flow_matching" else None  # older states lack it
         state["model_config"] = ENFConfig(**{"path": path} | state["model_config"])
-        # Earlier versions did not say; they saved at their end after the validation, with few exceptions.
+        # Earlier versions did not record these; with few exceptions they validated before their last save.
         state = {"noted": state["step"], "validated": [state["step"], math.nan]} | state
         whole = all(name in state and holds(state[name]) for name, holds in _KINDS.items())
-    except Exception:  # whatever the unpickler stumbles over; torch's own advice is to load it unsafely
+    except Exception:  # anything that the unpickler may raise; its own message would advise to load the file unsafely
         whole = False
     if not whole:
         raise damaged(folder)
@@ -105,10 +105,10 @@ def damaged(folder: Path) -> ValueError:
 
 
 def resumed_config(config: TrainConfig, state: Mapping[str, Any], world: int) -> TrainConfig:
-    """Returns the settings with which a run goes on: those asked for, where they are those of the run.
+    """Returns the settings with which a run is resumed: the given ones, checked against its own.
 
     Raises:
-        ValueError: If a setting differs that decides which numbers come next.
+        ValueError: If a setting that decides which numbers come next differs.
     """
     before = EARLIER_SETTINGS | state["config"]
     config = dataclasses.replace(config, init_from=before["init_from"])
@@ -130,7 +130,7 @@ def resumed_config(config: TrainConfig, state: Mapping[str, Any], world: int) ->
 
 
 def restore(run: Run, state: Mapping[str, Any]) -> None:
-    """Puts a run where its state was saved.
+    """Sets a run to its saved state.
 
     Raises:
         ValueError: If the state does not fit together, or has more steps than the run is to have.
@@ -142,7 +142,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         )
     try:
         if state["best_weights"] is not None:
-            run.model.load_state_dict(state["best_weights"])  # whether they fit
+            run.model.load_state_dict(state["best_weights"])  # checks that they fit
         run.model.load_state_dict(state["model"])
         for name, average in zip(AVERAGES, run.averages, strict=False):
             average.load_state_dict(state[name])
@@ -157,12 +157,12 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         setattr(run, name, state[name])
     scored = validation_set(run)
     if state.get("nll_rule") != NLL_RULE or not agree(tuple(state.get("validation_set", scored)), tuple(scored)):
-        # The best of then has another measure: the next validation starts anew.
+        # The best value so far was measured in another way, so that the next validation starts anew.
         run.best, run.validated = math.inf, (run.step, *(math.nan for _ in run.averages))
 
 
 def agree(a: Any, b: Any) -> bool:
-    """Whether two configurations say the same, but for the last digits of what is summed.
+    """Whether two configurations are equal, up to the last digits of sums.
 
     Example:
         >>> agree({"scale": 1.0}, {"scale": 1.0 + 1e-12}), agree((1, 2.0), (1, 2.1))
@@ -187,7 +187,7 @@ def _tensors(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values())
 
 
-# What a state must have; Python's own kinds, as torch's safe unpickler gives them.
+# What a state must contain, and the types of its entries.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: bool(value),
     "model_config": lambda value: True,

@@ -1,4 +1,4 @@
-"""Validation: the likelihood of the same molecules by the averaged weights, with the same noise every time."""
+"""Validation: the likelihood that the averaged weights give to the same molecules, with the same noise every time."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ase_enf.flow.model import ENF
 from ase_enf.training.folder import BEST_FILE
 from ase_enf.training.run import Run
 
-# How validation likelihoods are integrated; values of different rules, or sets, are not compared.
+# Name of the rule by which validation likelihoods are integrated; values of different rules are not compared.
 NLL_RULE = "nodes of scores"
-# A molecule's likelihood takes as long as flow matching on so many molecules (measured on QM9, one thread).
+# The likelihood of one molecule takes as long as flow matching on this many (measured on QM9, one thread).
 VALIDATION_COST = 110
-VALIDATION_SHARE = 0.2  # of the time of training
+VALIDATION_SHARE = 0.2  # largest ratio of the time of validations to that of training
 
 
 class Validation(NamedTuple):
-    """What a validation found; NaN where the flow is too stiff to be integrated at the moment."""
+    """The result of a validation; NaN while the flow is too stiff to be integrated."""
 
     loss: float  # of the objective
     nll: float  # nats a molecule
 
 
 def validate(run: Run) -> Validation:
-    """Scores the averages of the weights, and keeps the better one when it is the best so far.
+    """Scores the averaged weights, and keeps the better average if it is the best so far.
 
-    All processes take part, each with its share of the batches, and find the same.
+    All processes take part, each with its share of the batches, and get the same result.
 
     Returns:
-        What the better average has.
+        The result of the better average.
     """
     models = [average.module.eval() for average in run.averages]
     every = [score_validation_set(run, model) for model in models]
@@ -56,9 +56,9 @@ def validate(run: Run) -> Validation:
 
 
 def score_validation_set(run: Run, model: ENF) -> Validation:
-    """Returns loss and NLL of one set of weights on the molecules that are scored, in order of size.
+    """Returns loss and NLL of one set of weights on the molecules that validation scores, in order of size.
 
-    A batch draws the same noise in whichever process it is, so that the numbers are those of a single process.
+    The noise of a batch does not depend on its process, so that the numbers are those of a single process.
     """
     config, valid, ranks = run.config, run.valid, run.ranks
     index = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(valid))[: config.validation_size])
@@ -73,7 +73,7 @@ def score_validation_set(run: Run, model: ENF) -> Validation:
                 loss = float(run.objective(model, batch, generator).value) * len(batch.mask)
             nll = float(validation_nll(model, batch, generator).double().sum())
             sums[k] = torch.tensor([loss, nll], dtype=torch.float64)
-        except SolverError:  # too stiff at the moment, which training may mend
+        except SolverError:  # too stiff at present; further training may change that
             sums[k] = math.nan
     loss, nll = (ranks.total(sums, run.device).sum(dim=0) / len(index)).tolist()
     return Validation(loss, nll)
@@ -82,28 +82,29 @@ def score_validation_set(run: Run, model: ENF) -> Validation:
 def validation_nll(model: ENF, batch: Batch, generator: torch.Generator) -> Tensor:
     """Negative log-likelihood with one draw of q and one probe, nats, shape (B,); the same noise every time.
 
-    On the nodes of scores, unrefined: a cheaper rule was wrong by more than what one set of weights gains on another.
+    Quadrature uses the nodes of ``score``, without refinement: cheaper rules err by more than sets of weights differ.
     """
     shape = (*batch.mask.shape, model.config.flow_features)
     noise = torch.randn(shape, generator=generator).to(batch.positions)
     probes = divergence.draw_probes(batch.positions, noise, 1, generator)
     trace = functools.partial(divergence.hutchinson, probes=probes)
     result = model.log_prob(batch, noise, trace, model.likelihood_solver, estimate_path_error=False)
-    # A size that training has not seen counts as seen once: at −inf no set of weights would be better than another.
+    # A size that training has not seen counts as seen once: with −inf, all sets of weights would be equally bad.
     floor = -math.log(1 + sum(model.config.sizes.values()))
     return -(result.log_density + result.log_size.clamp(min=floor)).cpu()
 
 
 def steps_between_validations(run: Run) -> int:
-    """Returns after how many steps the weights are validated again."""
+    """Returns the number of steps between two validations."""
     config = run.config
     if config.validate_every or config.objective != "flow_matching":
         return config.validate_every or run.steps_per_epoch
-    worth = VALIDATION_COST * min(config.validation_size, len(run.valid))  # molecules to train on
+    # Molecules of flow matching that take the same time.
+    worth = VALIDATION_COST * min(config.validation_size, len(run.valid))
     return max(run.steps_per_epoch, math.ceil(worth / config.batch_size / VALIDATION_SHARE))
 
 
 def validation_set(run: Run) -> list[float]:
-    """Returns what tells validation sets apart: molecules, those that are scored, Σ‖x‖²."""
+    """Returns numbers that identify a validation set: its molecules, those that are scored, and Σ‖x‖²."""
     squares = float(np.square(run.valid.positions.double().numpy()).sum())
     return [len(run.valid), min(run.config.validation_size, len(run.valid)), squares]

@@ -10,15 +10,15 @@ name               particles                 energy in kT
 =================  ========================  =============================================================
 
 Factor 1 is the convention of Köhler, Klein and Noé, ICML 2020, and of the E(n) flows paper; factor 2 is that of Klein
-and Noé 2023, who sum over ordered pairs. Their entropies lie 23 nats apart: they are two systems, not two qualities.
-LJ55 is a system of Klein and Noé and is used with factor 2 only.
+and Noé 2023, who sum over ordered pairs. The two are different systems, whose entropies are 23 nats apart. LJ55 is a
+system of Klein and Noé and is used with factor 2 only.
 
-Units are reduced: lengths in r_m, energies in kT = 1. ASE reads the numbers as Å and eV, so the temperature at
-which the densities ``exp(−U)`` hold is 1 eV / k_B = 11604.5 K.
+Units are reduced: lengths in r_m, energies in kT = 1. ASE takes the numbers for Å and eV, so that ``exp(−U)`` is the
+density at 1 eV / k_B = 11604.5 K.
 
 On the zero-mean subspace, in nats (``dw4`` by ``quadrature``, the others by ``ase_enf.data.mcmc.free_energy`` with
-5000 and 4000 sweeps of 64 ladders, LJ55 with fewer); the entropy is the lowest negative log-likelihood that a model
-can reach:
+5000 and 4000 sweeps of 64 ladders, LJ55 with fewer); the entropy is the lowest mean negative log-likelihood that a
+model can reach:
 
 =================  ================  ================  ================
 name               <U>               ln Z              entropy
@@ -29,9 +29,10 @@ name               <U>               ln Z              entropy
 ``lj55-factor2``   −325.25 ± 0.22    383.86 ± 0.09     58.61 ± 0.25
 =================  ================  ================  ================
 
-``lj55-factor2`` is of 1500 sweeps of 8 ladders from hot starts, nine minutes of a core; thermodynamic integration of
-the same run has ln Z = 383.82 ± 0.09. 64 chains that began in the icosahedron and melted (``of_liquid`` in the
-benchmarks) have <U> = −325.58 ± 0.13, and <x·∇U> = 162.2 ± 0.4 where equipartition asks for 162.
+The values of ``lj55-factor2`` come from 1500 sweeps of 8 ladders with hot starts, nine minutes on one core;
+thermodynamic integration of the same run gives ln Z = 383.82 ± 0.09. 64 chains that started from the icosahedron and
+melted (``of_liquid`` in the benchmarks) give <U> = −325.58 ± 0.13, and <x·∇U> = 162.2 ± 0.4, where equipartition
+requires 162.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class _ParticleCalculator(Calculator):
         except DataError as error:
             raise CalculatorSetupError(str(error)) from None
 
-    batch_energies = energies  # what ase_enf.reweight asks for
+    batch_energies = energies  # the method that ase_enf.reweight calls
 
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
@@ -57,8 +57,8 @@ class DW4(_ParticleCalculator):
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
     Raises:
-        CalculatorSetupError: For any parameter: it has none, ``System`` and ``DoubleWell`` make other wells; on
-            calculation, for another number of atoms, periodic cells or two atoms in one place.
+        CalculatorSetupError: For any parameter, as it has none (``System`` and ``DoubleWell`` make other wells); on
+            calculation, for another number of atoms, periodic cells or coinciding atoms.
 
     Example:
         >>> atoms = Atoms("X4", [(0, 0, 0), (4, 0, 0), (4, 4, 0), (0, 4, 0)], calculator=DW4())
@@ -79,7 +79,7 @@ class DW4(_ParticleCalculator):
 
 
 class _LennardJones(_ParticleCalculator):
-    """Lennard-Jones particles whose pair energy has a factor."""
+    """Lennard-Jones particles with a factor on the pair energy."""
 
     n_atoms: int
 
@@ -104,11 +104,12 @@ class LJ13(_LennardJones):
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
     Args:
-        factor: Of the pair energy; 1 is the convention of Köhler et al. 2020 and the paper, 2 that of Klein and Noé.
+        factor: Factor of the pair energy; 1 is the convention of Köhler et al. 2020 and of the paper, 2 that of Klein
+            and Noé.
 
     Raises:
         CalculatorSetupError: For a factor that is not positive; on calculation, for another number of atoms, periodic
-            cells or two atoms in one place.
+            cells or coinciding atoms.
 
     Example:
         >>> from ase.cluster import Icosahedron
@@ -129,7 +130,7 @@ class LJ55(_LennardJones):
     Energies in kT = 1, which ASE takes for eV: simulate at 1 / ase.units.kB = 11604.5 K.
 
     Args:
-        factor: Of the pair energy; 2 is the convention of Klein and Noé 2023, who introduced the system.
+        factor: Factor of the pair energy; 2 is the convention of Klein and Noé 2023, who introduced the system.
 
     Raises:
         CalculatorSetupError: As ``LJ13``.

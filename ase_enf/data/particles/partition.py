@@ -11,8 +11,8 @@ from ase_enf.data import DataError
 from ase_enf.data.particles.system import Array, System
 from ase_enf.data.particles.systems import resolve
 
-_VANISHED = 1e-15  # of exp(−v), at the border of a quadrature
-_WALL = 1e3  # kT; no exp(−v) is left
+_VANISHED = 1e-15  # exp(−v) at the border of a quadrature, relative to its maximum
+_WALL = 1e3  # kT; exp(−v) is zero here
 
 
 class Quadrature(NamedTuple):
@@ -24,26 +24,26 @@ class Quadrature(NamedTuple):
 
 
 def quadrature(system: System | str = "dw4", extent: float = 8.0, spacing: float = 0.15) -> Quadrature:
-    """Partition function of four particles in two dimensions without sampling, to rounding for DW4.
+    """Partition function of four particles in two dimensions without sampling, exact to rounding for DW4.
 
     With f_d(x) = exp(−v(|x|) − v(|x − d e_x|)) and K = exp(−v), in the coordinates relative to particle 1,
 
         Z = ¼ ∫ 2π d K(d) ∬ f_d(x) K(|x − y|) f_d(y) dx dy dd,
 
-    where ¼ = M^(−n/2) is the volume element of the zero-mean subspace in these. The double integral is a convolution,
-    by FFT: on integrands that are smooth and vanish at the borders sums over a grid converge exponentially, as does
-    Gauss-Legendre for d.
+    where ¼ = M^(−n/2) is the volume element of the zero-mean subspace in these coordinates. The double integral is a
+    convolution, computed by FFT: for integrands that are smooth and vanish at the borders, sums over a grid converge
+    exponentially, as does Gauss-Legendre for d.
 
     Args:
         system: Four particles in two dimensions without a trap.
-        extent: Distance from which on exp(−v) vanishes.
-        spacing: Of the grid of x and y, a small part of the width of exp(−v).
+        extent: Distance beyond which exp(−v) vanishes.
+        spacing: Spacing of the grid of x and y, a small fraction of the width of exp(−v).
 
     Returns:
         ln Z, <U> and the differential entropy on the zero-mean subspace.
 
     Raises:
-        DataError: The system is another, a number is not positive, or exp(−v) has not vanished at ``extent``.
+        DataError: If the system is of another kind, a number not positive, or exp(−v) has not vanished at ``extent``.
 
     Example:
         >>> round(quadrature("dw4").entropy, 6)
@@ -64,7 +64,7 @@ def quadrature(system: System | str = "dw4", extent: float = 8.0, spacing: float
     if (left := float(np.exp(pair(d * d).min() - pair(d[-1:] ** 2)[0]))) > _VANISHED:
         raise DataError(f"{system.name}: exp(−v) at {extent} is {left:.0e} of its maximum; use a larger extent")
 
-    half = round(1.5 * extent / spacing)  # of the period: 3 extents, so that no pair meets its image
+    half = round(1.5 * extent / spacing)  # half the period, which is 3 extents, so that no pair meets its image
     axis = np.arange(-half, half) * spacing
     x, y = axis[:, None], axis[None, :]
     v = np.minimum(pair(np.fft.ifftshift(x * x + y * y)), _WALL)  # v exp(−v) of a wall is 0

@@ -14,7 +14,7 @@ from ase_enf.data import DataError
 
 Array = NDArray[np.float64]
 
-_BLOCK = 128  # configurations at a time, so that what is computed of their pairs stays in the cache
+_BLOCK = 128  # configurations at a time, so that the arrays of their pairs stay in the cache
 
 
 class Energies(NamedTuple):
@@ -31,15 +31,15 @@ class System:
     U does not change when all particles move together; its density ``exp(−U)`` lives on the zero-mean subspace.
 
     Args:
-        name: What files and messages call it.
-        n_atoms: M.
-        dimension: n.
-        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length². It takes tensors, too, if it
-            uses arithmetic only.
+        name: Its name in files and messages.
+        n_atoms: Number M of particles.
+        dimension: Dimension n of space.
+        pair: Squared distances → v and v'(d)/d, of the same shape, kT and kT / length². If it uses arithmetic only, it
+            takes tensors as well.
         trap: k, kT / length².
-        reference: Constant of the harmonic energy that sampling and free energies start from, kT / length².
-        power: Of the path between them, λ = u^power. With 4 the integrand <∂U/∂λ> dλ/du of d⁻¹² in three dimensions
-            stays finite at u = 0, because <∂U/∂λ> grows as λ^(3/12 − 1).
+        reference: Force constant of the harmonic system that sampling and free energies start from, kT / length².
+        power: Power of the path between them, λ = u^power. With 4 the integrand <∂U/∂λ> dλ/du of d⁻¹² in three
+            dimensions stays finite at u = 0, because <∂U/∂λ> grows as λ^(3/12 − 1).
         rungs: Number of steps of that path.
 
     Example:
@@ -63,7 +63,7 @@ class System:
         return (self.n_atoms - 1) * self.dimension
 
     @cached_property
-    def _differences(self) -> Array:  # (pairs, M), ±1: a matrix product is the fastest gather and scatter
+    def _differences(self) -> Array:  # (pairs, M), ±1: a matrix product is the fastest way to gather and scatter
         first, second = np.triu_indices(self.n_atoms, 1)
         rows = np.arange(len(first))
         matrix = np.zeros((len(first), self.n_atoms))
@@ -77,10 +77,10 @@ class System:
             positions: Shape (B, M, n).
 
         Returns:
-            Shapes (B,) and (B, M, n). Where two particles coincide, values that do not exist are inf or nan.
+            Shapes (B,) and (B, M, n). If two particles coincide, undefined values are inf or nan.
 
         Raises:
-            DataError: The shape is another.
+            DataError: If the shape is not (B, M, n).
 
         Example:
             >>> from ase_enf.data.particles import resolve
@@ -91,7 +91,7 @@ class System:
         return Energies(energy, -gradient.transpose(2, 0, 1))
 
     def energy(self, positions: Any) -> Any:
-        """Energies of many configurations: an array of arrays, a tensor that can be differentiated of tensors.
+        """Energies of many configurations: an array for an array, a differentiable tensor for a tensor.
 
         Args:
             positions: Array or torch tensor of any float dtype and device, shape (B, M, n).
@@ -100,7 +100,7 @@ class System:
             U, kT, shape (B,), of the same kind.
 
         Raises:
-            DataError: The shape is another.
+            DataError: If the shape is not (B, M, n).
 
         Example:
             >>> from ase_enf.data.particles import resolve
@@ -120,10 +120,10 @@ class System:
         return total + 0.5 * self.trap * (centred * centred).sum(-1).sum(-1)
 
     def checked(self, positions: ArrayLike) -> Array:
-        """Returns positions as float64 if they have the shape (B, M, n).
+        """Returns positions as float64, after checking that their shape is (B, M, n).
 
         Raises:
-            DataError: They have another.
+            DataError: If their shape is not (B, M, n).
         """
         positions = np.asarray(positions, dtype=np.float64)
         self._check(positions.shape)

@@ -1,4 +1,4 @@
-"""The systems of the field by their names, wells and Lennard-Jones particles, and configurations as ``Atoms``."""
+"""The systems by name, with their double-well and Lennard-Jones energies, and configurations as ``Atoms``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DoubleWell:
 
     def __call__(self, r2: Array) -> tuple[Array, Array]:
         """Returns v and v'(d)/d at squared distances."""
-        d = r2**0.5  # also of a tensor
+        d = r2**0.5  # also for tensors
         y = d - self.d0
         y2 = y * y
         return y2 * (self.b + self.c * y2), y * (2 * self.b + 4 * self.c * y2) / d
@@ -63,9 +63,9 @@ def lennard_jones(factor: float = 1.0, n_atoms: int = 13, name: str | None = Non
     """Lennard-Jones particles in the harmonic trap of LJ13 and LJ55.
 
     Args:
-        factor: Multiplies the pair energy, not the trap.
-        n_atoms: M.
-        name: ``lj13``, ``lj13-factor2``, ... by default.
+        factor: Factor of the pair energy, but not of the trap.
+        n_atoms: Number M of particles.
+        name: Its name; by default ``lj13``, ``lj13-factor2`` and so on.
 
     Returns:
         The system, in three dimensions.
@@ -82,7 +82,7 @@ def lennard_jones(factor: float = 1.0, n_atoms: int = 13, name: str | None = Non
     if not (n_atoms >= 2 and n_atoms == int(n_atoms)):
         raise DataError(f"n_atoms={n_atoms}: must be a whole number, at least 2")
     name = name or f"lj{n_atoms}" + ("" if factor == 1 else f"-factor{factor:g}")
-    # The colder and the larger, the more: with these, neighbours of LJ55 still exchange at a rate of a third.
+    # Colder and larger systems need more; with these, neighbours of LJ55 still exchange at a rate of a third.
     rungs = max(8, round((0.7 + 0.35 * factor) * 13 * (n_atoms / 13) ** (2 / 3)))
     return System(name, n_atoms, 3, LennardJonesPair(factor), trap=1.0, reference=1.0, power=4, rungs=rungs)
 
@@ -100,7 +100,7 @@ def resolve(system: System | str) -> System:
     """Returns the system of a name.
 
     Raises:
-        DataError: There is none.
+        DataError: If there is no such system.
 
     Example:
         >>> resolve("lj13").degrees_of_freedom
@@ -114,17 +114,17 @@ def resolve(system: System | str) -> System:
 
 
 def to_atoms(system: System | str, positions: ArrayLike) -> list[Atoms]:
-    """Turns configurations into ``Atoms``: ``X4`` in the xy plane for DW4, ``X13`` for LJ13, ``X55`` for LJ55.
+    """Returns configurations as ``Atoms``: ``X4`` in the xy plane for DW4, ``X13`` for LJ13, ``X55`` for LJ55.
 
     Args:
         system: A system or its name.
         positions: Shape (B, M, n).
 
     Returns:
-        B structures; give them ``DW4``, ``LJ13`` or ``LJ55`` for energies.
+        B structures, without a calculator; ``DW4``, ``LJ13`` and ``LJ55`` are those for energies.
 
     Raises:
-        DataError: The shape is not that of the system.
+        DataError: If the shape is not that of the system.
 
     Example:
         >>> to_atoms("dw4", np.ones((2, 4, 2)))[1]
@@ -134,7 +134,7 @@ def to_atoms(system: System | str, positions: ArrayLike) -> list[Atoms]:
 
 
 def flat_atoms(positions: Array) -> list[Atoms]:
-    """Turns configurations of any system, shape (B, M, n), into ``Atoms`` of dummy symbols, in the xy plane if n is 2.
+    """Returns configurations of any system, shape (B, M, n), as ``Atoms`` of dummy symbols, in the xy plane if n is 2.
 
     Example:
         >>> flat_atoms(np.ones((2, 3, 2)))[0]

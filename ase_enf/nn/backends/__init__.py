@@ -1,1 +1,1 @@
-"""Compiled kernels of the networks."""
+"""Compiled kernels of the networks, for CPUs and GPUs."""

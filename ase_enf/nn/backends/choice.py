@@ -1,4 +1,4 @@
-"""What computes the pairs of an EGNN, by name: this file alone decides."""
+"""The choice of the backend that computes the pairs of an EGNN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ase_enf.nn.backends import fused
 
 Obstacle = Callable[[int, torch.dtype, torch.device], str | None]
-"""Says why a backend cannot serve a network of some width in a dtype on a device; None if it can."""
+"""Returns why a backend cannot compute a network of some width in a dtype on a device, or None if it can."""
 
 
 def _no_triton(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -24,7 +24,7 @@ def _no_triton(width: int, dtype: torch.dtype, device: torch.device) -> str | No
     return triton_pairs.unfit(width)
 
 
-# In the order in which "auto" tries them.
+# Backends in the order in which "auto" tries them.
 OBSTACLES: dict[str, Obstacle] = {
     "compiled": fused.unavailable,  # C++, for CPUs
     "triton": _no_triton,  # for GPUs
@@ -34,17 +34,17 @@ BACKENDS = ("auto", *OBSTACLES)
 
 
 def choose_backend(backend: str, width: int, dtype: torch.dtype, device: torch.device, unfit: str | None = None) -> str:
-    """Returns the name of the backend that computes: the one asked for, or the first that can, for "auto".
+    """Returns the name of the backend to use: the requested one or, for "auto", the first that can be used.
 
     Args:
         backend: One of ``BACKENDS``.
-        width: F of the network.
-        dtype: Of its weights.
-        device: Where they are.
-        unfit: Why none but torch can serve this network, whatever its width, dtype and device.
+        width: Width F of the network.
+        dtype: Floating type of its weights.
+        device: Device of its weights.
+        unfit: Why only torch can compute this network, whatever its width, dtype and device; None if others can.
 
     Raises:
-        ValueError: For an unknown name, or a backend that cannot be used, with the reason.
+        ValueError: If the name is unknown, or the backend cannot be used; the message gives the reason.
 
     Example:
         >>> choose_backend("auto", 7, torch.float32, torch.device("cpu"))

@@ -1,8 +1,8 @@
-"""The pairs of one EGCL in a compiled kernel for CPUs: the numbers of the plain layer in less of the time.
+"""A compiled CPU kernel for the pairs of one EGCL: the same numbers as the plain layer, faster.
 
-``pairs.cpp`` is compiled at first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for this very
-processor, and kept in the user's cache folder (``ase_enf.folders``). The kernel knows first derivatives only;
-whoever needs second ones uses the plain layer, which remains the definition.
+``pairs.cpp`` is compiled on first use by the system's C++ compiler ($CXX, or c++, g++, clang++) for the processor at
+hand, and kept in the user's cache folder (``ase_enf.folders``). The kernel has first derivatives only; the plain layer,
+which is the definition, has second ones as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ase_enf.folders import cache_folder
 from ase_enf.threads import share_out, shares
@@ -33,10 +32,10 @@ FLAGS = (
 )  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
-# The longest vectors there are (64 bytes); a width must be whole numbers of them.
+# Elements in the longest vectors of a CPU (64 bytes); a width must be a multiple of this number.
 LANES = {torch.float32: 16, torch.float64: 8}
 
-# Inputs that gradients flow to, in the order of the structures in pairs.cpp.
+# Inputs that have gradients, in the order of the structures in pairs.cpp.
 _DIFFERENTIABLE = (
     "target", "source", "x", "extra", "by_scalar", "w2", "b2", "gate", "gate_bias", "w3", "b3", "w4",
 )  # fmt: skip
@@ -73,13 +72,19 @@ class _Gradients(ctypes.Structure):
 
 
 def unavailable(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Returns why the kernel cannot serve a network here, None if it can; compiles it if need be."""
+    """Returns why the kernel cannot compute a network, or None if it can; compiles the kernel if necessary.
+
+    Args:
+        width: Width F of the network.
+        dtype: Floating type of its weights.
+        device: Device of its weights.
+    """
     if device.type != "cpu":
         return f"it runs on CPUs, not on {device.type}"
     if dtype not in NAMES:
         return f"it computes in float32 and float64, not in {dtype}"
     if not fits(width, dtype):
-        return f"the width {width} is no multiple of {LANES[dtype]}"
+        return f"the width {width} is not a multiple of {LANES[dtype]}"
     try:
         library()
     except KernelError as error:
@@ -88,7 +93,7 @@ def unavailable(width: int, dtype: torch.dtype, device: torch.device) -> str | N
 
 
 def fits(width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes in this dtype, and rows of this width fill its registers."""
+    """Whether the kernel supports a dtype, and rows of this width fill whole vectors."""
     return dtype in NAMES and width % LANES[dtype] == 0
 
 
@@ -103,7 +108,7 @@ def pair_layer(
     weights: dict[str, Tensor | None],
     context: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the gated messages of each atom, and how far they move it (eq. 4, 5 and 9).
+    """Sum of the gated messages of each atom, and its displacement by them (eq. 4, 5 and 9).
 
     Args:
         target: ``A h_i + b``, shape (B, M, F).
@@ -112,17 +117,17 @@ def pair_layer(
         extra: A second squared distance of each pair, shape (B, M, M), or None.
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
         radial: Number K of radial functions of each distance.
-        bound: The largest |φ_x|; None for no bound.
-        weights: ``by_scalar`` ((1 or 2) · (1 + K) + A, F) for d² and its K radial functions, then those of the second
-            distance, see ``nn.radial``, then the context; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1)
-            or None, ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
-        context: Constant features of each pair, shape (B, M, M, A), or None; no gradient flows to them.
+        bound: Largest |φ_x|; None for no bound.
+        weights: ``by_scalar`` ((1 or 2) · (1 + K) + A, F) for d² and its K radial functions (``nn.radial``), those of
+            the second distance, and the context; ``w2`` (F, F), ``b2`` (F), ``gate`` (F) and ``gate_bias`` (1) or None,
+            ``w3`` (F, F), ``b3`` (F), ``w4`` (F) or None.
+        context: Constant features of each pair, shape (B, M, M, A), or None; they have no gradient.
 
     Returns:
         Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
 
     Raises:
-        ValueError: For more than three dimensions, or scalars of a pair that are not those above.
+        ValueError: If there are more than three dimensions, or ``by_scalar`` has another number of rows.
     """
     given = 0 if context is None else context.shape[-1]
     rows, expected = len(weights["by_scalar"]), (1 + radial) * (1 if extra is None else 2) + given
@@ -137,16 +142,16 @@ def pair_layer(
 
 
 def push_tangents(h: Tensor, x: Tensor, terms: dict[str, Tensor | None], work: Tensor) -> Tensor:
-    """Pushes tangents through a layer, without a graph; ``terms`` are those of ``Tangents`` in pairs.cpp.
+    """Pushes tangents through a layer, without recording a graph.
 
     Args:
         h: Tangents of the features, contiguous, shape (B, M, D, F); updated in place.
         x: Tangents of the positions, shape (B, M, D, n).
-        terms: What the layer does to them.
+        terms: Parts of the layer's Jacobian, those of ``Tangents`` in pairs.cpp.
         work: Memory, overwritten; see :func:`push_memory`.
 
     Returns:
-        What the layer adds to the tangents of the positions, shape (B, M, D, n).
+        Change of the tangents of the positions, shape (B, M, D, n).
     """
     size, atoms, directions, width = h.shape
     n, columns = x.shape[-1], terms["to_x"].shape[-1]
@@ -169,7 +174,7 @@ def push_columns(atoms: int, n: int, dtype: torch.dtype) -> int:
 
 
 def push_memory(atoms: int, directions: int, width: int, n: int, dtype: torch.dtype) -> int:
-    """Returns how many elements of memory a molecule takes in :func:`push_tangents`."""
+    """Returns the number of elements of memory that a molecule needs in :func:`push_tangents`."""
     return atoms * directions * (width + n + push_columns(atoms, n, dtype))
 
 
@@ -194,15 +199,29 @@ class _PairLayer(torch.autograd.Function):
         function = _function("forward", target.dtype)
         outputs = [_address(t) for t in (messages, shift if moves else None, v, p, scalars)]
         share_out(size, lambda k, first, last: function(problem, first, last, *outputs))
-        ctx.save_for_backward(mask, context, v, p, scalars, *inputs.values())
+        # The original tensors, so that gradients depend on them; see ``_Once``.
+        ctx.save_for_backward(mask, context, v, p, scalars, *tensors)
         ctx.settings = settings
         return messages, shift
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
+        with torch.no_grad():
+            gradients = _PairLayer.gradients(ctx, g_messages, g_shift)
+        if torch.is_grad_enabled():
+            sources = [t for t in (g_messages, g_shift, *ctx.saved_tensors[5:]) if t is not None]
+            there = [k for k, gradient in enumerate(gradients) if gradient is not None]
+            once = _Once.apply(len(there), *(gradients[k] for k in there), *sources)
+            gradients = [once[there.index(k)] if k in there else None for k in range(len(gradients))]
+        return None, None, None, None, *gradients
+
+    @staticmethod
+    def gradients(ctx, g_messages, g_shift):  # noqa: ANN001, ANN205
+        """Returns the gradients of all differentiable inputs, None where one is not needed."""
         mask, context, v, p, scalars, *kept = ctx.saved_tensors
-        inputs = dict(zip(_DIFFERENTIABLE, kept, strict=True))
+        inputs = {
+            name: None if t is None else t.detach().contiguous() for name, t in zip(_DIFFERENTIABLE, kept, strict=True)
+        }
         needs = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[4:], strict=True))
         target = inputs["target"]
         size = len(target)
@@ -227,7 +246,26 @@ class _PairLayer(torch.autograd.Function):
 
         share_out(size, work)
         out |= {name: t.sum(dim=0) for name, t in own.items()}
-        return None, None, None, None, *(out.get(name) if needs[name] else None for name in _DIFFERENTIABLE)
+        return [out.get(name) if needs[name] else None for name in _DIFFERENTIABLE]
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that stay attached to the tensors they depend on, so that differentiating them again is an error.
+
+    With ``once_differentiable`` of torch they would look constant, and ``torch.autograd.grad(..., x)`` would silently
+    omit their contribution.
+    """
+
+    @staticmethod
+    def forward(ctx, count, *tensors):  # noqa: ANN001, ANN002, ANN205
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001, ANN002, ANN205
+        raise RuntimeError(
+            "the compiled kernel is once_differentiable: it has no second derivatives; "
+            'flow.use_backend("torch") has them'
+        )
 
 
 def _problem(
@@ -260,16 +298,16 @@ def _function(direction: str, dtype: torch.dtype) -> Callable[..., None]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Loads the kernel, compiled before or now.
+    """Loads the kernel, after compiling it if necessary.
 
     Raises:
-        KernelError: If there is no compiler, or it fails.
+        KernelError: If there is no compiler, it fails, or the kernel cannot be kept or loaded.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
     if not compiler:
         raise KernelError(f"no C++ compiler; install one ({', '.join(COMPILERS)}) or name it in $CXX")
     source = SOURCE.read_bytes()
-    # A folder may be shared by machines with other processors.
+    # Machines with different processors may share the folder.
     identity = "\0".join([*compiler, *FLAGS, platform.system(), platform.machine(), _processor()]).encode()
     digest = hashlib.sha256(source + identity).hexdigest()[:16]
     try:
@@ -288,7 +326,7 @@ def library() -> ctypes.CDLL:
 
 def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: ranks start together
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when complete: processes may start together
         built = Path(folder) / path.name
         try:
             done = subprocess.run([*command, str(built)], capture_output=True, text=True, timeout=300, check=False)
@@ -301,7 +339,7 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _processor() -> str:
-    """Returns the name and abilities of the processor, as far as the system tells."""
+    """Returns the name and instruction sets of the processor, as far as the system reports them."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()

@@ -1,11 +1,10 @@
-"""The pairs of one EGCL for GPUs: ordinary matrix products, and Triton kernels for all that lies between them.
+"""The pairs of one EGCL on GPUs: torch for the matrix products, and Triton kernels for everything between them.
 
-What a pair needs, its distances and radial functions, gates, sums over neighbours and moves of eq. 4, 5 and 9, is
-computed in seven kernels that read and write each large tensor once; the products with the matrices of the layer
-are torch's. The kernels know first derivatives only, and none with respect to the second distance; whoever needs more
-uses the plain layer, which is the definition.
+Seven kernels compute distances, radial functions, gates, sums over neighbours and displacements (eq. 4, 5 and 9), and
+read and write each large tensor once; torch multiplies by the matrices of the layer. The kernels have first derivatives
+only, and none with respect to the second distance; the plain layer, which is the definition, has all of them.
 
-Needs the package ``triton``, which comes with torch for CUDA; nothing imports this module on other devices.
+The package ``triton``, which comes with torch for CUDA, is required; this module is not imported on other devices.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ase_enf.nn.radial import DISTANCE_EPSILON
 LARGEST_WIDTH = 256
 LARGEST_MOLECULE = 128
 LARGEST_SCALARS = 64
-LARGEST_TENSOR = 2**31  # places are 32-bit numbers
-# Pairs and features that a program of the first kernel holds.
+LARGEST_TENSOR = 2**31  # indices are 32-bit integers
+# Numbers of pairs and features in one program of the first kernel.
 ROWS, CHUNK = 64, 64
 _EPSILON = tl.constexpr(DISTANCE_EPSILON)
 _WEIGHTS = ("by_scalar", "w2", "b2", "gate", "gate_bias", "w3", "b3", "w4")
@@ -30,13 +29,13 @@ _WEIGHTS = ("by_scalar", "w2", "b2", "gate", "gate_bias", "w3", "b3", "w4")
 
 @triton.jit
 def _slope(v, s):
-    """Derivative of silu at v, whose sigmoid is s."""
+    """Derivative of silu at v, where s = sigmoid(v)."""
     return s * (1.0 + v * (1.0 - s))
 
 
 @triton.jit
 def _difference(x, at_i, at_j, n: tl.constexpr, DIM: tl.constexpr, inside):
-    """One component of x_i − x_j; zero beyond the dimension."""
+    """Component n of x_i − x_j; zero if there is none."""
     if n < DIM:
         return tl.load(x + at_i * DIM + n, inside, 0.0) - tl.load(x + at_j * DIM + n, inside, 0.0)
     return at_j.to(tl.float32) * 0.0
@@ -44,7 +43,7 @@ def _difference(x, at_i, at_j, n: tl.constexpr, DIM: tl.constexpr, inside):
 
 @triton.jit
 def _geometry(x, at_i, at_j, DIM: tl.constexpr, inside):
-    """The three components of x_i − x_j and its square."""
+    """Three components of x_i − x_j, and its squared length."""
     d0 = _difference(x, at_i, at_j, 0, DIM, inside)
     d1 = _difference(x, at_i, at_j, 1, DIM, inside)
     d2 = _difference(x, at_i, at_j, 2, DIM, inside)
@@ -81,7 +80,7 @@ def _first(
     M: tl.constexpr, F: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr,
     EXTRA: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """u = silu(A h_i + B h_j + C a_ij + b) of every pair; and, to save, its slope and a_ij."""
+    """u = silu(A h_i + B h_j + C a_ij + b) of every pair; and, for the backward pass, its derivative and a_ij."""
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     f = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -113,7 +112,7 @@ def _first(
 
 @triton.jit
 def _messages(out, b2, gate, gate_bias, real, j, rows, f, M: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr):
-    """Second pre-activation with its bias, its sigmoid, the message, and the soft edge, of the pairs of one atom."""
+    """Second pre-activation with bias, its sigmoid, message and soft edge of the pairs of one atom."""
     here = (j < M)[:, None] & (f < F)
     v = tl.load(out + rows, here, 0.0).to(tl.float32) + tl.load(b2 + f, f < F, 0.0)
     s = tl.sigmoid(v)
@@ -144,7 +143,7 @@ def _gate(
 
 @triton.jit
 def _phi(inner, b3, w4, real, rows, j, f, squared, bound, M: tl.constexpr, F: tl.constexpr, BOUNDED: tl.constexpr):
-    """Third pre-activation, its sigmoid, φ_x, its derivative by the sum, and 1 / (d + 1) of real pairs."""
+    """Third pre-activation, its sigmoid, φ_x, the derivative of φ_x by its unbounded value, and 1 / (d + 1)."""
     v = tl.load(inner + rows, (j < M)[:, None] & (f < F), 0.0).to(tl.float32) + tl.load(b3 + f, f < F, 0.0)
     s = tl.sigmoid(v)
     phi = tl.sum(v * s * tl.load(w4 + f, f < F, 0.0), axis=1)
@@ -162,7 +161,7 @@ def _move(
     M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, DIM: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """How far its pairs move one atom."""
+    """Displacement of one atom by its pairs."""
     at_i = tl.program_id(0)
     j, f = tl.arange(0, SOURCES), tl.arange(0, WIDTH)[None, :]
     real = tl.load(mask + at_i * M + j, j < M, 0.0)
@@ -181,7 +180,7 @@ def _move_backward(
     M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, DIM: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what :func:`_move` did: of the third pre-activation, of b3 and w4, and through 1 / (d + 1)."""
+    """Backward pass of :func:`_move`: gradients of the third pre-activation, of b3 and w4, and through 1 / (d + 1)."""
     at_i = tl.program_id(0)
     j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
     f = k[None, :]
@@ -212,7 +211,7 @@ def _gate_backward(
     M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr, GATE: tl.constexpr,
     MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what :func:`_gate` did: of the second pre-activation, of b2 and of the gate."""
+    """Backward pass of :func:`_gate`: gradients of the second pre-activation, of b2 and of the gate."""
     at_i = tl.program_id(0)
     j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
     f = k[None, :]
@@ -237,7 +236,7 @@ def _gate_backward(
 
 @triton.jit
 def _first_backward(g_u, slope, g_target, M: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr):
-    """Gradient of the first pre-activation, in place of that of u, and its sum over the sources of one atom."""
+    """Gradient of the first pre-activation, overwriting that of u, and its sum over the sources of one atom."""
     at_i = tl.program_id(0)
     j, k = tl.arange(0, SOURCES), tl.arange(0, WIDTH)
     f = k[None, :]
@@ -254,7 +253,7 @@ def _positions_backward(
     M: tl.constexpr, DIM: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
     MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x_i − x_j of every pair, through its distance and its move."""
+    """Gradient of x_i − x_j of every pair, through its distance and the displacement."""
     at_i = tl.program_id(0)
     j, column = tl.arange(0, SOURCES), tl.arange(0, COLUMNS)[None, :]
     inside = j < M
@@ -274,7 +273,7 @@ def _positions_backward(
 
 
 def unfit(width: int, atoms: int = 0, scalars: int = 0, dimension: int = 0) -> str | None:
-    """Returns why the kernels do not serve a network, None if they do."""
+    """Returns why the kernels cannot compute a network, or None if they can; 0 stands for an unknown number."""
     limits = {
         "width": (width, LARGEST_WIDTH),
         "number of atoms": (atoms, LARGEST_MOLECULE),
@@ -299,25 +298,25 @@ def pair_layer(
     context: Tensor | None = None,
     products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the gated messages of each atom, and how far they move it (eq. 4, 5 and 9); see ``fused.pair_layer``.
+    """Sum of the gated messages of each atom, and its displacement by them (eq. 4, 5 and 9); see ``fused.pair_layer``.
 
     Args:
-        target: ``A h_i + b``, shape (B, M, F), float32 like everything else.
+        target: ``A h_i + b``, shape (B, M, F), float32 like all inputs.
         source: ``B h_j``, shape (B, M, F).
         x: Positions, shape (B, M, n).
-        extra: A second squared distance of each pair, shape (B, M, M), or None; no gradient flows to it.
+        extra: A second squared distance of each pair, shape (B, M, M), or None; it has no gradient.
         pair_mask: 1 where i ≠ j are both real, shape (B, M, M).
         radial: Number K of radial functions of each distance.
-        bound: The largest |φ_x|; None for no bound.
+        bound: Largest |φ_x|; None for no bound.
         weights: As for the compiled kernel.
-        context: Constant features of each pair, shape (B, M, M, A), or None; no gradient flows to them.
-        products: ``torch.bfloat16`` for products of rounded numbers, None for float32 or TF32, as torch is set.
+        context: Constant features of each pair, shape (B, M, M, A), or None; they have no gradient.
+        products: ``torch.bfloat16`` for products of rounded numbers; None for float32 or TF32, as torch is configured.
 
     Returns:
         Σ_j e_ij m_ij, shape (B, M, F), and Σ_j φ_x(m_ij) (x_i − x_j) / (d_ij + 1), shape (B, M, n).
 
     Raises:
-        ValueError: For what :func:`unfit` refuses.
+        ValueError: If the sizes exceed the limits of the kernels; see :func:`unfit`.
     """
     scalars = (1 + radial) * (1 if extra is None else 2) + (0 if context is None else context.shape[-1])
     if reason := unfit(target.shape[-1], target.shape[1], scalars, x.shape[-1]):
@@ -335,7 +334,7 @@ def _power_of_two(count: int) -> int:
 
 
 def _warps(sources: int, width: int) -> int:
-    """Returns the warps that share the pairs of one atom: 16 numbers a thread leave room for others beside them."""
+    """Returns the number of warps that share the pairs of one atom, with 16 numbers in each thread."""
     return min(max(sources * width // 512, 1), 8)
 
 
