@@ -1,11 +1,11 @@
-"""Build the reference that ships with the package from QM9's training split, and measure QM9 by its own metrics.
+"""Builds the reference that ships with the package from the training split of QM9, and evaluates QM9 itself.
 
     python -m benchmarks.build_qm9_reference QM9.npz -o ase_enf/data/qm9_reference.npz
 
-QM9.npz holds `numbers` (concatenated atomic numbers), `positions` (concatenated, Å), `n_atoms` and `split` (0 is
-train). Besides the reference, the metrics of the training split itself are written to `benchmarks/results/`: the
-ceiling of what a model of this data can reach, to be compared with the "data" row of the paper's Table 2 (99 % of
-atoms, 95.2 % of molecules stable).
+QM9.npz holds ``numbers`` (concatenated atomic numbers), ``positions`` (concatenated, Å), ``n_atoms`` and ``split`` (0
+is train). The metrics of the training split itself are written to ``benchmarks/results/`` as well. They are the best
+that a model of this data can reach, and correspond to the row "data" of the paper's Table 2 (99 % of atoms and 95.2 %
+of molecules stable).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUBSET = 10_000  # as many as the paper generates: uniqueness depends on the num
 
 
 def read_train(path: Path) -> list[Atoms]:
-    """The training split in file order.
+    """Returns the training split in the order of the file.
 
     Args:
         path: QM9 as .npz.
@@ -41,12 +41,12 @@ def read_train(path: Path) -> list[Atoms]:
 
 
 def write_table(whole: pd.DataFrame, subset: pd.DataFrame, folder: Path) -> None:
-    """Write the metrics of the whole split and of the subset as CSV and Markdown.
+    """Writes the metrics of the whole split and of the subset as CSV and Markdown.
 
     Args:
         whole: Report on the whole training split.
         subset: Report on its first 10,000 molecules.
-        folder: Where the two files go.
+        folder: Folder for the two files.
     """
     first = f"first {subset.attrs['n_structures']:,} in file order"
     table = pd.concat([whole.assign(molecules="all of train"), subset.assign(molecules=first)], ignore_index=True)
@@ -70,7 +70,7 @@ def write_table(whole: pd.DataFrame, subset: pd.DataFrame, folder: Path) -> None
 
 
 def main() -> None:
-    """Read QM9, write the reference, the CSV and the Markdown."""
+    """Reads QM9 and writes the reference, the CSV and the Markdown."""
     parser = argparse.ArgumentParser(description="Build the shipped reference of QM9's training split.")
     parser.add_argument("qm9", type=Path, help="QM9 as .npz")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the reference to write, .npz")

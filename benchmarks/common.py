@@ -1,4 +1,4 @@
-"""What several benchmarks share: any model by its name, and folders that keep finished pieces."""
+"""Helpers of several benchmarks: loading any model, and folders that save finished pieces of work."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ase_enf.atoms.io import write_structures
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.en_flows import convert_en_flows
 from ase_enf.flow.model import ENF
+from ase_enf.scoring.score import RENAMED
 
 PIECE = 256
 
@@ -28,24 +29,24 @@ def load_flow(model: str) -> ENF:
 
 
 def digest(flow: ENF) -> str:
-    """Returns 16 hexadecimal digits that tell weights apart."""
+    """Returns a hash of the weights, 16 hexadecimal digits."""
     weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:16]
 
 
 def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
-    """Makes a folder for finished pieces, and refuses one that holds those of another model or other settings.
+    """Creates a folder for finished pieces, or checks that an existing one is of the same model and settings.
 
     Args:
         folder: The folder.
-        flow: The model; its weights are told apart by a hash.
-        settings: Whatever the pieces depend on.
+        flow: The model, identified by a hash of its weights.
+        settings: Everything else that the pieces depend on.
 
     Returns:
         The folder.
 
     Raises:
-        SystemExit: If the folder was used for something else.
+        SystemExit: If the folder holds pieces of another model or other settings.
     """
     mine = {"weights": digest(flow)} | {key: str(value) for key, value in settings.items()}
     path = folder / "settings.json"
@@ -63,7 +64,7 @@ def percent(report: pd.DataFrame, metric: str, digits: int = 2) -> str:
 
 
 def draw_in_pieces(flow: ENF, n: int, seed: int, work: Path, solver: Solver | None = None) -> list[Atoms]:
-    """Returns the first n molecules of a seed, drawing the pieces that are not in the folder yet."""
+    """Returns the first n molecules of a seed; draws the pieces that are missing in the folder."""
     drawn: list[Atoms] = []
     for start in tqdm(range(0, n, PIECE), desc="samples", unit="piece", dynamic_ncols=True):
         path = work / f"samples_{start:06d}.extxyz"
@@ -77,17 +78,17 @@ def draw_in_pieces(flow: ENF, n: int, seed: int, work: Path, solver: Solver | No
 def score_in_pieces(
     flow: ENF, atoms: Sequence[Atoms], rows: list[int], seed: int, work: Path, how: dict, piece: int | None = None
 ) -> pd.DataFrame:
-    """Returns the scores of ``atoms[rows]``, measuring the pieces that are not in the folder yet.
+    """Returns the scores of ``atoms[rows]``; computes the pieces that are missing in the folder.
 
     Args:
         flow: The model.
         atoms: All structures.
-        rows: Which of them, in an order whose first pieces are a fair sample of all.
-        seed: Seed; every molecule has noise of its own: with the same for all, the error of the mean would be that of
-            one draw.
+        rows: Indices of those to score, in an order in which the first pieces are a fair sample of all.
+        seed: Seed. Every molecule has its own noise; with shared noise, the error of the mean would be that of a single
+            draw.
         work: The folder.
         how: Arguments of ``score``.
-        piece: Molecules in a piece, `PIECE` by default.
+        piece: Number of molecules in a piece, ``PIECE`` by default.
     """
     if not rows:
         raise SystemExit("no molecules to score; ask for at least one")
@@ -103,5 +104,5 @@ def score_in_pieces(
             table.insert(0, "molecule", members)
             with atomic_write(path) as handle:
                 handle.write(table.to_csv(index=False).encode())
-        found.append(pd.read_csv(path))
+        found.append(pd.read_csv(path).rename(columns=RENAMED))  # kept pieces may be those of an earlier version
     return pd.concat(found, ignore_index=True)

@@ -20,7 +20,7 @@ def draw(table: MoleculeTable, seed: int = 0) -> MoleculeTable:
 
     Args:
         table: QM9, with ``split``.
-        seed: Seed of the draw; it decides the sample alone.
+        seed: Seed of the draw, which alone determines the sample.
 
     Returns:
         400 molecules of train, 100 of valid and 100 of test, in the order of the table.
@@ -36,7 +36,7 @@ def draw(table: MoleculeTable, seed: int = 0) -> MoleculeTable:
 
 
 def take(table: MoleculeTable, rows: np.ndarray) -> MoleculeTable:
-    """Returns some molecules of a table, in the order of the rows, shape (K,)."""
+    """Returns the molecules of a table at given rows, shape (K,), in that order."""
     starts = np.cumsum(table.n_atoms, dtype=np.int64) - table.n_atoms
     atoms = np.concatenate([np.arange(starts[row], starts[row] + table.n_atoms[row]) for row in rows])
     return MoleculeTable(
@@ -47,7 +47,7 @@ def take(table: MoleculeTable, rows: np.ndarray) -> MoleculeTable:
 
 
 def main() -> None:
-    """Reads the source, draws, writes."""
+    """Reads the source, draws the sample and writes it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="QM9 as .npz, with its split")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the sample to write (.npz)")

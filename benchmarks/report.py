@@ -14,14 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def versions() -> str:
-    """Returns the versions that a figure depends on, in one line."""
+    """Returns the versions that a result depends on, in one line."""
     packages = ("torch", "torchdiffeq", "ase", "rdkit", "numpy")
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"Python {platform.python_version()}, {found}"
 
 
 def machine() -> str:
-    """Returns what the figures were measured on, in one line."""
+    """Returns the machine that the results were measured on, in one line."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return (
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), {cuda}"
@@ -29,9 +29,9 @@ def machine() -> str:
 
 
 def command() -> str:
-    """Returns the command line of this process as a user would type it; of paths the last part."""
+    """Returns the command line of this process as a user would type it, with the last part of each path only."""
     module = sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else sys.argv[0]
-    return " ".join(["python -m", module, *(Path(word).name for word in sys.argv[1:])])
+    return " ".join(["python -m", module.removesuffix(".__main__"), *(Path(word).name for word in sys.argv[1:])])
 
 
 def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "", folder: Path | None = None) -> None:
@@ -42,7 +42,7 @@ def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "", f
         name: File name without ending.
         title: Heading of the Markdown file.
         notes: What a reader must know, in Markdown.
-        folder: Another one than ``results``.
+        folder: Folder to write to instead of ``results``.
     """
     write_csv(table, name, folder)
     header = f"`{command()}` · {versions()} · {machine()}"
@@ -54,7 +54,7 @@ def write_results(table: pd.DataFrame, name: str, title: str, notes: str = "", f
 
 
 def write_csv(table: pd.DataFrame, name: str, folder: Path | None = None) -> None:
-    """Writes ``results/NAME.csv`` alone, after a line with the command and the versions; or to another folder."""
+    """Writes only ``NAME.csv``, to ``results`` or another folder; its first line has the command and the versions."""
     folder = folder or RESULTS
     folder.mkdir(exist_ok=True)
     header = f"# {command()} · {versions()} · {machine()}\n"

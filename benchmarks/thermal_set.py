@@ -1,9 +1,9 @@
 """A thermal set of many molecules: ``python -m benchmarks.thermal_set QM9.npz FOLDER [--molecules 30000]``.
 
-Molecules of QM9's training split, drawn at random, each displaced twice as at 300 K about its published geometry
-(``ase_enf.data.displaced``: Hamiltonian Monte Carlo on MMFF94 with the forces of GFN2-xTB at that geometry); of the
-validation split, for the validation set, too. Molecules of the test split are never among them. Writes
-``FOLDER/thermal.npz`` in the compact form, and a line of what it cost; finished pieces in FOLDER are not done again.
+Molecules are drawn at random from the training and the validation split of QM9, for the training and the validation
+set; molecules of the test split are never among them. Each is displaced twice about its published geometry as at 300 K
+(``ase_enf.data.displaced``: Hamiltonian Monte Carlo on MMFF94 with the forces of GFN2-xTB at that geometry). Writes
+``FOLDER/thermal.npz`` in the compact format and prints the cost; finished pieces in FOLDER are reused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAIN, VALID = 0, 1
 
 
 class Piece(NamedTuple):
-    """What some molecules gave."""
+    """Result for some molecules."""
 
     table: MoleculeTable
     left_out: int
@@ -73,13 +73,13 @@ def main() -> None:
 
 
 def chosen(molecules: MoleculeTable, split: int, count: int) -> list[int]:
-    """Returns rows of a split in a random order, the first ones the same whatever their number."""
+    """Returns rows of a split in a random order; a smaller number gives the first of a larger one."""
     rows = np.flatnonzero(molecules.split == split)
     return np.random.default_rng(split).permutation(rows)[:count].tolist()
 
 
 def piece(molecules: MoleculeTable, rows: list[int], method: str) -> Piece:
-    """Displaces some molecules; one that MMFF94 cannot do, or the method, is left out."""
+    """Displaces some molecules, leaving out those that MMFF94 or the other method cannot describe."""
     frames: list[Atoms] = []
     splits: list[int] = []
     left_out, start = 0, time.process_time()
@@ -97,7 +97,7 @@ def piece(molecules: MoleculeTable, rows: list[int], method: str) -> Piece:
 
 
 def forces(atoms: Atoms, method: str) -> np.ndarray:
-    """Returns the forces of a method, eV / Å, asking MMFF94 first, which is cheaper, whether it knows the molecule."""
+    """Returns the forces of a method, eV/Å, after checking that MMFF94, which is cheaper, can describe the molecule."""
     MMFF94(atoms).surface(atoms.positions)
     here = atoms.copy()
     here.calc = calculator(method, here)
@@ -105,7 +105,7 @@ def forces(atoms: Atoms, method: str) -> np.ndarray:
 
 
 def packed(table: MoleculeTable) -> bytes:
-    """Returns the bytes of a compact file of what training needs."""
+    """Returns the bytes of a compact file with everything that training needs."""
     buffer = io.BytesIO()
     known = {name: value for name, value in table._asdict().items() if value is not None}
     np.savez_compressed(buffer, **known)
@@ -113,7 +113,7 @@ def packed(table: MoleculeTable) -> bytes:
 
 
 def save(found: Piece, path: Path) -> None:
-    """Keeps a piece."""
+    """Saves a piece."""
     buffer = io.BytesIO()
     known = {name: value for name, value in found.table._asdict().items() if value is not None}
     np.savez(buffer, **known, left_out=found.left_out, seconds=found.seconds)
@@ -130,7 +130,7 @@ def load(path: Path) -> Piece:
 
 
 def join(tables: list[MoleculeTable]) -> MoleculeTable:
-    """Returns tables as one."""
+    """Joins tables."""
     columns = [None if column[0] is None else np.concatenate(column) for column in zip(*tables, strict=True)]
     return MoleculeTable(*columns)
 

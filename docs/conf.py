@@ -22,7 +22,6 @@ ROOT = HERE.parent
 PACKAGE = ROOT / "ase_enf"
 # Folders of Markdown outside of docs/ → where under reference/ their pages are made.
 COPIED = {ROOT / "benchmarks" / "results": "results", PACKAGE / "pretrained": "cards"}
-COMMANDS = ("generate", "score", "evaluate", "train", "info", "convert-en-flows")
 AUTOMODULE = """# {name}
 
 ```{{eval-rst}}
@@ -61,7 +60,7 @@ def make_pages(_: Sphinx) -> None:
         for path in [*source.glob("*.md"), *source.glob("*.png")]:
             (folder / path.name).write_bytes(path.read_bytes())
     lines = ["# Commands", "", "What `ase-enf COMMAND --help` prints.", ""]
-    for command in COMMANDS:
+    for command in commands():
         lines += [f"## ase-enf {command}", "", "```text", _help(command), "```", ""]
     (HERE / "reference" / "cli.md").write_text("\n".join(lines))
 
@@ -75,12 +74,17 @@ def _emptied(name: str) -> Path:
     return folder
 
 
-def _help(command: str) -> str:
-    """Returns the help of a command, a hundred columns wide."""
+def commands() -> list[str]:
+    """Returns the names of the commands that ``ase-enf --help`` lists."""
+    return re.findall(r"^ {4}([a-z][a-z-]*)(?: |$)", _help(), flags=re.MULTILINE)
+
+
+def _help(*command: str) -> str:
+    """Returns the help of a command, or that which lists them all, a hundred columns wide."""
     os.environ["COLUMNS"] = "100"
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        ase_enf.cli.main([command, "--help"])
+        ase_enf.cli.main([*command, "--help"])
     return said.getvalue().rstrip()
 
 
@@ -90,6 +94,18 @@ def link_inside(_: Sphinx, page: str, text: list[str]) -> None:
     for source, name in COPIED.items():
         outside = source.relative_to(ROOT).as_posix()
         text[0] = re.sub(rf"\]\((\.\./)+{outside}/", f"]({up}reference/{name}/", text[0])
+
+
+def plain_text(_: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keeps words from being read as markup, before the sections of a docstring are.
+
+    The first line of a property, such as "How samples are drawn: by the flow", has no type before its colon, and an
+    argument that is explained by its unit, "temperature: K.", is no list with the item K.
+    """
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # an empty comment, which takes the place of the line with a type
+    for number, line in enumerate(lines):
+        lines[number] = re.sub(r"^(\s+\w+: )([A-Za-z]\.)$", r"\1\\\2", line)
 
 
 def plain_bars(_: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -103,4 +119,5 @@ def setup(app: Sphinx) -> None:
     """Connects the above."""
     app.connect("builder-inited", make_pages)
     app.connect("source-read", link_inside)
+    app.connect("autodoc-process-docstring", plain_text, priority=400)  # before napoleon, which has 500
     app.connect("autodoc-process-docstring", plain_bars)

@@ -1,1 +1,1 @@
-"""How right the numbers are: likelihoods, quadratures, samplers, forces, published weights."""
+"""Accuracy of likelihoods, quadratures, samplers, forces and published weights."""

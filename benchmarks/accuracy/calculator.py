@@ -1,12 +1,12 @@
-"""What ENFCalculator is good for: ``python -m benchmarks.accuracy.calculator [MODEL] [--molecules 98]``.
+"""Tests of ENFCalculator: ``python -m benchmarks.accuracy.calculator [MODEL] [--molecules 98]``.
 
-Molecules of ASE's g2 collection that the model knows, every atom displaced by 0.05 Å. Two tables:
+The molecules are those of ASE's g2 collection that the model knows, with every atom displaced by 0.05 Å. Two tables:
 
-* convergence: energies and forces against a reference of twice as many steps, for several numbers of steps, with the
-  density of the data as it is and smeared: what remains is the share of the learned density, not of the solver;
-* dynamics: whether BFGS converges, and to what; the drift of the energy in NVE; seconds for energy and forces.
+* convergence: energies and forces for several numbers of steps against a reference with twice as many, for the plain
+  and the smeared density of the data; what remains is due to the learned density and not to the solver;
+* dynamics: whether BFGS converges, and where; the drift of the energy in NVE; seconds for energy and forces.
 
-With ``--minutes`` each row of smears takes the molecules, small ones first, until its time is over, and says how many.
+With ``--minutes``, each row takes molecules, small ones first, until its time is over; the table gives their number.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def known(flow: ENF) -> list[Atoms]:
-    """Returns the molecules of g2 that the flow can take, displaced, small ones first."""
+    """Returns displaced molecules of g2 whose elements and sizes the flow knows, small ones first."""
     found = []
     for number, name in enumerate(g2.names):
         atoms = g2[name]
@@ -120,7 +120,7 @@ def dynamics(
     steps: int | None = None,
     minutes: float = math.inf,
 ) -> list[tuple[float, str, str]]:
-    """Returns what BFGS and NVE do to these molecules."""
+    """Returns the results of BFGS and NVE for some molecules."""
     moves, converged, taken, drifts, hottest, failed, energy_s, forces_s = [], 0, [], [], [], 0, [], []
     end, done = time.monotonic() + 60 * minutes, 0
     for atoms in tqdm(molecules, desc=f"smear {smear:g}", dynamic_ncols=True):
@@ -160,7 +160,7 @@ def dynamics(
 
 
 def nve(atoms: Atoms, steps: int) -> tuple[float, float]:
-    """Returns the range of the total energy, eV an atom, and the highest temperature, K, of a run from 300 K."""
+    """Returns the range of the total energy, eV per atom, and the highest temperature, K, of a run from 300 K."""
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=KELVIN, rng=rng)
     Stationary(atoms)

@@ -18,7 +18,7 @@ from benchmarks.report import RESULTS, write_results
 
 
 def estimators(flow: ENF, molecules: list[Atoms], draws: int = 40) -> None:
-    """Error of ladj against cost for every stochastic estimate, on Jacobians written out at the 49 nodes of a path."""
+    """Measures error and cost of every stochastic estimate of ladj, on full Jacobians at the 49 nodes of a path."""
     nodes, weights = clenshaw_curtis(48)  # in t, whatever the solver's warp
     neighbours = [item.copy() for item in molecules]
     for item in neighbours:

@@ -1,8 +1,7 @@
-"""The shipped likelihood against the determinant of the whole map: ``python -m benchmarks.accuracy.jacobian qm9``.
+"""Likelihoods compared with the determinant of the whole map: ``python -m benchmarks.accuracy.jacobian qm9``.
 
-log p is computed twice for a few small molecules with the mean of q, in float64: from ``slogdet`` of the Jacobian that
-autograd gives of the solved flow (no trace, no quadrature), and as the package does, at its default and at tight
-settings.
+For a few small molecules, log p with the mean of q is computed in float64 from ``slogdet`` of the Jacobian of the
+solved flow by autograd (no trace, no quadrature), and as the package does, at default and at tight settings.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ def main() -> None:
 
 
 def by_determinant(flow: ENF, batch: Batch, noise: Tensor) -> float:
-    """Returns log p in nats from the Jacobian of the solved flow, one molecule.
+    """Returns log p of one molecule, nats, from the Jacobian of the solved flow.
 
-    The flow leaves the centroid where it is, so the determinant in the ambient space is that on the subspace (eq. 10).
+    The flow does not move the centroid, so the determinant in the ambient space is that on the subspace (eq. 10).
     """
     data = flow.encode(batch, noise)
     shape, n = (*data.mask.shape, -1), flow.config.dimension

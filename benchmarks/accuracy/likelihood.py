@@ -1,17 +1,17 @@
-"""What an exact likelihood costs: ``python -m benchmarks.accuracy.likelihood MODEL [--data QM9.npz]``.
+"""Cost and accuracy of exact likelihoods: ``python -m benchmarks.accuracy.likelihood MODEL [--data QM9.npz]``.
 
-MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Four tables:
+MODEL is a shipped name, a .safetensors file, or the .npz of the weights published with the paper. Four tables:
 
-* traces: milliseconds of one exact trace by every method, on the CPU and on CUDA where there is one;
-* scores: exact scores against a reference that has converged, against the exact trace by a loop of ``autograd.grad``
-  inside dopri5 at 1e-5, and float32 against float64;
-* quadrature: true error against nodes, for the rule in use and for Gauss-Kronrod panels, and how honest its estimate
-  is;
+* traces: milliseconds for one exact trace by every method, on the CPU and on CUDA if available;
+* scores: exact scores against a converged reference and against the exact trace by a loop of ``autograd.grad`` inside
+  dopri5 at 1e-5; float32 against float64;
+* quadrature: true error against number of nodes, for the rule in use and for Gauss-Kronrod panels, and the ratio of
+  true to estimated error;
 * estimators: error against cost of stochastic traces, with a figure.
 
-True errors are those against ``benchmarks.accuracy.reference``: rk4 whose steps are halved until two independent rules
-agree to a tenth of the error that is measured. Times of scores are processor seconds, which other work on the machine
-does not change.
+True errors are relative to ``benchmarks.accuracy.reference``: rk4 whose steps are halved until two independent rules
+agree to a tenth of the error to be measured. Times of scores are processor seconds, which other work on the machine
+does not affect.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
-    """Exact scores: time, true error, and the traditional way."""
+    """Measures exact scores: their time and true error, and those of the traditional method."""
     backend = flow.use_backend("auto")  # compiled now, if it has to be
     start = time.process_time()
     once = _estimates(flow, molecules, math.inf)
@@ -115,7 +115,7 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
             slow += time.process_time() - start
             flow.use_backend("auto")
             start = time.process_time()
-            ours = ase_enf.score(flow, item, trace="exact", draws=1).log_likelihood[0]
+            ours = ase_enf.score(flow, item, trace="exact", importance_samples=1).log_likelihood[0]
             fast += time.process_time() - start
             gaps.append(ours - value)
         rows += [
@@ -135,11 +135,11 @@ def scores(flow: ENF, molecules: list[Atoms], checked: int, loops: int) -> None:
         "True errors hold those of the path, of the quadrature and of rounding."
     )
     name = f"likelihood_scores_{flow.name}"
-    write_results(pd.DataFrame(rows, columns=["what", "unit", "value"]), name, "Exact scores", notes)
+    write_results(pd.DataFrame(rows, columns=["what", "unit", "value"]), name, f"Exact scores, {flow.name}", notes)
 
 
 def _truth(double: ENF, molecules: list[Atoms], answers: Sequence[pd.Series]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log p by the reference, with the noise of ``score``, and the gap between its two rules."""
+    """Returns log p by the reference for the noise of ``score``, and the difference of its two rules."""
     measured = [torch.tensor(answer.to_numpy()) for answer in answers]
 
     def enough(value: Tensor, gap: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _truth(double: ENF, molecules: list[Atoms], answers: Sequence[pd.Series]) ->
 
 
 def _estimates(flow: ENF, molecules: list[Atoms], tolerance: float) -> pd.DataFrame:
-    """Returns what ``score`` computes for exact traces and one draw, the integration error by itself."""
+    """Returns the results of ``score`` for exact traces and one draw, with a separate integration error."""
     scorer = Scorer(flow, "exact", 1, 1, tolerance, 32)
     return pd.DataFrame(scorer.run(molecules, [0] * len(molecules), progress=False))
 
@@ -166,7 +166,7 @@ def _spread(error: pd.Series | np.ndarray) -> str:
 
 
 def _traditional(flow: ENF, item: Atoms) -> tuple[float, int]:
-    """Returns log p by the exact trace inside dopri5 at 1e-5, with the noise of ``score``, and the evaluations."""
+    """Returns log p by the exact trace inside dopri5 at 1e-5 for the noise of ``score``, and the evaluations."""
     scorer = Scorer(flow, "exact", 1, 1, math.inf, 1)
     noise = None
     if not flow.config.mode.exact:

@@ -23,7 +23,7 @@ from benchmarks.report import write_results
 
 
 def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
-    """True integration error against the number of nodes, along accurate paths."""
+    """Measures the true integration error against the number of nodes, along accurate paths."""
     double = copy.deepcopy(flow).double()
     double.use_backend("auto")
     paths = [_trace_of_path(double, item) for item in molecules]
@@ -55,7 +55,7 @@ def quadrature(flow: ENF, molecules: list[Atoms]) -> None:
         "Clenshaw-Curtis, |K15 - G7| for the others. Covered: the share of molecules whose error is below the estimate."
     )
     name = f"likelihood_quadrature_{flow.name}"
-    write_results(pd.DataFrame(rows, columns=columns), name, "Quadrature of the trace", notes)
+    write_results(pd.DataFrame(rows, columns=columns), name, f"Quadrature of the trace, {flow.name}", notes)
 
 
 def _clenshaw_curtis(trace: Callable[[np.ndarray], np.ndarray], warp: float, intervals: int) -> Integral:
@@ -77,7 +77,7 @@ def _quadrature_row(
 
 
 class PathTrace(NamedTuple):
-    """Tr J along a path that has converged."""
+    """Tr J along a converged path."""
 
     trace: Callable[[np.ndarray], np.ndarray]  # of t
     integral: float  # nats, the mean of two rules

@@ -1,4 +1,4 @@
-"""Likelihoods that have converged: what the errors of solvers and quadratures are measured against."""
+"""Converged likelihoods, as a reference for the errors of solvers and quadratures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ase_enf.atoms.batch import Batch
 from ase_enf.flow.continuous import Solver, TraceMethod
 from ase_enf.flow.model import ENF
 
-# Two rules that share neither steps nor nodes, except the ends: rk4 on grids that are denser near the data to another
-# degree, with the quadrature in u, t = u².
+# Two rules that share neither steps nor nodes, except at the ends: rk4 on grids that differ in density near the data,
+# with the quadrature in u, t = u².
 RULES = (Solver("rk4", steps=1, warp=2.0), Solver("rk4", steps=1, warp=3.0))
 FIRST, LAST = 96, 768  # intervals; a step each
 AGREEMENT = 0.1  # of the error that is measured: how far the rules may differ
@@ -30,20 +30,20 @@ def reference(
     trace: Callable[[Tensor], TraceMethod],
     enough: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns log-likelihoods by two independent rules, whose steps are halved until they agree.
+    """Returns log-likelihoods by two independent rules whose steps are halved until both agree.
 
     Args:
-        flow: In float64.
+        flow: A flow in float64.
         batch: B molecules.
         noise: ε of q, shape (B, M, F).
-        trace: Makes the method of the trace for the molecules with these indices.
-        enough: (log-likelihoods, gaps between the rules), shape (B,) each, → where they agree well enough.
+        trace: Indices of molecules → method of their trace.
+        enough: (log-likelihoods, differences of the rules), shape (B,) each → whether the rules agree well enough.
 
     Returns:
-        The mean of both rules and the gap between them, nats, shape (B,) each.
+        The mean and the difference of both rules, nats, shape (B,) each.
 
     Raises:
-        ArithmeticError: If they do not agree with ``LAST`` intervals.
+        ArithmeticError: If they still differ with ``LAST`` intervals.
     """
     value = torch.full((len(batch.mask),), torch.nan, dtype=torch.float64)
     gap = torch.full_like(value, torch.inf)
@@ -62,5 +62,5 @@ def reference(
 
 
 def sizes(molecules: list[Atoms]) -> str:
-    """Returns the numbers of atoms of some molecules, in words."""
+    """Returns the numbers of atoms of some molecules as text."""
     return ", ".join(str(len(item)) for item in molecules)

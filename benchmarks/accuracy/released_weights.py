@@ -1,7 +1,7 @@
 """The published weights: ``python -m benchmarks.accuracy.released_weights WEIGHTS.npz --vectors VECTORS.npz``.
 
-The vectors file holds what the published implementation computes in float64 for a few molecules; every quantity is
-compared, a line each with its largest deviation, and the exit code is 1 when one exceeds its bound.
+The file of vectors holds what the published implementation computes in float64 for a few molecules. Every quantity is
+compared and listed with its largest deviation; the exit code is 1 if one exceeds its bound.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SOLVER = Solver("dopri5", rtol=1e-7, atol=1e-7)
 
 
 class Deviation(NamedTuple):
-    """How far one quantity of one molecule is from the published implementation's."""
+    """Deviation of one quantity of one molecule from the published implementation."""
 
     molecule: int
     quantity: str
@@ -82,7 +82,7 @@ def compare(flow: ENF, vectors: str) -> Iterator[Deviation]:
 
 
 def quantities(flow: ENF, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns our values of everything that the vectors hold of one molecule."""
+    """Returns our values of all quantities that the vectors hold for one molecule."""
     numbers = given["numbers"]
     elements = torch.tensor([1, 6, 7, 8, 9])
     mask = torch.ones(1, len(numbers), dtype=torch.bool)

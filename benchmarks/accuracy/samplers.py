@@ -1,12 +1,12 @@
 """Stability against the number of evaluations: ``python -m benchmarks.accuracy.samplers MODEL -n 2000``.
 
-MODEL is a shipped name, a .safetensors, or the .npz of the weights published with the paper. Every solver integrates
-the same latent molecules; the last two do so once more by the compiled kernel, where it can be had. A flow whose
-molecules are drawn with renewed noise by default (``StochasticSampler``) is measured with and without, by the compiled
-kernel where it can be had; there the solvers share the streams of noise.
+MODEL is a shipped name, a .safetensors file, or the .npz of the weights published with the paper. Every solver
+integrates the same latent molecules; the last two do so once more with the compiled kernel, if it is available. A flow
+whose default is the ``StochasticSampler`` is measured with and without fresh noise, with the compiled kernel if it is
+available, and all samplers use the same streams of noise.
 
-``--one-at-a-time 50`` adds how the published script samples: dopri5 at 1e-7, one molecule after the other. With
-``--work FOLDER`` finished solvers are kept and not run again.
+``--one-at-a-time 50`` adds the method of the published script: dopri5 at 1e-7, one molecule at a time. With
+``--work FOLDER``, results of finished solvers are saved and reused.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 def _measure(
     flow: ENF, solver: Solver | StochasticSampler, n: int, batch: int, backend: str, options: argparse.Namespace
 ) -> dict[str, float | str]:
-    """Returns stability, evaluations a molecule and molecules/s of one solver."""
+    """Returns stability, evaluations per molecule and molecules per second of one solver."""
     flow.use_backend(backend)
     name, method = _names(solver)
     name += ", compiled kernel" if backend == "compiled" else ""
@@ -119,7 +119,7 @@ def _measure(
 
 
 def _names(solver: Solver | StochasticSampler) -> tuple[str, str]:
-    """Returns what the table and the picture call a solver: with its steps, and without."""
+    """Returns the names of a solver in the table and in the picture: with its steps, and without."""
     if isinstance(solver, StochasticSampler):
         return str(solver), f"stochastic, warp {solver.warp:g}, churn {solver.churn:g}"
     grid = "" if solver.warp == 1 else f", warp {solver.warp:g}"

@@ -1,8 +1,8 @@
-"""Stochastic estimates of a trace from m products with the matrix, side by side.
+"""Stochastic estimates of a trace from m products with the matrix.
 
-Each takes ``A`` (..., D, D), a number of products m and a generator, and returns estimates of shape (...). They are
-compared on Jacobians written out in full (``benchmarks.accuracy.likelihood``), where a product costs nothing; in the
-flow each is one reverse pass.
+Each function takes ``A`` (..., D, D), a number of products m and a generator, and returns estimates of shape (...).
+They are compared on full Jacobians (``benchmarks.accuracy.likelihood``), where a product costs nothing; in the flow
+each product is one reverse pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gaussian(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
 
 
 def fresh(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
-    """Hutchinson's estimate with other probes of ±1 at each place of the first axis: it averages over a path."""
+    """Hutchinson's estimate with new probes of ±1 for each index of the first axis, which averages over a path."""
     return _quadratic(a, _signs(a, products, generator, (len(a), *[1] * (a.dim() - 3)))).mean(dim=-1)
 
 
@@ -55,10 +55,10 @@ def hutchpp(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
 
 
 def xtrace(a: Tensor, products: int, generator: torch.Generator) -> Tensor:
-    """XTrace (Epperly, Tropp and Webber 2024): Hutch++ in which every probe takes its turn to be left out.
+    """XTrace (Epperly, Tropp and Webber 2024): Hutch++ averaged over leaving out each probe in turn.
 
-    With Y = AΩ = QR and s_i the normalised columns of R⁻ᵀ, leaving probe i out of the sketch projects on
-    Q (I − s_i s_iᵀ) Qᵀ; the estimates of all i are averaged.
+    With Y = AΩ = QR and s_i the normalised columns of R⁻ᵀ, leaving probe i out of the sketch gives the projection
+    Q (I − s_i s_iᵀ) Qᵀ; the estimates for all i are averaged.
     """
     half = products // 2
     omega = _signs(a, half, generator).expand(*a.shape[:-2], -1, -1)

@@ -1,4 +1,4 @@
-"""What one exact trace costs by every method: a table of ``benchmarks.accuracy.likelihood``."""
+"""The cost of one exact trace by every method: a table of ``benchmarks.accuracy.likelihood``."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def moment_between(flow: ENF, molecules: list[Atoms]) -> tuple[Moment, Tensor, T
 
 
 def encoded(flow: ENF, molecules: list[Atoms]) -> Encoded:
-    """Returns molecules of one size in the coordinates of the flow, all with the same noise, in every precision."""
+    """Returns molecules of one size in the coordinates of the flow, with the same noise in every precision."""
     batch = to_batch(molecules, flow.species, flow.config.dimension, dtype=torch.float64)
     noise = torch.randn(*batch.mask.shape[1:], flow.config.flow_features, generator=torch.Generator().manual_seed(1))
     noise = noise.expand(len(molecules), -1, -1)
@@ -98,7 +98,7 @@ def _loop_trace(moment: Moment, x: Tensor, h: Tensor) -> Tensor:
 
 
 def loop_of_grad(moment: Moment, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Velocity and trace as they are usually written: one call of autograd.grad for each direction."""
+    """Returns velocity and trace by the usual method: one call of autograd.grad for each direction."""
     n = x.shape[-1]
     y = torch.cat([x, h], dim=-1).detach().requires_grad_(True)
     out = torch.cat(moment(y[..., :n], y[..., n:]), dim=-1)
@@ -131,7 +131,7 @@ def _velocity_only(moment: Moment, x: Tensor, h: Tensor) -> Tensor:
 
 
 def shortest(work: Callable[[], object], device: torch.device, least: float = 1.0) -> float:
-    """Returns the shortest of at least 3 runs and ``least`` seconds, after a warm-up."""
+    """Returns the shortest time of at least 3 runs that take at least ``least`` seconds, after a warm-up."""
     work()
     times: list[float] = []
     while len(times) < 3 or sum(times) < least:

@@ -1,9 +1,9 @@
-"""What makes flow matching learn QM9 quickly: one change at a time from the defaults, short runs.
+"""Ablations of flow matching on QM9: short runs that each differ from the defaults in one setting.
 
 python -m benchmarks.models.ablations --data QM9.npz --work FOLDER [--only VARIANT ...]
 
-Runs of one batch size see the same molecules in the same order. Finished runs are kept in the folder, by all that they
-depend on; a table is written from those that are there.
+Runs with the same batch size see the same molecules in the same order. Finished runs are saved in the folder under a
+name that depends on all their settings, and the table includes all that are there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Runs what is missing and writes ``results/ablations``."""
+    """Runs the missing variants and writes ``results/ablations``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="QM9 in any form")
     parser.add_argument("--work", type=Path, required=True, help="folder for finished runs")
@@ -104,7 +104,7 @@ def measure(name: str, train_atoms: list, valid_atoms: list, options: argparse.N
     flow = train(replace(config, **changes), train_atoms, valid_atoms)
     seconds = time.perf_counter() - start
     flow.use_backend("auto")
-    how = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
+    how = {"trace": "hutchinson", "probes": 1, "importance_samples": 1, "max_stderr": math.inf, "batch_size": 64}
     nll = -ase_enf.score(flow, valid_atoms[:VALIDATED], seed=range(VALIDATED), **how).log_likelihood
     report = metrics.evaluate(ase_enf.generate(flow, options.n, seed=options.seed, solver=SAMPLING_SOLVER))
     return {

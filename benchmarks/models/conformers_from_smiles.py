@@ -1,29 +1,35 @@
 """Conformers from SMILES: ``python -m benchmarks.models.conformers_from_smiles MODEL --data QM9.npz -n 100``.
 
-MODEL draws conformers of molecules of QM9's test split from their graphs alone. They are compared with the DFT
-geometry, and so are those of RDKit's ETKDG (version 3), as embedded and relaxed by MMFF94. Measured are
+MODEL draws conformers of molecules of the test split of QM9 from their graphs alone. They are compared with the DFT
+geometry, as are conformers by RDKit's ETKDG (version 3), both as embedded and relaxed by MMFF94. Measured are
 
-* bonds: whether RDKit perceives the graph that was asked for, in the positions drawn; and stability by the published
-  table of distances;
-* RMSD of heavy atoms to the DFT geometry, of the best of 1, 10 and 50 draws. No stereochemistry is given to either, and
-  of a conformer and its mirror image the nearer one counts: the energy is the same.
+* bonds: whether RDKit perceives the requested graph from the positions; and stability by the published table of
+  distances;
+* the RMSD of heavy atoms from the DFT geometry, for the best of 1, 10 and 50 draws. Neither method is given the
+  stereochemistry, and the nearer of a conformer and its mirror image counts, as their energies are equal.
 
-With ``--work FOLDER`` draws are kept and a stopped run goes on where it was. Writes ``results/conformers_from_smiles``.
+With ``--work FOLDER``, draws are saved, and a second run continues. Writes ``results/conformers_from_smiles``.
+
+``--strain K`` instead measures by how much a relaxation by GFN2-xTB lowers the energy of the first K conformers of each
+molecule, which needs ``pip install tblite``. Writes ``results/conformers_strain``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.metadata
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from ase import Atoms
 from ase.io import read, write
+from ase.optimize import LBFGS
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -44,6 +50,12 @@ BEST_OF = (1, 10, 50)
 THRESHOLD = 0.5  # Å, of coverage
 MATCHES = 1000  # symmetric matches of heavy atoms that are tried
 BOOTSTRAPS = 1000
+DATA = "the DFT geometry"
+RMSD_NOTES = (
+    f"RMSD of heavy atoms in Å to the DFT geometry, up to mirror images; covered is below {THRESHOLD} Å. Where a way "
+    "finds no conformer of a molecule, it counts as not covered, and is left out of the mean RMSD."
+)
+FORCE, RELAXATION = 0.02, 500  # eV/Å, and steps, of a relaxation
 
 
 class Target(NamedTuple):
@@ -52,6 +64,7 @@ class Target(NamedTuple):
     index: int  # qm9_index
     smiles: str
     reference: Mol  # heavy atoms, with the DFT positions
+    atoms: Atoms  # all of them
 
 
 def main() -> None:
@@ -65,6 +78,7 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=None, help="of the sampler (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=None, help="draw for so long at most; then fewer molecules")
+    parser.add_argument("--strain", type=int, metavar="K", help="relax K conformers of each molecule by GFN2-xTB")
     parser.add_argument("--work", type=Path, help="folder that keeps the draws")
     options = parser.parse_args()
     flow = ase_enf.load(options.model)
@@ -76,7 +90,7 @@ def main() -> None:
 
 
 def run(flow: ENF, options: argparse.Namespace, work: Path) -> None:
-    """Draws, measures, writes."""
+    """Draws and measures conformers, and writes the table."""
     targets, without = choose_targets(qm9.load(options.data, split="test"), options.n, options.seed)
     kept = open_work(work, flow, draws=options.draws, steps=options.steps, churn=options.churn, seed=options.seed)
     ways: dict[str, Callable[[Target], list[Atoms]]] = {
@@ -84,29 +98,34 @@ def run(flow: ENF, options: argparse.Namespace, work: Path) -> None:
         "ETKDG": lambda target: from_etkdg(target.smiles, options.draws, options.seed, relax=False),
         "ETKDG + MMFF94": lambda target: from_etkdg(target.smiles, options.draws, options.seed, relax=True),
     }
-    started, results = time.monotonic(), {name: [] for name in ways}
+    started, results = time.monotonic(), {name: [] for name in (*ways, *([DATA] if options.strain else []))}
     for target in tqdm(targets, unit="molecule", disable=None):
         if options.seconds and time.monotonic() - started > options.seconds:
             break
-        for name, draw in ways.items():
-            file = kept / f"{target.index}_{list(ways).index(name)}.extxyz"
-            results[name].append(measure(target, kept_or_drawn(file, target, draw)))
+        for number, (name, draw) in enumerate(ways.items()):
+            drawn = kept_or_drawn(kept / f"{target.index}_{number}.extxyz", target, draw)
+            results[name].append(strains(drawn[: options.strain]) if options.strain else measure(target, drawn))
+        if options.strain:
+            results[DATA].append(strains([target.atoms]))
     done = len(results["ETKDG"])
-    rows = [row for name, found in results.items() for row in summary(name, found, options.draws, options.seed)]
+    summarise = strain_summary if options.strain else functools.partial(summary, draws=options.draws)
+    rows = [row for name, found in results.items() for row in summarise(name, found, seed=options.seed)]
     table = pd.DataFrame(rows, columns=("conformers", "quantity", "value", "error", "of"))
     solver = ase_enf.generate(flow, 1, smiles="C", steps=options.steps, churn=options.churn)[0].info["enf_solver"]
     notes = (
-        f"{done} molecules of the test split at random (seed {options.seed}), {options.draws} conformers of each; "
-        f"{without} more were left out, whose DFT geometry has by RDKit no neutral closed-shell graph. Drawn by "
-        f"{solver}. RMSD of heavy atoms in Å to the DFT geometry, up to mirror images; covered is below {THRESHOLD} Å. "
-        f"Errors are standard deviations over {BOOTSTRAPS} bootstraps of the molecules. Where a way finds no conformer "
-        "of a molecule, it counts as not covered, and is left out of the mean RMSD."
+        f"{done} molecules of the test split at random (seed {options.seed}), {options.strain or options.draws} "
+        f"conformers of each; {without} more were left out, whose DFT geometry has by RDKit no neutral closed-shell "
+        f"graph. Drawn by {solver}. {_strain_notes() if options.strain else RMSD_NOTES} Errors are standard deviations "
+        f"over {BOOTSTRAPS} bootstraps of the molecules."
     )
-    write_results(table, "conformers_from_smiles", "Conformers of QM9 molecules from their SMILES", notes)
+    file, title = "conformers_from_smiles", "Conformers of QM9 molecules from their SMILES"
+    if options.strain:
+        file, title = "conformers_strain", "Strain of conformers of QM9 molecules from their SMILES"
+    write_results(table, file, title, notes)
 
 
 def choose_targets(test: list[Atoms], n: int, seed: int) -> tuple[list[Target], int]:
-    """Returns n molecules in random order, and how many were passed over for want of a graph."""
+    """Returns n molecules in random order, and the number of those skipped because they have no graph."""
     targets, without = [], 0
     for k in np.random.default_rng(seed).permutation(len(test)):
         if len(targets) == n:
@@ -117,7 +136,7 @@ def choose_targets(test: list[Atoms], n: int, seed: int) -> tuple[list[Target], 
             without += 1
             continue
         mol = sanitise(to_mol(test[k], "rdkit"))
-        targets.append(Target(int(test[k].info["qm9_index"]), canonical_smiles(mol), heavy(mol)))
+        targets.append(Target(int(test[k].info["qm9_index"]), canonical_smiles(mol), heavy(mol), test[k]))
     return targets, without
 
 
@@ -131,7 +150,7 @@ def heavy(mol: Mol) -> Mol:
 
 
 def from_flow(flow: ENF, target: Target, options: argparse.Namespace) -> list[Atoms]:
-    """Draws conformers; molecules do not share their noise."""
+    """Draws conformers, with different noise for each molecule."""
     seed = options.seed + target.index
     return ase_enf.generate(
         flow, options.draws, seed=seed, smiles=target.smiles, steps=options.steps, churn=options.churn
@@ -139,7 +158,7 @@ def from_flow(flow: ENF, target: Target, options: argparse.Namespace) -> list[At
 
 
 def from_etkdg(smiles: str, draws: int, seed: int, relax: bool) -> list[Atoms]:
-    """Embeds conformers, and relaxes each by MMFF94 where that knows the molecule."""
+    """Embeds conformers, and relaxes each by MMFF94 if it has parameters for the molecule."""
     from rdkit import Chem
     from rdkit.Chem import AllChem
 
@@ -152,7 +171,7 @@ def from_etkdg(smiles: str, draws: int, seed: int, relax: bool) -> list[Atoms]:
 
 
 def kept_or_drawn(file: Path, target: Target, draw: Callable[[Target], list[Atoms]]) -> list[Atoms]:
-    """Returns conformers that were kept, or draws and keeps them."""
+    """Returns saved conformers, or draws and saves them."""
     if not file.exists():
         drawn = draw(target)
         if not drawn:
@@ -164,7 +183,7 @@ def kept_or_drawn(file: Path, target: Target, draw: Callable[[Target], list[Atom
 
 
 def measure(target: Target, drawn: list[Atoms]) -> NDArray[np.float64]:
-    """Returns of every conformer whether its bonds are as asked for, its RMSD, whether it is stable: (draws, 3)."""
+    """Returns whether each conformer has the requested bonds, its RMSD, and whether it is stable, shape (draws, 3)."""
     graph, stable = graph_of_smiles(target.smiles), stability(drawn).stable
     rows = [
         (has_bonds(atoms, graph.bonds), rmsd(target, atoms), good) for atoms, good in zip(drawn, stable, strict=True)
@@ -181,7 +200,7 @@ def has_bonds(atoms: Atoms, bonds: NDArray[np.int8]) -> bool:
 
 
 def rmsd(target: Target, atoms: Atoms) -> float:
-    """Returns the least RMSD of heavy atoms over symmetric matches and mirror images, Å."""
+    """Returns the smallest RMSD of heavy atoms over symmetric matches and mirror images, Å."""
     from rdkit import Chem
     from rdkit.Chem import rdMolAlign
 
@@ -196,8 +215,41 @@ def rmsd(target: Target, atoms: Atoms) -> float:
     return min(values)
 
 
+def strains(drawn: list[Atoms]) -> NDArray[np.float64]:
+    """Returns the energy that each conformer loses when GFN2-xTB relaxes it, eV, shape (draws, 1)."""
+    from ase_enf.ensemble.calculators import calculator  # which needs tblite
+
+    return np.array([strain(atoms, calculator("gfn2", atoms)) for atoms in drawn]).reshape(-1, 1)
+
+
+def strain(atoms: Atoms, calculator: Any) -> float:
+    """Returns the energy above that of the nearest minimum, eV; NaN if the relaxation does not converge.
+
+    Args:
+        atoms: A structure; it is not modified.
+        calculator: An ASE calculator of energies and forces.
+    """
+    moving = atoms.copy()
+    moving.calc = calculator
+    before = moving.get_potential_energy()
+    arrived = LBFGS(moving, logfile=None).run(fmax=FORCE, steps=RELAXATION)
+    return before - moving.get_potential_energy() if arrived else np.nan
+
+
+def strain_summary(name: str, found: list[NDArray[np.float64]], seed: int) -> list[tuple[str, ...]]:
+    """Returns the rows of strain for one method."""
+    molecules = [known for f in found if len(known := f[np.isfinite(f)])]
+    medians = [float(np.median(known)) for known in molecules]
+    lost = 100 * (1 - sum(map(len, molecules)) / sum(map(len, found)))
+    rows = [
+        _row(name, "strain, median, eV", medians, seed, "{:.3f}", np.median),
+        _row(name, "strain, mean, eV", [float(known.mean()) for known in molecules], seed, "{:.3f}"),
+    ]
+    return [*rows, (name, "not relaxed in time, %", f"{lost:.1f}", "", f"{sum(map(len, found))} conformers")]
+
+
 def summary(name: str, found: list[NDArray[np.float64]], draws: int, seed: int) -> list[tuple[str, ...]]:
-    """Returns the rows of one way to make conformers."""
+    """Returns the rows for one method."""
     rows = [_row(name, "bonds as asked for, %", [100 * f[:, 0].mean() for f in found if len(f)], seed, "{:.1f}")]
     rows.append(_row(name, "stable, %", [100 * f[:, 2].mean() for f in found if len(f)], seed, "{:.1f}"))
     for best_of in (k for k in BEST_OF if k <= draws):
@@ -213,11 +265,27 @@ def summary(name: str, found: list[NDArray[np.float64]], draws: int, seed: int) 
     return rows
 
 
-def _row(name: str, quantity: str, values: list[float], seed: int, form: str) -> tuple[str, ...]:
+def _row(
+    name: str,
+    quantity: str,
+    values: list[float],
+    seed: int,
+    form: str,
+    middle: Callable[..., NDArray[np.float64]] = np.mean,
+) -> tuple[str, ...]:
     data = np.array(values)
     chosen = np.random.default_rng(seed).integers(len(data), size=(BOOTSTRAPS, len(data)))
-    error = data[chosen].mean(axis=1).std()
-    return name, quantity, form.format(data.mean()), form.format(error), f"{len(data)} molecules"
+    error = middle(data[chosen], axis=1).std()
+    return name, quantity, form.format(middle(data)), form.format(error), f"{len(data)} molecules"
+
+
+def _strain_notes() -> str:
+    return (
+        f"Strain is the energy by GFN2-xTB (tblite {importlib.metadata.version('tblite')}) above that of the minimum "
+        f"to which LBFGS relaxes the conformer, forces below {FORCE} eV/Å, within {RELAXATION} steps; of the medians "
+        "over the conformers of a molecule, median is the median over molecules. Minima of GFN2-xTB are not those of "
+        "DFT, so that the DFT geometry is strained, too."
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Completions of fragments: ``python -m benchmarks.models.fragments qm9-small --data qm9.npz -n 200``.
 
-From molecules of the test split a functional group is cut off, its hydrogens included; what is left is the fragment,
-and the model draws as many atoms as were cut. Reported: how many completions are stable, against molecules of the same
-sizes that the same model draws without a fragment, and in how many everything drawn is bonded, over atoms, to the
-fragment.
+A functional group, including its hydrogens, is cut off molecules of the test split; the rest is the fragment, and the
+model draws as many atoms as were cut off. Reported are the fraction of stable completions, compared with molecules of
+the same sizes that the model draws without a fragment, and the fraction in which all drawn atoms are connected to the
+fragment by bonds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ase_enf.flow.model import ENF
 from benchmarks.common import load_flow, open_work
 from benchmarks.report import write_results
 
-# Group → SMARTS of its heavy atoms, after the atom that it hangs on.
+# Group → SMARTS: the atom it is bonded to, then its heavy atoms.
 GROUPS = {
     "OH": "[#6]-[OX2;H1]",
     "NH2": "[#6]-[NX3;H2]",
@@ -94,7 +94,7 @@ def _row(group: str, part: pd.DataFrame) -> dict[str, str | int]:
 
 
 def _cuts(atoms: list[Atoms], n: int, seed: int) -> list[tuple[str, Atoms, int]]:
-    """Returns groups, fragments and sizes of the wholes: of the first n molecules in random order that have a group."""
+    """Returns groups, fragments and sizes of the first n molecules, in random order, that have a group."""
     rng = np.random.default_rng(seed)
     cuts: list[tuple[str, Atoms, int]] = []
     for place in rng.permutation(len(atoms)):
@@ -111,7 +111,7 @@ def _cuts(atoms: list[Atoms], n: int, seed: int) -> list[tuple[str, Atoms, int]]
 
 
 def _groups(whole: Atoms) -> list[tuple[str, list[int]]]:
-    """Returns the groups of a molecule, each with its atoms, hydrogens included."""
+    """Returns the groups of a molecule with the atoms of each, including hydrogens."""
     from rdkit import Chem
 
     mol = sanitise(to_mol(whole))
@@ -134,7 +134,7 @@ def _orders(atoms: Atoms) -> np.ndarray:
 
 
 def _drawn(flow: ENF, cuts: list[tuple[str, Atoms, int]], options: argparse.Namespace) -> list[Atoms]:
-    """Returns a completion of every fragment, of which those that are finished are read."""
+    """Returns a completion of every fragment; finished ones are read."""
     drawn = []
     for k, (_, own, size) in enumerate(tqdm(cuts, unit="fragment")):
         path = options.work / f"completion_{k:04d}.extxyz"

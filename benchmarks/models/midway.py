@@ -1,10 +1,10 @@
-"""Does it pay to drop a trajectory whose end fails midway? ``python -m benchmarks.models.midway qm9-small -n 512``.
+"""Rejecting trajectories midway, by their predicted end: ``python -m benchmarks.models.midway qm9-small -n 512``.
 
 Every molecule is drawn to its end by the default stochastic sampler, and on the way its predicted end x_t − t v is
-looked at, as ``require="stable"`` looks at molecules. That is all that is needed to say what a filter after k of N
-steps would do: it costs k + P(kept at k) (N − k) evaluations a trajectory and gives P(kept at k and stable at the end)
-molecules; plain rejection costs N and gives P(stable). A gain above 1 means more stable molecules for the same
-evaluations than plain rejection gives.
+checked as ``require="stable"`` checks molecules. This determines what a filter after k of N steps would do: a
+trajectory costs k + P(kept at k) (N − k) evaluations and gives P(kept at k and stable at the end) molecules, whereas
+rejection at the end costs N and gives P(stable). With a gain above 1, the filter gives more stable molecules for the
+same number of evaluations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ase_enf.atoms.batch import to_atoms
 from ase_enf.chem.bonds import stability
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import sample_stochastic
-from ase_enf.sampling.sampler import Draft, Sampler
+from ase_enf.sampling.drafts import Draft
+from ase_enf.sampling.request import Request
+from ase_enf.sampling.sampler import Sampler
 from benchmarks.common import load_flow
 from benchmarks.report import write_results
 
@@ -41,7 +43,7 @@ def main() -> None:
     flow = load_flow(options.model)
     flow.use_backend("auto")
     solver = flow.sampling_solver
-    sampler = Sampler(flow, options.seed, None, None, solver, BATCH, None)
+    sampler = Sampler(flow, Request(seed=options.seed, batch_size=BATCH))
     drafts = [sampler.draft(index, 0) for index in range(options.n)]
     looks = [round(part * solver.steps) for part in LOOKS]
     pieces = [_unstable_atoms(flow, sampler, batch, looks) for batch in tqdm(sampler.same_size(drafts), unit="batch")]
@@ -74,7 +76,7 @@ def main() -> None:
 
 
 def _unstable_atoms(flow: ENF, sampler: Sampler, drafts: list[Draft], looks: list[int]) -> np.ndarray:
-    """Returns how many atoms of each molecule are not stable: at each look, and at the end; shape (L + 1, B)."""
+    """Returns the number of unstable atoms of each molecule at each check and at the end, shape (L + 1, B)."""
     x, h, mask, context = sampler.latents(drafts)
     velocity = flow.velocity(mask, context)
     ends: list[tuple[Tensor, Tensor]] = []

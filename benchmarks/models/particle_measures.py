@@ -1,4 +1,4 @@
-"""How near a flow of particles comes to exp(-U): excess NLL, effective sample size, ln Z and entropy in two ways."""
+"""How close a flow of particles is to exp(-U): excess NLL, effective sample size, ln Z, and entropy by two methods."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIELDS = ("log_weights", "energies", "log_prob", "log_prob_error")
 
 
 def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options: argparse.Namespace) -> None:
-    """Scores test samples and reweights the flow's own, both against the truth, and writes the table."""
+    """Scores test samples, reweights samples of the flow, compares both with the truth, and writes the table."""
     folder = options.work / f"{options.system}_pieces_{digest(flow)}_seed{options.seed}"
     pieces = open_work(folder, flow, seed=options.seed, piece=options.piece, intervals=options.intervals)
     log_q = scored(flow, test, pieces, options)
@@ -59,7 +59,7 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
 
 
 def scored(flow: ENF, test: Samples, pieces: Path, options: argparse.Namespace) -> Array:
-    """Returns the log-densities of the first test samples by the exact trace."""
+    """Returns log-densities of the first test samples by the exact trace."""
     order = list(range(min(options.test, len(test))))
     if options.intervals != INTERVALS:
         return coarsely_scored(flow, test.positions[order], pieces, options)
@@ -84,9 +84,9 @@ def coarsely_scored(flow: ENF, positions: Array, pieces: Path, options: argparse
 
 
 def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Reweighted, Array, set[str]]:
-    """Returns weighted samples of the flow, the ESS of each piece as a part, and the devices that computed them.
+    """Returns weighted samples of the flow, the ESS of each piece as a fraction, and the devices that computed them.
 
-    What is missing is drawn; a piece has a seed of its own, so that pieces are repetitions.
+    Missing pieces are drawn. Each piece has its own seed, so that pieces are independent repetitions.
     """
     parts, failed, redrawn, devices = [], 0, 0, set()
     for k in tqdm(range(max(options.n // options.piece, 1)), desc="reweighting", unit="piece", dynamic_ncols=True):
@@ -123,7 +123,7 @@ def device_of(flow: ENF) -> str:
 
 
 def effective(log_weights: Array) -> float:
-    """Returns Kish's effective sample size as a part of the number of samples.
+    """Returns Kish's effective sample size as a fraction of the number of samples.
 
     Example:
         >>> effective(np.log([1.0, 1.0, 2.0]))
@@ -134,7 +134,7 @@ def effective(log_weights: Array) -> float:
 
 
 def jackknife(log_weights: Array, repetitions: int) -> float:
-    """Returns the standard error of the effective sample size by leaving out one repetition after the other."""
+    """Returns the standard error of the effective sample size, leaving out each repetition in turn."""
     if repetitions < 2:
         return float("nan")
     parts = np.split(log_weights, repetitions)
@@ -146,11 +146,12 @@ def bennett(forward: Array, backward: Array) -> tuple[float, float]:
     """Returns ln Z from -U - log q of samples of the flow and of exp(-U), by Bennett's acceptance ratio.
 
     ln Z solves Σ_flow f(w - ln Z - r) = Σ_data f(ln Z - w + r), f(x) = 1 / (1 + e^-x), where r is the logarithm of the
-    ratio of the numbers (J. Comput. Phys. 22, 245 (1976)); of all combinations of both it has the smallest variance.
+    ratio of the numbers of samples. Of all combinations of both sets it has the smallest variance (J. Comput. Phys. 22,
+    245 (1976)).
 
     Args:
-        forward: -U - log q of samples of the flow.
-        backward: The same of samples of exp(-U).
+        forward: w = -U - log q of samples of the flow.
+        backward: w of samples of exp(-U).
 
     Returns:
         ln Z and its standard error to first order.
@@ -181,12 +182,12 @@ def bennett(forward: Array, backward: Array) -> tuple[float, float]:
 def rows(
     log_q: Array, gap: Array, result: Reweighted, sizes: Array, truth: dict[str, float]
 ) -> list[tuple[str, str, int | str]]:
-    """Returns the rows of the table: what, value, number of samples."""
+    """Returns the rows of the table: quantity, value, number of samples."""
     n, good = len(result.log_weights), np.isfinite(result.log_weights)
     above = gap - truth["log_z"]
     log_z_bar, log_z_bar_stderr = bennett(result.log_weights[good], gap)
-    # S = <U>/kT + ln Z, both by reweighting: a second way to the entropy, independent of the first. What one sample
-    # adds to both, w (U - <U>) + w - 1/n, gives the error of their sum.
+    # S = <U>/kT + ln Z, both by reweighting, is a second estimate of the entropy, independent of the first. The
+    # contribution of one sample to both terms, w (U - <U>) + w - 1/n, gives the error of their sum.
     energy, log_z, log_z_stderr = result.average(result.energies), -result.free_energy, result.free_energy_stderr
     shares = result.weights * (result.energies - energy.value + 1.0) - 1.0 / n
     entropy_stderr = np.hypot(np.sqrt(np.square(shares).sum()), result.integration_error)
@@ -213,7 +214,7 @@ def sem(values: Array) -> float:
 
 
 def figure(value: float, error: float) -> str:
-    """Returns a value with its error.
+    """Returns a value and its error as text.
 
     Example:
         >>> figure(1.0, 0.5)

@@ -1,12 +1,13 @@
 """Rotamers of ethanol by GFN2-xTB: ``python -m benchmarks.models.rotamers FOLDER [--frames N] [--temperature 300]``.
 
-Three answers to how much of the C–C–O–H torsion is trans, none of which needs a flow:
+The population of trans in the C–C–O–H torsion without a flow, by
 
-* walkers of Hamiltonian Monte Carlo, which have no time step that biases them (``ase_enf.data.thermal``); resumed from
-  the state in FOLDER;
+* walkers of Hamiltonian Monte Carlo, which no time step biases (``ase_enf.data.thermal``), resumed from the state in
+  FOLDER;
 * the harmonic approximation of the classical integral about each minimum;
-* and what ASE's ``Langevin`` makes of the temperature of each vibration, exactly: on a quadratic surface its update is
-  linear, and the covariance that it leaves unchanged solves a discrete Lyapunov equation.
+
+and the exact temperature of each vibration under ASE's ``Langevin``: on a quadratic surface its update is linear, and
+its stationary covariance solves a discrete Lyapunov equation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TORSION = (0, 1, 2, 3)
 FRICTIONS, TIME_STEPS = (0.01, 0.002), (0.5, 1.0)  # 1 / fs, fs
 HOT = 455.0  # K, about the mean temperature of the modes that fixcm=True leads to at 300 K
 STEP = 0.005  # Å, of finite differences
-# eV / Å², holds what is free to drift and turn, so that its covariance is finite; internal modes do not feel it.
+# eV/Å², restrains translation and rotation so that their covariance is finite; it does not affect internal modes.
 _SPRING = 0.01
 
 
@@ -58,14 +59,14 @@ def main() -> None:
         f"GFN2-xTB, {options.temperature:g} K. Trans is a torsion within 60° of 180°. The error of the walkers is "
         "√(p (1 − p) τ / n) with the integrated autocorrelation time τ of being trans; with fewer than ten effective "
         "frames in trans that error is itself uncertain, see the row. The temperatures of ASE's Langevin are exact for "
-        "the quadratic surface about the gauche minimum: λ <q²> / kB of each of its 3 M − 6 internal modes."
+        "the quadratic surface about the gauche minimum: λ ⟨q²⟩ / kB of each of its 3 M − 6 internal modes."
     )
     table = pd.DataFrame(rows, columns=["what", "value"])
     write_results(table, "rotamers", "Rotamers of ethanol", notes, options.out)
 
 
 def walkers(atoms: Atoms, calc: Any, temperature: float, frames: int, folder: Path) -> list[tuple[str, str]]:
-    """Returns the share of trans among frames of walkers."""
+    """Returns the population of trans among frames of walkers."""
     found = thermal.run(
         conformers(atoms, 8, 0), calc, temperature, frames, leapfrog=16, burn_in=60, out=folder / "thermal.npz"
     )
@@ -94,7 +95,7 @@ def relaxed(atoms: Atoms, calc: Any, angle: float) -> Atoms:
 
 
 def hessian(atoms: Atoms, calc: Any) -> np.ndarray:
-    """Returns second derivatives of the energy, eV / Å², shape (3 M, 3 M), by differences of forces."""
+    """Returns second derivatives of the energy, eV/Å², shape (3 M, 3 M), by finite differences of forces."""
     moved, matrix = atoms.copy(), np.empty((3 * len(atoms), 3 * len(atoms)))
     moved.calc = calc
     for k in range(len(matrix)):
@@ -109,14 +110,14 @@ def hessian(atoms: Atoms, calc: Any) -> np.ndarray:
 
 
 def internal(atoms: Atoms) -> np.ndarray:
-    """Returns an orthonormal basis of displacements that neither move nor turn a molecule, shape (3 M, 3 M − 6)."""
+    """Returns an orthonormal basis of displacements without translation and rotation, shape (3 M, 3 M − 6)."""
     x = atoms.positions - atoms.positions.mean(axis=0)
     rigid = [np.tile(axis, len(x)) for axis in np.eye(3)] + [np.cross(axis, x).ravel() for axis in np.eye(3)]
     return null_space(np.array(rigid))
 
 
 def harmonic(minima: dict[float, Atoms], calc: Any, temperature: float) -> list[tuple[str, str]]:
-    """Returns the share of trans of the classical integral about the minima, of which gauche is there twice."""
+    """Returns the population of trans from the harmonic classical integral about the minima; gauche counts twice."""
     kt, log_z = units.kB * temperature, {}
     energies = {angle: float(atoms.get_potential_energy()) for angle, atoms in minima.items()}
     for angle, atoms in minima.items():
@@ -157,7 +158,7 @@ def stationary(
 ) -> np.ndarray:
     """Returns the covariance of positions, (3 M, 3 M), that ASE's Langevin leaves unchanged on ½ x·Kx.
 
-    One step is linear in state and noise; its coefficients are those of ASE, of a ``Langevin`` that never runs.
+    One step is linear in state and noise; its coefficients are taken from a ``Langevin`` object of ASE that never runs.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fixcm, which is what is looked at
@@ -170,7 +171,7 @@ def stationary(
     if fixcm:
         factor = np.sqrt(natoms / (natoms - 1.0))
         shift, kick = factor * (one - ones), factor * (one - ones * masses[None] / masses[:, None])
-    # Noise (ξ, η) → displacement and kick; then half a step of v, a step of x, half a step of v.
+    # Noise (ξ, η) → displacement and kick; then half a step of v, a step of x, and half a step of v.
     displace = np.hstack([0 * one, shift @ np.diag(c5)])
     kick = kick @ np.hstack([np.diag(c3), -np.diag(c4)])
     pull = -md.c1 * stiffness / masses[:, None]

@@ -1,7 +1,7 @@
-"""The figures of a model card: ``python -m benchmarks.models.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
+"""The results on a model card: ``python -m benchmarks.models.shipped_model qm9 -n 1000 --seed 0 [--data QM9.npz]``.
 
-Draws molecules, measures them by every metric, draws the gallery and, with the data at hand, scores the validation
-split. With ``--closed-shell``, molecules with an even number of electrons, in files of their own.
+Draws molecules, evaluates them by every metric, draws the gallery and, if data are given, scores the validation split.
+With ``--closed-shell``, only molecules with an even number of electrons are drawn, and written to separate files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
 from benchmarks.report import RESULTS, write_results
 
-# What is measured of the flow itself, too, where molecules are drawn with renewed noise by default.
+# Metrics that are also measured for the flow itself (churn=0) if the default sampler is stochastic.
 WITHOUT_CHURN = ("atom_stability", "molecule_stability", "connected", "validity_largest_fragment", "distance_js")
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="QM9 in any form, for the likelihood of its validation split")
     parser.add_argument("--scores", type=int, default=256, help="validation molecules to score")
     parser.add_argument("--trace", default="exact", help="trace of the scores")
-    parser.add_argument("--draws", type=int, default=None, help="draws K of q a molecule (default: those of score)")
+    parser.add_argument("--importance-samples", type=int, metavar="K", help="of q a molecule (default: those of score)")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="of which molecules are scored")
     parser.add_argument("--scores-only", action="store_true", help="score and draw nothing, into results/nll_NAME")
     parser.add_argument("--keep-flow", action="store_true", help="keep what is known of the flow itself (churn=0)")
@@ -90,16 +90,16 @@ def _of_the_flow_itself(flow: ENF, options: argparse.Namespace) -> list[tuple[st
 def _nll(flow: ENF, options: argparse.Namespace) -> tuple[str, float, float, int, str]:
     valid = qm9.load(options.data, split=options.split)
     chosen = np.random.default_rng(options.seed).permutation(len(valid))[: options.scores]
-    how = {} if options.draws is None else {"draws": options.draws}
+    how = {} if options.importance_samples is None else {"importance_samples": options.importance_samples}
     scores = ase_enf.score(flow, [valid[k] for k in chosen], trace=options.trace, seed=chosen.tolist(), **how)
     nll = -scores.log_likelihood
-    words = f"{scores.kind[0]}, K = {scores.draws[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
+    words = f"{scores.kind[0]}, K = {scores.importance_samples[0]}, {scores.trace[0]} trace, {scores.probes[0]} probes"
     definition = f"mean NLL in nats of molecules of the {options.split} split ({words}); stderr over molecules"
     return f"{options.split}_nll", float(nll.mean()), float(nll.std() / np.sqrt(len(nll))), len(nll), definition
 
 
 def _unstable_elements(atoms: list) -> str:
-    """Returns how many atoms of each element are unstable, out of how many."""
+    """Returns the numbers of unstable and of all atoms of each element as text."""
     from ase_enf.chem.bonds import bond_orders, stable_atoms
 
     unstable: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""What happens when things go wrong: malformed input, kills, and long streams."""
+"""Behaviour under malformed input, kills and long requests."""

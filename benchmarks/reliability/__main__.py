@@ -1,8 +1,8 @@
-"""What happens when things go wrong: ``python -m benchmarks.reliability fuzz kill memory load``.
+"""Behaviour under malformed input, kills and long requests: ``python -m benchmarks.reliability fuzz kill memory load``.
 
-``fuzz`` tries malformed inputs, ``--each`` of every kind; ``kill`` ends commands by SIGKILL at ``--kills`` random
-moments each, and goes on with them; ``memory`` measures the peak of long requests, ``load`` time and memory
-of loading damaged weights. What went wrong is listed with the seed that repeats it.
+``fuzz`` tries malformed inputs, ``--each`` of every kind. ``kill`` ends each command by SIGKILL at ``--kills`` random
+moments and continues it. ``memory`` measures the peak memory of long requests, and ``load`` time and memory of loading
+damaged weights. Failures are listed with the seed that reproduces them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.reliability.fuzz import KINDS, SECONDS, fuzz
+from benchmarks.reliability.fuzz import DONE, KINDS, REFUSED, SECONDS, fuzz
 from benchmarks.reliability.hostile import loads
-from benchmarks.reliability.kill import VERBS, kill
+from benchmarks.reliability.kill import COMMANDS, KILL_NOTES, Killed, hasten, kill, worst
 from benchmarks.reliability.memory import peaks
 from benchmarks.report import write_results
 
@@ -31,8 +32,9 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "memory", "load"))
     parser.add_argument("--each", type=int, default=400, help="malformed inputs of each kind (default: 400)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--kills", type=int, default=100, help="of each command (default: 100)")
-    parser.add_argument("--commands", nargs="+", default=list(VERBS), choices=list(VERBS))
+    parser.add_argument("--log", type=Path, default=None, help="of fuzz or kill, which go on from there")
+    parser.add_argument("--kills", type=int, default=10, help="of each command (default: 10)")
+    parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -50,18 +52,23 @@ def write_fuzz(options: argparse.Namespace) -> None:
     """Tries malformed inputs of every kind."""
     rows, wrong = [], []
     for kind in options.kinds:
-        ways, found = fuzz(kind, options.each, options.seed)
+        ended = fuzz(kind, options.each, options.seed, options.log)
+        found = [end for end in ended if end.how not in (DONE, REFUSED)]
+        ways = Counter(end.how for end in ended if end.how in (DONE, REFUSED))
         wrong += found
-        rows.append({"kind": kind, "inputs": options.each, **ways, "wrong": len(found)})
+        rows.append(
+            {"kind": kind, "inputs": options.each, **{way: ways[way] for way in (DONE, REFUSED)}, "wrong": len(found)}
+        )
         print(rows[-1], *found, sep="\n", flush=True)
     notes = (
         "Calls that were done, refused in one line (exit code 2 of the command line; ValueError, TypeError or OSError "
-        f"in Python), and wrong: a traceback, another exception or exit code, or no end within {SECONDS} s of the "
-        "processor. Seeds "
-        f"{options.seed} to {options.seed + options.each - 1} of each kind."
+        "in Python, CalculatorError of a calculator), and wrong: a traceback, another exception or exit code, or no "
+        f"end within {SECONDS} s of the processor. An input of some kinds is tried by two or three calls. Seeds "
+        f"{options.seed} to {options.seed + options.each - 1} of each kind. Inputs that were taken out of the log "
+        "(--log) after a fault of theirs was mended were tried again."
     )
-    listed = [f"* {f.kind}, seed {f.seed}: {f.tried}: {f.happened}" for f in wrong]
-    table = pd.DataFrame(rows).fillna(0).astype({name: int for name in ("inputs", "done", "refused", "wrong")})
+    listed = [f"* {end.kind}, seed {end.seed}: {end.tried}: {end.how}" for end in wrong]
+    table = pd.DataFrame(rows)
     write_results(table, "reliability_fuzz", "Malformed inputs", "\n".join([notes, *([""] if listed else []), *listed]))
 
 
@@ -79,7 +86,7 @@ def write_memory() -> None:
 
 
 def write_load(options: argparse.Namespace) -> None:
-    """Measures how damaged weights are refused."""
+    """Measures time and memory of refusing damaged weights."""
     found = loads(options.each, options.seed)
     row = {
         "files": found.files,
@@ -98,26 +105,21 @@ def write_load(options: argparse.Namespace) -> None:
 
 
 def write_kills(options: argparse.Namespace) -> None:
-    """Kills every command."""
-    found = []
+    """Kills every command repeatedly, each time in a child of this process."""
+    hasten()
+    found: list[Killed] = []
     for what in options.commands:
         with tempfile.TemporaryDirectory() as work:
-            found += kill(what, options.kills, options.seed, Path(work))
+            found += kill(what, options.kills, options.seed, Path(work), options.log)
         print(*found[-options.kills :], sep="\n", flush=True)
-    table = pd.DataFrame(found)
-    counted = table.groupby("what", sort=False).agg(
-        kills=("wrong", "size"), wrong=("wrong", lambda w: int((w != "").sum()))
-    )
-    listed = [f"* {f.what}, killed after {f.after} s, kept {f.kept}: {f.wrong}" for f in found if f.wrong]
-    notes = (
-        "Commands ended by SIGKILL at a random moment and gone on with (`--append --start K`, `--resume`). "
-        "Wrong: other structures, scores, weights or log rows than those of an undisturbed run, or files left behind."
-    )
+    rows = []
+    for what in options.commands:
+        ours = [one for one in found if one.what == what]
+        rows.append((what, len(ours), worst(ours), sum(one.wrong != "" for one in ours)))
+    table = pd.DataFrame(rows, columns=["command", "kills", "lost at most", "wrong"])
+    listed = [f"* {one.what}, killed after {one.after} s, {one.done} done: {one.wrong}" for one in found if one.wrong]
     write_results(
-        counted.reset_index(),
-        "reliability_kill",
-        "Killed commands",
-        "\n".join([notes, *([""] if listed else []), *listed]),
+        table, "reliability_kill", "Killed commands", "\n".join([KILL_NOTES, *([""] if listed else []), *listed])
     )
 
 

@@ -1,16 +1,20 @@
-"""Malformed inputs: each must be refused in one line, or done; nothing may hang, or end in a traceback."""
+"""Malformed inputs: each must be refused in one line or processed; none may hang or end in a traceback."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
+import functools
+import inspect
 import io
 import json
+import math
 import shutil
 import signal
 import struct
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,40 +22,37 @@ from typing import NamedTuple
 import numpy as np
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.calculator import CalculatorError
+from ase.calculators.emt import EMT
 from ase.io import write
+from rdkit.Chem import MolToMolBlock
 
 import ase_enf
 from ase_enf import metrics
-from ase_enf.chem.convert import to_smiles
+from ase_enf.chem.convert import to_mol, to_smiles
 from ase_enf.cli import main as command_line
+from ase_enf.cli.arguments import flag
+from ase_enf.data import qm9
 
 SECONDS = 120  # of the processor, after which an input is taken to hang
 WAITING = 1200  # seconds of the clock, the same
 MODEL = "dw4"  # the fastest to load and to score with
 MOLECULES = "qm9-small"
 NAMES = ("H2O", "CH4", "NH3", "CO2", "C2H6", "HCN", "CH3OH")
-FORMATS = ("xyz", "extxyz", "traj", "db", "json", "cif", "pdb")
+FORMATS = ("xyz", "extxyz", "traj", "db", "json", "cif", "pdb", "sdf", "xyz.gz", "smi", "npz")
 
 
+QUICK = {"trace": "hutchinson", "importance_samples": 1, "max_stderr": 1e9}  # a score that costs least
 DONE, REFUSED = "done", "refused"  # the two ways in which a call may end
 
 
-class Finding(NamedTuple):
-    """What one malformed input did that it should not."""
-
-    kind: str
-    seed: int
-    tried: str
-    happened: str
-
-
 class Hang(BaseException):
-    """Raised by the alarm; nothing that handles errors catches it."""
+    """Raised by the alarm; no handler of ordinary errors catches it."""
 
 
 @contextlib.contextmanager
 def alarm(seconds: int) -> Iterator[None]:
-    """Ends what takes longer, of the processor."""
+    """Ends code that takes more than a given processor time."""
 
     def ring(*_: object) -> None:
         raise Hang
@@ -70,13 +71,13 @@ def alarm(seconds: int) -> Iterator[None]:
 
 
 def python(call: Callable[[], object]) -> str:
-    """Calls a function, and returns how it ended: done, refused in one line, or what is wrong."""
+    """Calls a function and returns how it ended: done, refused in one line, or a description of the fault."""
     try:
         with alarm(SECONDS), contextlib.redirect_stderr(io.StringIO()):
             call()
     except Hang:
         return f"hangs for {SECONDS} s"
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, CalculatorError) as error:
         words = str(error)
         return REFUSED if words and "\n" not in words.strip() else f"{type(error).__name__} of several lines or none"
     except Exception as error:
@@ -86,7 +87,7 @@ def python(call: Callable[[], object]) -> str:
 
 
 def command(words: list[str]) -> str:
-    """Runs a command line, and returns how it ended: done, refused in one line, or what is wrong."""
+    """Runs a command line and returns how it ended: done, refused in one line, or a description of the fault."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with alarm(SECONDS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -108,7 +109,7 @@ def command(words: list[str]) -> str:
 
 
 def structures(rng: np.random.Generator, _: Path) -> tuple[str, list[Callable[[], str]]]:
-    """A molecule that is no longer one, scored and measured."""
+    """A damaged molecule, scored and evaluated."""
     atoms = molecule(rng.choice(NAMES))
     changes: dict[str, Callable[[], object]] = {
         "nan": lambda: atoms.positions.__setitem__(rng.integers(len(atoms)), np.nan),
@@ -128,26 +129,41 @@ def structures(rng: np.random.Generator, _: Path) -> tuple[str, list[Callable[[]
     for name in names:
         with contextlib.suppress(IndexError, ValueError):  # one change may leave nothing for the next
             changes[name]()
-    quick = {"trace": "hutchinson", "draws": 1, "tolerance": 1e9}
     return f"{atoms.numbers.tolist()} with {', '.join(names)}", [
         lambda: python(lambda: metrics.evaluate([atoms])),
         lambda: python(lambda: to_smiles(atoms)),
-        lambda: python(lambda: ase_enf.score(flow(MOLECULES), [atoms], **quick)) if len(atoms) < 30 else DONE,
+        lambda: python(lambda: ase_enf.score(small_flow(), [atoms], **QUICK)) if len(atoms) < 30 else DONE,
     ]
 
 
 def files(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
-    """A file of structures, damaged."""
+    """A damaged file of structures or SMILES."""
     suffix = rng.choice(FORMATS)
-    path = folder / f"damaged.{suffix}"
+    path, report = folder / f"damaged.{suffix}", folder / "r.json"
     path.unlink(missing_ok=True)
     frames = [molecule(name) for name in rng.choice(NAMES, size=3)]
     for frame in frames:
         frame.center(3.0)
         frame.info["energy_of_mine"] = float(rng.normal())
-    write(path, frames[0] if suffix in ("cif", "pdb") else frames)
+    if suffix == "smi":
+        path.write_text("".join(f"{to_smiles(frame)}\n" for frame in frames))
+    elif suffix == "npz":
+        qm9.save_npz(frames, path)
+    elif suffix == "sdf":
+        path.write_text("".join(f"{MolToMolBlock(to_mol(frame))}$$$$\n" for frame in frames))
+    else:
+        write(path, frames[0] if suffix in ("cif", "pdb") else frames)
     how = damage(path, rng)
-    return f".{suffix}, {how}", [lambda: command(["evaluate", str(path), "-o", str(folder / "r.json"), "--overwrite"])]
+    source = folder / "whole.xyz"
+    write(source, frames)
+    words = [str(source), "--reference", str(path)] if suffix == "smi" else [str(path)]
+    calls = [lambda: command(["evaluate", *words, "-o", str(report), "--overwrite"])]
+    if suffix != "smi":
+        scores = str(folder / "scores.csv")
+        quick = [word for name, value in QUICK.items() for word in (flag(name), str(value))]
+        few = [*quick, "--steps", "4", "-o", scores, "--overwrite"]
+        calls += [lambda: python(lambda: qm9.load(path)), lambda: command(["score", MOLECULES, str(path), *few])]
+    return f".{suffix}, {how}", calls
 
 
 def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
@@ -155,13 +171,16 @@ def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[
     odd = ("-1", "0", "nan", "inf", "1e400", "", "ä", "2.5", "[]", "None", "true", "../..", "/dev/null", "9" * 30, "-")
     names = {
         "generate": ("-n", "--n-atoms", "--formula", "--seed", "--solver", "--steps", "--batch-size", "--churn", "-o",
-                     "--start", "--device", "--dtype", "--backend"),
-        "score": ("--trace", "--probes", "--draws", "--tolerance", "--seed", "--solver", "--steps", "--batch-size",
-                  "--start", "-o", "--device", "--dtype"),
+                     "--start", "--device", "--dtype", "--backend", "--property", "--smiles", "--require",
+                     "--trajectory", "--frames", "--gallery"),
+        "score": ("--trace", "--probes", "--importance-samples", "--max-stderr", "--seed", "--solver", "--steps",
+                  "--batch-size", "--start", "-o", "--device", "--dtype"),
         "evaluate": ("--reference", "-o"),
         "train": ("--data", "--hidden", "--layers", "--steps", "--batch-size", "--learning-rate", "--out", "--valid",
                   "--features", "--network", "--objective", "--ema-decay", "--time-limit", "--resume", "--init-from"),
         "info": (),
+        "boltzmann": ("--calculator", "--temperature", "-n", "--draws", "--steps", "--seed", "-o"),
+        "convert-en-flows": (),
     }  # fmt: skip
     verb = rng.choice(sorted(names))
     source = folder / "water.xyz"
@@ -170,11 +189,18 @@ def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[
         "generate": [rng.choice([MODEL, "", "no-such", str(source), str(folder)])],
         "score": [rng.choice([MODEL, MOLECULES, "no-such"]), rng.choice([str(source), "missing.xyz", str(folder), ""])],
         "evaluate": [rng.choice([str(source), "missing.xyz", ""])],
-        "train": [],
+        "train": ["--data", str(source), "--valid", str(source), "--out", str(folder / f"run{rng.integers(10**9)}")],
         "info": [rng.choice([MODEL, "no-such", str(source), "", str(folder)])],
+        "boltzmann": [rng.choice([str(source), "missing.xyz", "", str(folder)])],
+        "convert-en-flows": [rng.choice([str(source), "missing.npy", "", str(folder)]), str(folder / "c.safetensors")],
     }[verb]
     words = [str(verb), *map(str, fixed)]
-    few = {"generate": ["-n", "2", "-o", str(folder / "m.xyz"), "--overwrite"], "score": ["--steps", "4"]}
+    few = {
+        "generate": ["-n", "2", "-o", str(folder / "m.xyz"), "--overwrite"],
+        "score": ["--steps", "4", "-o", str(folder / "s.csv"), "--overwrite"],
+        "train": ["--steps", "2", "--hidden", "8", "--layers", "1", "--time-limit", "0.0005"],
+        "boltzmann": ["-o", str(folder / f"study{rng.integers(10**9)}"), "-n", "8", "--draws", "8", "--steps", "1"],
+    }
     words += few.get(verb, [])
     for name in rng.choice(names[verb], size=min(len(names[verb]), rng.integers(0, 3)), replace=False):
         words += [str(name), str(rng.choice(odd))]
@@ -182,7 +208,7 @@ def options(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[
 
 
 def weights(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
-    """A weights file, damaged, or with a header that promises absurd things."""
+    """A weights file that is damaged or has an absurd header."""
     source = Path(ase_enf.__file__).parent / "pretrained" / f"{MODEL}.safetensors"
     path = folder / "damaged.safetensors"
     content = source.read_bytes()
@@ -205,7 +231,7 @@ def weights(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[
 
 
 def damage(path: Path, rng: np.random.Generator) -> str:
-    """Damages a file in one way, and returns which."""
+    """Damages a file in a random way, and returns the way."""
     content = bytearray(path.read_bytes())
     way = rng.choice(["cut", "flip", "noise", "repeat", "empty", "text"])
     place = int(rng.integers(len(content)))
@@ -230,10 +256,20 @@ _FLOWS: dict[str, ase_enf.ENF] = {}
 
 
 def flow(name: str) -> ase_enf.ENF:
-    """Returns a shipped flow, loaded once."""
+    """Returns a shipped flow, which is loaded once."""
     if name not in _FLOWS:
         _FLOWS[name] = ase_enf.load(name)
     return _FLOWS[name]
+
+
+@functools.cache
+def small_flow() -> ase_enf.ENF:
+    """Returns an untrained flow for molecules of QM9 that scores quickly."""
+    sizes = {n: 1 for n in range(3, 30)}
+    config = ase_enf.ENFConfig(
+        features="joint", species=("H", "C", "N", "O", "F"), sizes=sizes, hidden=8, layers=1, path="linear"
+    )
+    return ase_enf.ENF(config).eval()
 
 
 def states(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
@@ -253,24 +289,99 @@ def states(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[
     return f"{name}, {how}", [lambda: command(["train", "--resume", str(damaged)])]
 
 
-KINDS = {"structures": structures, "files": files, "options": options, "weights": weights, "states": states}
+def arguments(rng: np.random.Generator, folder: Path) -> tuple[str, list[Callable[[], str]]]:
+    """A call of a Python function with values that make no sense."""
+    # fmt: off
+    odd = (
+        -1, 0, 1, 2.5, math.nan, math.inf, -math.inf, 10**400, "", "ä", "nan", None, True, [], [1, "x"], {}, {"a": {}},
+        object(), b"x", 1j, np.array(3), np.array([]), np.array([1.5, math.nan]), np.float32(2), np.int64(2), len,
+        Atoms(), Atoms("X"), molecule("H2O"), [molecule("H2O"), None], Path(), folder,
+    )
+    # fmt: on
+    calls: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
+        "load": (ase_enf.load, {"name_or_path": MODEL}),
+        "generate": (ase_enf.generate, {"flow": flow(MODEL), "n": 2}),
+        "score": (ase_enf.score, {"flow": flow(MODEL), "atoms": Atoms("X4", rng.normal(size=(4, 3)) * [1, 1, 0])}),
+        "evaluate": (metrics.evaluate, {"atoms": [molecule("CH4")]}),
+        "to_smiles": (to_smiles, {"atoms": molecule("CH4")}),
+        "TrainConfig": (ase_enf.TrainConfig, {}),
+        "train": (
+            ase_enf.train,
+            {
+                "train_atoms": [molecule("H2O")],
+                "valid_atoms": [molecule("H2O")],
+                "config": ase_enf.TrainConfig(steps=1, hidden=8, layers=1, device="cpu"),
+            },
+        ),
+        "ENFCalculator": (ase_enf.ENFCalculator, {"flow": flow(MODEL)}),
+        "reweight": (
+            ase_enf.reweight,
+            {"flow": flow(MODEL), "calculator": EMT(), "n": 2, "temperature": 300.0, "symbols": "Cu4"},
+        ),
+    }  # fmt: skip
+    name = str(rng.choice(sorted(calls)))
+    function, given = calls[name]
+    if name == "TrainConfig":
+        names = [field.name for field in dataclasses.fields(ase_enf.TrainConfig)]
+    else:
+        names = list(inspect.signature(function).parameters)
+    changed = {
+        str(key): odd[rng.integers(len(odd))] for key in rng.choice(names, size=rng.integers(1, 3), replace=False)
+    }
+    shown = ", ".join(f"{key}={' '.join(repr(value).split())[:40]}" for key, value in changed.items())
+    return f"{name}({shown})", [lambda: python(lambda: function(**(given | changed)))]
 
 
-def fuzz(kind: str, count: int, first: int) -> tuple[Counter[str], list[Finding]]:
-    """Tries ``count`` inputs of a kind, of the seeds from ``first`` on.
+KINDS = {
+    "structures": structures,
+    "files": files,
+    "options": options,
+    "weights": weights,
+    "states": states,
+    "arguments": arguments,
+}
+
+
+class Ended(NamedTuple):
+    """How one call of one input ended."""
+
+    kind: str
+    seed: int
+    tried: str
+    how: str
+
+
+def fuzz(kind: str, count: int, first: int, log: Path | None = None) -> list[Ended]:
+    """Tries ``count`` inputs of a kind, with seeds from ``first`` on.
+
+    Args:
+        kind: A key of ``KINDS``.
+        count: Number of inputs.
+        first: Seed of the first.
+        log: A CSV file to which every input is added; inputs found in it are not tried again.
 
     Returns:
-        How many calls were done and refused, and what went wrong.
+        How every call ended.
     """
-    found, ways = [], Counter()
+    seeds = range(first, first + count)
+    ended = [end for end in _logged(log) if end.kind == kind and end.seed in seeds]
+    done = {end.seed for end in ended}
     with tempfile.TemporaryDirectory() as name:
-        for seed in range(first, first + count):
+        for seed in seeds:
+            if seed in done:
+                continue
             rng = np.random.default_rng([seed, list(KINDS).index(kind)])
             tried, calls = KINDS[kind](rng, Path(name))
-            for call in calls:
-                how = call()
-                if how in (DONE, REFUSED):
-                    ways[how] += 1
-                else:
-                    found.append(Finding(kind, seed, tried, how))
-    return ways, found
+            new = [Ended(kind, seed, tried, call()) for call in calls]
+            ended += new
+            if log:
+                with log.open("a", newline="") as file:
+                    csv.writer(file).writerows(new)
+    return ended
+
+
+def _logged(log: Path | None) -> list[Ended]:
+    if not (log and log.exists()):
+        return []
+    with log.open(newline="") as file:
+        return [Ended(kind, int(seed), tried, how) for kind, seed, tried, how in csv.reader(file)]

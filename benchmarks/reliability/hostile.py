@@ -1,4 +1,4 @@
-"""How long ``load`` takes to refuse damaged weights, and how much memory: those of the kind "weights" of the fuzz."""
+"""Time and memory that ``load`` takes to refuse damaged weights, as made by the kind "weights" of ``fuzz``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.reliability.fuzz import DONE, REFUSED, flow, weights
 
 
 class Load(NamedTuple):
-    """What many damaged files did together."""
+    """Result for many damaged files."""
 
     files: int
     loaded: int
@@ -24,7 +24,7 @@ class Load(NamedTuple):
 
 
 def loads(count: int, first: int) -> Load:
-    """Loads so many damaged files, of the seeds from ``first`` on."""
+    """Loads damaged files, with seeds from ``first`` on."""
     flow("dw4")  # what the first one imports is not counted
     before, times, ways = _peak(), [], []
     with tempfile.TemporaryDirectory() as folder:

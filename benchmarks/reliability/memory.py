@@ -1,4 +1,4 @@
-"""Peak memory of long requests: each runs in a process of its own, by a flow of a few weights."""
+"""Peak memory of long requests, each in its own process, with a very small flow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTS = {"score": (1_000, 10_000), "generate": (10_000, 100_000)}
 
 
 class Peak(NamedTuple):
-    """The largest memory that a process had."""
+    """Peak memory of a process."""
 
     request: str
     molecules: int
@@ -33,14 +33,14 @@ def peaks() -> list[Peak]:
 
 
 def measured(request: str, count: int) -> Peak:
-    """Runs a request in a process of its own."""
+    """Runs a request in its own process."""
     words = [sys.executable, "-m", "benchmarks.reliability.memory", request, str(count)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return Peak(request, count, float(done.stdout.split()[-1]))
 
 
 def main() -> None:
-    """Serves a request, and prints its peak in MiB."""
+    """Runs a request and prints its peak memory in MiB."""
     request, count = sys.argv[1], int(sys.argv[2])
     flow = ENF(ENFConfig(features="none", hidden=4, layers=1, sizes={4: 1}))
     if request == "generate":
@@ -49,7 +49,7 @@ def main() -> None:
     else:
         rng = np.random.default_rng(0)
         structures = [Atoms("H4", rng.normal(size=(4, 3))) for _ in range(count)]
-        assert len(score(flow, structures, solver=Solver("rk4", steps=4), tolerance=1e9)) == count
+        assert len(score(flow, structures, solver=Solver("rk4", steps=4), max_stderr=1e9)) == count
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -1,1 +1,1 @@
-"""How fast everything is."""
+"""Speed of training, sampling, scoring and metrics."""

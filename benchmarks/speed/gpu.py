@@ -1,14 +1,14 @@
-"""What one GPU gives in minutes: ``python -m benchmarks.speed.gpu --data FOLDER --out FOLDER --seconds qm9=300``.
+"""Results of some minutes on one GPU: ``python -m benchmarks.speed.gpu --data FOLDER --out FOLDER --seconds qm9=300``.
 
-In this order, each result written at once: (check) loss, gradient, velocity, exact likelihood and a sample against the
-CPU in float64; (speed) molecules a second in training; (profile) where a step spends its time; (recipe) short trainings
-that differ in one thing; (train) the models; (use) molecules a second generated and scored.
-Needs torch, torchdiffeq, numpy, safetensors, tqdm and ase. ``--rehearse`` does all of it at small sizes on a CPU;
-``python -m benchmarks.speed.gpu --table FOLDER`` makes ``results/gpu`` of what came back.
+The stages run in this order, and each result is written at once: (check) loss, gradient, velocity, exact likelihood and
+a sample against the CPU in float64; (speed) molecules per second in training; (profile) where a step spends its time;
+(recipe) short trainings that differ in one setting; (train) the models; (use) molecules per second generated and
+scored; (user) the package itself. Needs torch, torchdiffeq, numpy, safetensors, tqdm and ase. ``--rehearse`` runs all
+stages with small sizes on a CPU; ``python -m benchmarks.speed.gpu --table FOLDER`` writes ``results/gpu`` from results.
 
-A folder of data holds ``qm9.npz``, the package's compact form with, for models that need them, ``bonds`` (the
-matrices of all molecules, concatenated), ``bonds_known`` and the properties; and for positions alone ``NAME.npz`` with
-``train`` and ``valid``, of shape (N, M, n).
+A folder of data holds ``qm9.npz`` in the compact format of the package with, for models that need them, ``bonds`` (the
+matrices of all molecules, concatenated), ``bonds_known`` and the properties; and for flows of positions ``NAME.npz``
+with ``train`` and ``valid``, shape (N, M, n).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from ase_enf.geometry import center
 from ase_enf.training.build import widened
 from ase_enf.training.captured import CapturedSteps, DeviceSet, FlatOptimizer
 from ase_enf.training.objectives import FlowMatching
+from benchmarks.speed.as_a_user import as_a_user
 
 SPECIES = ("H", "C", "N", "O", "F")
 NUMBERS = np.array([1, 6, 7, 8, 9])
@@ -58,7 +59,7 @@ PROPERTIES = ("alpha", "gap", "homo", "lumo", "mu", "Cv")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how."""
+    """A model to train, and its settings."""
 
     source: str = "qm9"
     features: str = "joint"
@@ -109,7 +110,7 @@ def read_split(folder: Path, recipe: Recipe, code: int) -> MoleculeSet:
 
 
 def build(recipe: Recipe, data: MoleculeSet) -> ENF:
-    """Builds a flow for a data set: fresh weights that depend on the recipe's seed alone, or those of a file."""
+    """Builds a flow for a data set, with new weights that depend only on the seed of the recipe, or those of a file."""
     known: dict[str, Any] = {
         "sizes": dict(sorted(Counter(data.sizes.tolist()).items())),
         "compositions": dict(sorted(data.compositions.items()))
@@ -154,7 +155,7 @@ def build(recipe: Recipe, data: MoleculeSet) -> ENF:
 
 
 class Report:
-    """Writes every result to a file of lines of JSON at once, and to the terminal."""
+    """Writes every result at once to a file of JSON lines and to the terminal."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,13 +179,13 @@ class Report:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def use_products(model: ENF, products: str, backend: str) -> None:
-    """Sets the products of pairs, "bf16", "tf32" or "float32", and what computes them."""
+    """Sets the precision of the products of pairs, "bf16", "tf32" or "float32", and their backend."""
     torch.set_float32_matmul_precision("highest" if products == "float32" else "high")
     model.dynamics.network.multiply_in(torch.bfloat16 if products == "bf16" else None)
     if model.device.type == "cuda":
@@ -192,7 +193,7 @@ def use_products(model: ENF, products: str, backend: str) -> None:
 
 
 def copy_of(model: ENF, optimizer: FlatOptimizer | None = None, vector: Tensor | None = None) -> ENF:
-    """Returns a flow of its own with the same weights, or those of a flat vector, on the CPU."""
+    """Returns a copy of a flow on the CPU, with the same weights or those of a flat vector."""
     own = ENF(model.config, model.provenance)
     own.load_state_dict(model.state_dict() if optimizer is None else optimizer.state(vector))
     return own.eval().requires_grad_(False)
@@ -200,7 +201,7 @@ def copy_of(model: ENF, optimizer: FlatOptimizer | None = None, vector: Tensor |
 
 # ---------------------------------------------------------------------------------------------------------------------
 def check(data: MoleculeSet, recipe: Recipe, device: torch.device, report: Report) -> None:
-    """Compares the device with the CPU in float64, with the same noise, on a network that has learned nothing."""
+    """Compares the device with the CPU in float64, with the same noise, on an untrained network."""
     reference = build(recipe, data).double()
     for layer in reference.dynamics.network.layers:  # fresh weights hardly move the positions
         torch.nn.init.xavier_uniform_(layer.position_out.weight, gain=0.05)
@@ -256,7 +257,7 @@ def check(data: MoleculeSet, recipe: Recipe, device: torch.device, report: Repor
 
 # ---------------------------------------------------------------------------------------------------------------------
 class Run:
-    """One training: the model, its steps and where they stand."""
+    """One training: the model, its steps and its progress."""
 
     def __init__(self, recipe: Recipe, data: MoleculeSet, device_set: DeviceSet, device: torch.device) -> None:
         self.recipe, self.device_set, self.device = recipe, device_set, device
@@ -271,6 +272,8 @@ class Run:
         self.steps = CapturedSteps(
             self.model, device_set, objective, self.optimizer, recipe.batch_size, compile=on_gpu, capture=on_gpu
         )
+        if on_gpu:
+            self.steps.prepare()
         synchronise(device)
         self.preparation = time.perf_counter() - start
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -286,7 +289,7 @@ class Run:
             self.done += 1
 
     def train(self, seconds: float, report: Report, name: str, save: Callable[[str], None] | None = None) -> float:
-        """Trains for some seconds: warm-up, constant rate, and half a cosine to zero; returns molecules a second."""
+        """Trains for some seconds: warm-up, constant rate, and half a cosine to zero; returns molecules per second."""
         recipe, start, last, saved = self.recipe, time.perf_counter(), 0.0, 0.0
         rate = 0.0
         while (elapsed := time.perf_counter() - start) < seconds:
@@ -309,7 +312,7 @@ class Run:
         return self.done * recipe.batch_size / elapsed
 
     def log(self, report: Report, name: str, elapsed: float, rate: float) -> None:
-        """Writes where the run stands; the loss is the mean since the last time."""
+        """Reports the progress of the run; the loss is the mean since the last report."""
         before = getattr(self, "_logged", 0)
         loss = float(self.steps.loss_sum) / max(self.done - before, 1)
         self._logged = self.done
@@ -327,7 +330,7 @@ class Run:
 
 
 def validation_loss(model: ENF, valid: DeviceSet) -> float:
-    """Mean squared error of the velocity on validation molecules, with times and noise that are always the same."""
+    """Returns the mean squared error of the velocity on validation molecules, always with the same times and noise."""
     objective = FlowMatching("beta", 1.8)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -342,7 +345,7 @@ def validation_loss(model: ENF, valid: DeviceSet) -> float:
 
 
 def use(model: ENF, data: DeviceSet, n: int, device: torch.device) -> dict[str, float]:
-    """Draws the molecules of n places of a set by both samplers, padded by the width; counts what is stable."""
+    """Draws n molecules with the sizes of a set by both samplers, batched by padded width; counts the stable ones."""
     known = model.config.species and model.config.dimension == 3
     if not known or model.config.conditions:
         return {}
@@ -404,7 +407,7 @@ def score_speed(model: ENF, data: DeviceSet, device: torch.device, n: int) -> di
 
 
 def finish(run: Run, name: str, valid: DeviceSet, report: Report, n: int, speed: float, kept: bool) -> None:
-    """Measures the averaged weights of a run; keeps the best by validation loss."""
+    """Measures the averaged weights of a run, and keeps those with the best validation loss."""
     losses, models = {}, {}
     vectors = {"last": run.optimizer.weights, "ema_0.999": run.optimizer.averages[0]}
     vectors |= {"ema_0.9998": run.optimizer.averages[1]}
@@ -443,12 +446,12 @@ def finish(run: Run, name: str, valid: DeviceSet, report: Report, n: int, speed:
 
 
 def save_state(run: Run, folder: Path, name: str) -> None:
-    """Writes the averaged weights so far, so that a run that is cut off is not lost."""
+    """Writes the averaged weights so far, so that an interrupted run is not lost."""
     save_file(run.optimizer.state(run.optimizer.averages[0]), folder / f"{name}_so_far.safetensors")
 
 
 def device_name(device: torch.device) -> str:
-    """Names the card."""
+    """Returns the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
@@ -506,7 +509,7 @@ def plan_of(item: str) -> tuple[str, float, list[str]]:
 
 
 def main() -> None:
-    """Runs the stages asked for."""
+    """Runs the requested stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of data, or QM9 alone as one .npz")
     parser.add_argument("--out", type=Path, help="folder of results")
@@ -542,6 +545,12 @@ def main() -> None:
             chosen = np.random.default_rng(1).permutation(len(valid))[: 64 if options.rehearse else 2048]
             sets[key] = (data, DeviceSet(data, device), DeviceSet(_subset(valid, chosen), device))
         return sets[key]
+
+    def made(name: str) -> tuple[Recipe, ENF]:
+        recipe = recipe_of(name)
+        model = load(report.folder / f"{name}.safetensors" if "train" in options.stages else name).to(device)
+        use_products(model, "tf32", recipe.backend)
+        return recipe, model
 
     qm9 = recipe_of("qm9")
     if "check" in options.stages:
@@ -586,12 +595,14 @@ def main() -> None:
                         ready = reader.submit(data_of, recipe_of(planned[k + 1][0], planned[k + 1][2]))
     if "use" in options.stages:
         for name in options.models:
-            recipe = recipe_of(name)
+            recipe, model = made(name)
             _, device_set, _ = data_of(recipe)
-            model = load(report.folder / f"{name}.safetensors" if "train" in options.stages else name).to(device)
-            use_products(model, "tf32", recipe.backend)
             drawn = use(model, device_set, options.n, device)
             report(stage="use", name=name, n=options.n, **drawn, **score_speed(model, device_set, device, 64))
+    if "user" in options.stages:
+        for name in options.models:
+            recipe, model = made(name)
+            as_a_user(name, model, data_of(recipe)[0], report, options.n, options.recipe_seconds, recipe.batch_size)
 
 
 def speed_of(
@@ -629,7 +640,7 @@ def speed_of(
 
 
 def profile(recipe: Recipe, data: MoleculeSet, device_set: DeviceSet, device: torch.device, report: Report) -> None:
-    """Writes where replayed steps spend their time."""
+    """Reports where replayed steps spend their time."""
     run = Run(recipe, data, device_set, device)
     run.advance(5)
     synchronise(device)
@@ -646,12 +657,12 @@ def profile(recipe: Recipe, data: MoleculeSet, device_set: DeviceSet, device: to
 
 
 def pair_flop(hidden: int, layers: int) -> float:
-    """Returns the operations of the pairs' products in a training step of one molecule of QM9, of 333 pairs."""
+    """Returns the operations in the products of pairs in a training step for one molecule of QM9 (333 pairs)."""
     return 3 * 2 * layers * 333.0 * (2 * hidden**2 + 34 * hidden)  # forwards, and twice backwards
 
 
 def write_table(path: Path) -> None:
-    """Writes ``results/gpu`` and ``results/gpu_check`` from lines of JSON."""
+    """Writes ``results/gpu`` and ``results/gpu_check`` from JSON lines."""
     import pandas as pd  # the card's machine may lack it
 
     from benchmarks.report import write_results

@@ -1,6 +1,6 @@
-"""How fast training, sampling, scoring and the metrics are: ``python -m benchmarks.speed.throughput``.
+"""Speed of training, sampling, scoring and metrics: ``python -m benchmarks.speed.throughput``.
 
-Every figure is a rate over at least ``--seconds`` of work after a warm-up, in this process with this many threads.
+Every result is a rate over at least ``--seconds`` of work after a warm-up, in one process with the given threads.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def main() -> None:
             lambda: len(generate(flow, 64, seed=1, n_atoms=N_ATOMS, solver="midpoint", steps=16)), seconds
         ),
         ("score, exact trace, 1 draw, 18 atoms", "molecules/s"): _rate(
-            lambda: len(score(flow, few, trace="exact", draws=1)), seconds
+            lambda: len(score(flow, few, trace="exact", importance_samples=1)), seconds
         ),
         ("score, 8 Hutchinson probes, 1 draw, 18 atoms", "molecules/s"): _rate(
-            lambda: len(score(flow, some, trace="hutchinson", probes=8, draws=1)), seconds
+            lambda: len(score(flow, some, trace="hutchinson", probes=8, importance_samples=1)), seconds
         ),
         ("stability by the distance table, 18 atoms", "molecules/s"): _stability(molecules, seconds),
         ("metrics.evaluate, reference qm9, 18 atoms", "molecules/s"): _evaluate(molecules, seconds),
@@ -83,11 +83,11 @@ def main() -> None:
         f"{', '.join(shares)} of the matrix-multiply rate of the same run."
     )
     where = "_cuda" if device.type == "cuda" else "_one_thread" if torch.get_num_threads() == 1 else ""
-    write_results(table, f"speed{where}", "Speed", notes)
+    write_results(table, f"speed{where}", f"Speed{where.replace('_', ', ', 1).replace('_', ' ')}", notes)
 
 
 def _rate(work: Callable[[], int], seconds: float) -> tuple[float, int, float]:
-    """Returns items per second, items and seconds of repeated work, after one warm-up."""
+    """Returns items per second, number of items and seconds of repeated work, after one warm-up."""
     work()
     items, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds or not items:
@@ -131,7 +131,7 @@ def _training(
 
 
 def _pair_flops(layers: int, hidden: int) -> float:
-    """Floating-point operations of the two F x F products on all pairs, forward and backward, a molecule."""
+    """Returns floating-point operations per molecule of the two F x F products on all pairs, forward and backward."""
     return 3 * layers * 2 * (2 * hidden**2) * N_ATOMS * N_ATOMS
 
 

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, each one command that goes on where it stopped."""
+"""The tables and figures of the paper, each by one command; run again, it continues where it stopped."""

@@ -1,9 +1,9 @@
-"""Flow matching of like particles whose noise is turned and renumbered to lie near its data.
+"""Flow matching of identical particles with noise that is rotated and permuted towards the data.
 
-The noise of a configuration may be replaced by any g z, g a rotation, reflection or permutation, chosen by the data:
-with an equivariant network only orbits matter, and the orbit of g z is that of z. The nearest one makes the paths of
-flow matching shorter and straighter (equivariant optimal transport of Klein et al. 2023, without their assignment of
-noise to data across the batch).
+The noise z of a configuration may be replaced by g z, where g is a rotation, reflection or permutation that may depend
+on the data: with an equivariant network only orbits matter, and the orbit of g z is that of z. The nearest g z makes
+the paths of flow matching shorter and straighter (equivariant optimal transport of Klein et al. 2023, without their
+assignment of noise to data across the batch).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROUNDS = 2  # of a rotation and a permutation each
 
 @dataclass(frozen=True)
 class AlignedFlowMatching(FlowMatching):
-    """Flow matching between data and aligned noise, of particles of one kind and one number."""
+    """Flow matching between data and aligned noise, for identical particles in constant number."""
 
     def coupled(self, x: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """Returns aligned noise.
 
         Raises:
-            ValueError: Where configurations have different sizes.
+            ValueError: If configurations have different sizes.
         """
         if not bool(mask.all()):
             raise ValueError("alignment takes configurations of one size; sort them by size or leave it out")
@@ -36,14 +36,18 @@ class AlignedFlowMatching(FlowMatching):
 
 
 def aligned(x: Tensor, z: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """Returns noise turned and renumbered so that Σ_i |x_i − z_i|² is smaller, in a local minimum of both.
+    """Returns noise rotated and permuted so that Σ_i |x_i − z_i|² is small.
 
-    In turns the best orthogonal matrix of the numbers (Schönemann 1966) and the best numbers of the matrix.
+    Alternates between the best orthogonal matrix for a permutation (Schönemann 1966) and the best permutation for a
+    matrix, which leads to a local minimum.
 
     Args:
         x: Data, centred, shape (B, M, n).
         z: Noise, centred, shape (B, M, n).
-        rounds: How often.
+        rounds: Number of alternations.
+
+    Returns:
+        Aligned noise, shape (B, M, n).
 
     Example:
         >>> x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,9 +1,8 @@
-"""Figure 2 of the paper: molecules on the way from noise to data, as panels.
+"""Figure 2 of the paper: molecules on the way from noise to data.
 
 python -m benchmarks.tables.figure2 qm9 --indices 0 1 2
 
-Rows are molecules of a seed, columns times of the flow itself (``churn=0``), whose elements are those that decoding
-would give there.
+Rows are molecules of a seed and columns are times of the flow itself (``churn=0``); elements are decoded at each time.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main() -> None:
 
 
 def nearest(frames: Sequence[Atoms], times: Sequence[float] = TIMES) -> list[Atoms]:
-    """Returns the frames whose times are nearest to some.
+    """Returns, for each of some times, the frame nearest to it.
 
     Example:
         >>> frames = [Atoms("H", info={"enf_time": t}) for t in (1.0, 0.45, 0.0)]
@@ -58,10 +57,10 @@ def panels(rows: Sequence[Sequence[Atoms]], path: Path, size: float = 1.5, dpi: 
     """Draws sequences of frames as the rows of one picture, on one scale, with their times above.
 
     Args:
-        rows: A molecule's frames each, as many in every row.
+        rows: Frames of one molecule for each row, equal in number.
         path: The picture to write.
-        size: Width of a panel in inches.
-        dpi: Pixels an inch.
+        size: Width of a panel, inches.
+        dpi: Pixels per inch.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

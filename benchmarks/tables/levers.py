@@ -1,9 +1,9 @@
-"""What brings a flow of particles nearer to exp(-U): short trainings that differ in one thing.
+"""What brings a flow of particles closer to exp(-U): short trainings that each differ in one setting.
 
 python -m benchmarks.tables.levers --work FOLDER [--systems dw4] [--only aligned ...]
 
-All rows have the same samples, steps and seed, and are scored on the same test samples, so that a difference to the
-first row has a smaller error than the rows. Trainings and figures that are finished stay in the folder.
+All rows have the same samples, steps and seed and are scored on the same test samples, so that a difference from the
+first row has a smaller error than the rows themselves. Finished trainings and results are saved in the folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.tables.table1.runs import ground
 
 @dataclass(frozen=True)
 class Lever:
-    """What a row changes."""
+    """The setting that a row changes."""
 
     title: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # of TrainConfig
@@ -71,7 +71,7 @@ BUDGETS = {"dw4": (4000, 256, 1000, 1000), "lj13": (2000, 128, 250, 250)}
 
 
 def main() -> None:
-    """Trains and measures what is missing and writes ``results/levers``."""
+    """Trains and measures the missing rows and writes ``results/levers``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for samples, runs and figures")
     parser.add_argument("--systems", nargs="*", choices=list(BUDGETS), default=list(BUDGETS), help="default: all")
@@ -94,7 +94,7 @@ def place(system: str, name: str, options: argparse.Namespace) -> Path:
 
 
 def measured(system: str, name: str, sets: Mapping[str, Samples], options: argparse.Namespace) -> None:
-    """Trains a row, or goes on, and keeps its test scores and weights."""
+    """Starts or resumes the training of a row, and saves its test scores and weights."""
     path = place(system, name, options) / "figures.npz"
     if path.exists():
         return
@@ -102,7 +102,7 @@ def measured(system: str, name: str, sets: Mapping[str, Samples], options: argpa
     if lever.likelihood:
         start = place(system, BASE, options) / "run"
         if not (start / BEST_FILE).exists():
-            raise SystemExit(f"{name} goes on from {BASE}; run that first")
+            raise SystemExit(f"{name} continues {BASE}; run that first")
         flow = trained_further(system, start / BEST_FILE, sets, folder / "run", options.seed)
     else:
         flow = trained(system, lever, sets, folder / "run", options.seed)
@@ -153,7 +153,7 @@ def trained(system: str, lever: Lever, sets: Mapping[str, Samples], out: Path, s
 
 
 def trained_further(system: str, start: Path, sets: Mapping[str, Samples], out: Path, seed: int) -> ENF:
-    """Returns the averaged weights after steps of maximum likelihood from other weights."""
+    """Returns the averaged weights after steps of maximum likelihood that start from other weights."""
     going_on = (out / STATE_FILE).exists()
     if not going_on:
         shutil.rmtree(out, ignore_errors=True)
@@ -166,7 +166,7 @@ def trained_further(system: str, start: Path, sets: Mapping[str, Samples], out: 
 
 
 def write_table(options: argparse.Namespace) -> None:
-    """Writes what is finished, each row with its difference to the first of its system."""
+    """Writes the finished rows, each with its difference from the first row of its system."""
     lines = []
     for system in BUDGETS:
         truth = ground(system, options.work, 1.0, *TRUTH.get(system, (0, 0)))

@@ -1,13 +1,13 @@
-"""Table 1: flows on DW4 and LJ13 by the number of training samples, beside the paper's figures and the entropy.
+"""Table 1: flows on DW4 and LJ13 by the number of training samples, with the paper's values and the entropy.
 
 python -m benchmarks.tables.particles --work FOLDER [--only E-NF dw4 ...] [--jobs 2]
 
-A cell is one training: system, method, objective, number of samples, seed. Cells are independent; finished ones are
-kept in the folder, a stopped one goes on from its last save, and the tables show whatever is finished. All finished
-cells are in ``results/table1_cells.csv`` too, and ``--cells`` takes them from there into another folder.
-``--scale 0.1`` tries everything with a tenth of the steps, and leaves its tables in the folder. The row of the paper's
-own budget, ``--only E-NF-as-published``, takes hours a cell and is run only where it is named; the tables say how far
-an unfinished cell has come.
+A cell is one training, defined by system, method, objective, number of samples and seed. Cells are independent.
+Finished ones are saved in the folder, an interrupted one continues from its last save, and the tables show all finished
+cells. These are also written to ``results/table1_cells.csv``, from which ``--cells`` copies them to another folder.
+``--scale 0.1`` runs everything with a tenth of the steps, and leaves its tables in the folder. The row with the paper's
+own budget, ``--only E-NF-as-published``, takes hours for each cell and is run only if named; the tables give the
+progress of unfinished cells.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.tables.table1.tables import write_tables
 
 
 def main() -> None:
-    """Runs what is missing and writes ``results/table1*``."""
+    """Runs the missing cells and writes ``results/table1*``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and finished cells")
     words = sorted(set().union(*KINDS))

@@ -2,9 +2,9 @@
 
 python -m benchmarks.tables.published_table2 WEIGHTS.npz --data QM9.npz --work FOLDER
 
-Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are kept in a
-folder: run it again and it goes on where it stopped; run it with ``--only samples`` and ``--only scores`` side by side,
-one thread each, and once more without to write the table.
+Draws 10,000 molecules and scores the 13,083 of the test split (or ``--test N`` of them), in pieces that are saved in
+the folder, so that a second run continues. ``--only samples`` and ``--only scores`` can run at the same time with one
+thread each; a run without ``--only`` then writes the table.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from benchmarks.common import PIECE, draw_in_pieces, load_flow, open_work, perce
 from benchmarks.report import RESULTS, write_results
 
 SOLVER = Solver("rk4", steps=32)
-SCORE = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
-EXACT = {"trace": "exact", "draws": 1, "tolerance": math.inf}  # the same quadrature: what differs is the trace
+SCORE = {"trace": "hutchinson", "probes": 1, "importance_samples": 1, "max_stderr": math.inf, "batch_size": 64}
+EXACT = {
+    "trace": "exact",
+    "importance_samples": 1,
+    "max_stderr": math.inf,
+}  # the same quadrature: what differs is the trace
 
 
 def main() -> None:
-    """Measures what is missing and writes ``results/published_table2``."""
+    """Measures the missing pieces and writes ``results/published_table2``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help=".npz of the published arrays, or the torch checkpoint")
     parser.add_argument("--data", required=True, help="QM9 in any form, for its test split")
@@ -61,7 +65,7 @@ def main() -> None:
 
 
 def write_table(flow: ENF, atoms: list[Atoms], scores: pd.DataFrame, exact: pd.DataFrame, seed: int) -> None:
-    """Writes ours beside the paper's, with every error."""
+    """Writes our values and those of the paper, with all errors."""
     extra = 3 * math.log(flow.config.position_scale)
     finite = scores[np.isfinite(scores.log_likelihood)]
     nll, error = -float(finite.log_likelihood.mean()), float(finite.log_likelihood.sem())

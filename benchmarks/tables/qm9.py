@@ -1,11 +1,11 @@
-"""Table 2: E-NF, GNF-att and GNF-att-aug under one budget, and the shipped models.
+"""Table 2: E-NF, GNF-att and GNF-att-aug with equal budgets, and the shipped models.
 
 python -m benchmarks.tables.qm9 --data QM9.npz --work FOLDER
 
-Trains the three methods for ``--steps`` batches of 64 molecules each, on the published train split, draws ``-n``
-molecules from each and from the shipped models (from those by their default sampler, which renews noise, too), and
-scores ``--test`` molecules of the test split. Everything is kept in the folder: run it again and it goes on where it
-stopped. ``--only ROW ... --no-table`` shares the work among processes.
+Trains the three methods for ``--steps`` batches of 64 molecules each, on the published training split, draws ``-n``
+molecules from each and from the shipped models (from the latter also by their default sampler, with fresh noise at each
+step), and scores ``--test`` molecules of the test split. Everything is saved in the folder, so that a second run
+continues. ``--only ROW ... --no-table`` divides the work among processes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS = ("NLL, nats", "atoms stable, %", "molecules stable, %", "valid, %", "u
 
 @dataclass(frozen=True)
 class Row:
-    """One method's samples and scores."""
+    """Samples and scores of one method."""
 
     name: str
     flow: ENF
@@ -62,13 +62,13 @@ class Row:
 
 
 def main() -> None:
-    """Measures what is missing and writes ``results/table2``."""
+    """Measures the missing rows and writes ``results/table2``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="QM9 in any form")
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and pieces")
     parser.add_argument("--steps", type=int, default=1500, help="training batches of 64 molecules (default: 1500)")
     parser.add_argument("-n", type=int, default=10_000, help="molecules to draw (default: 10000)")
-    parser.add_argument("--renewed", type=int, default=None, help="molecules with renewed noise (default: as -n)")
+    parser.add_argument("--renewed", type=int, default=None, help="molecules to draw with fresh noise (default: as -n)")
     parser.add_argument("--test", type=int, default=1024, help="test molecules to score, at random (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training, samples and scores (default: 0)")
     parser.add_argument("--models", nargs="*", default=MODELS, help=f"shipped names or paths (default: {MODELS})")
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def trained(name: str, options: argparse.Namespace) -> ENF:
-    """Trains one method, or goes on, or reads what is finished."""
+    """Returns the trained flow of a method; starts or resumes the training if it is not finished."""
     folder = budget_folder(name, options)
     paper = {"parameterisation": "velocity", "times": "power", "time_power": 1.3}
     config = TrainConfig(steps=options.steps, seed=options.seed, ema_decay=0.998, warmup=200, out=str(folder), **paper)
@@ -105,17 +105,17 @@ def trained(name: str, options: argparse.Namespace) -> ENF:
 
 
 def budget_folder(name: str, options: argparse.Namespace) -> Path:
-    """Returns where a method's run and pieces are: another budget is another run."""
+    """Returns the folder of the run and pieces of a method, a different one for each budget."""
     return options.work / f"{Path(name).stem}_{options.steps}_seed{options.seed}"
 
 
 def measure(name: str, flow: ENF, test: list[Atoms], options: argparse.Namespace) -> Row:
-    """Draws and scores, in pieces."""
+    """Draws and scores molecules in pieces."""
     flow.use_backend("auto")
     work = open_work(budget_folder(name, options) / "pieces", flow, seed=options.seed, solver=SOLVER)
     atoms, speed = _drawn(flow, SOLVER, work, options)
     order = np.random.default_rng(options.seed).permutation(len(test))[: options.test].tolist()
-    how = {"trace": "hutchinson", "probes": 1, "draws": 1, "tolerance": math.inf, "batch_size": 64}
+    how = {"trace": "hutchinson", "probes": 1, "importance_samples": 1, "max_stderr": math.inf, "batch_size": 64}
     scores = score_in_pieces(flow, test, order, options.seed, work, how)
     return Row(name, flow, SOLVER, atoms, scores, speed)
 
@@ -131,7 +131,7 @@ def redrawn(row: Row, options: argparse.Namespace) -> Row:
 def _drawn(
     flow: ENF, solver: Solver | StochasticSampler, work: Path, options: argparse.Namespace, n: int | None = None
 ) -> tuple[list[Atoms], float]:
-    """Returns molecules, and how many a second."""
+    """Returns molecules, and how many are drawn per second."""
     start = time.perf_counter()
     ase_enf.generate(flow, 128, seed=options.seed, solver=solver, batch_size=128)
     speed = 128 / (time.perf_counter() - start)
@@ -139,7 +139,7 @@ def _drawn(
 
 
 def write_table(rows: list[Row], options: argparse.Namespace) -> None:
-    """Writes ours beside the paper's, and the gallery of Figure 5 of the last row."""
+    """Writes our values and those of the paper, and the gallery of Figure 5 for the last row."""
     table = [(f"{name}, paper", *figures, "") for name, *figures in PAPER]
     budgets = []
     for row in rows:

@@ -1,12 +1,12 @@
-"""QM9 Positional (§5.2, Figures 3 and 4): seven flows of the positions of 19-atom molecules, by the paper's split.
+"""QM9 Positional (§5.2, Figures 3 and 4): seven flows of the positions of 19-atom molecules, with the paper's split.
 
 python -m benchmarks.tables.qm9_positional --data QM9.npz --work FOLDER
 
-A row is trained in stages, at a constant rate and then a falling one; after each the validation NLL and the divergence
-of distances are points of its curves. At the end come the test NLL by the exact trace, and the divergence and the
-histogram of more samples. All is kept in the folder: run it again and it goes on where it stopped. ``--only ROW ...
---no-table`` shares the work among processes, ``--likelihood`` adds the rows by maximum likelihood, and ``--scale 10``
-trains ten times as long.
+A row is trained in stages, first at a constant and then at a decreasing rate. The validation NLL and the divergence of
+distances after each stage are points of its curves. At the end, the test NLL is computed by the exact trace, and the
+divergence and the histogram from more samples. Everything is saved in the folder, so that a second run continues.
+``--only ROW ... --no-table`` divides the work among processes, ``--likelihood`` adds the rows by maximum likelihood,
+and ``--scale 10`` trains ten times as long.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ N_ATOMS = 19
 BATCH = 64
 DENOISING = "E-NF, denoising"
 FROM_SMALL = "E-NF, denoising, from qm9-small"
-ELSEWHERE = "E-NF, denoising, longer"  # weights that another command has trained
+ELSEWHERE = "E-NF, denoising, shipped"  # weights that another command has trained
 LIKELIHOOD = " by likelihood"  # the ending of the rows of maximum likelihood
 NLL = {"objective": "nll", "batch_size": 32, "adjoint": False}
 METHODS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ class Row:
 
 
 def main() -> None:
-    """Trains and measures what is missing and writes ``results/qm9_positional*``."""
+    """Trains and measures the missing rows and writes ``results/qm9_positional*``."""
     options = parsed()
     torch.set_num_threads(1)
     data = Split(*(qm9.load(options.data, split=part, n_atoms=N_ATOMS) for part in ("train", "valid", "test")))
@@ -133,14 +133,14 @@ def parsed() -> argparse.Namespace:
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """Returns the rows asked for."""
+    """Returns the requested rows."""
     if options.only:
         return [name for name in METHODS if name in options.only]
     return [name for name in METHODS if options.likelihood or not name.endswith(LIKELIHOOD)]
 
 
 def measured(name: str, data: Split, options: argparse.Namespace) -> Row:
-    """Returns a row, doing what is missing."""
+    """Returns a row, after training and measuring what is missing."""
     folder = place(name, options)
     return row_of(name, *trained(name, data, folder, options), folder, data, options)
 
@@ -151,18 +151,20 @@ def place(name: str, options: argparse.Namespace) -> Path:
 
 
 def measured_weights(model: str, data: Split, options: argparse.Namespace) -> Row:
-    """Returns the row of weights that another command has trained; its curve is their one point."""
+    """Returns the row of weights that another command has trained; its curve is a single point."""
     flow = ase_enf.load(model, "cpu")
     folder = options.work / f"model_{digest(flow)}_seed{options.seed}"
     path = folder / "point.json"
     if not path.exists():
-        scores = ase_enf.score(flow, data.valid[:SCORED], trace="hutchinson", probes=1, seed=options.seed)
+        # Those that validate the other rows.
+        chosen = np.random.default_rng(options.seed).permutation(len(data.valid))[:SCORED]
+        scores = ase_enf.score(flow, [data.valid[k] for k in chosen], trace="hutchinson", probes=1, seed=options.seed)
         write_json(path, point_of(flow, flow.provenance.get("step", 0), -scores.log_likelihood.mean(), data, options))
     return row_of(ELSEWHERE, flow, pd.DataFrame([json.loads(path.read_text())]), folder, data, options)
 
 
 def row_of(name: str, flow: ENF, curve: pd.DataFrame, folder: Path, data: Split, options: argparse.Namespace) -> Row:
-    """Returns a row of weights, measuring what is missing."""
+    """Returns the row of some weights, after measuring what is missing."""
     flow.use_backend("auto")
     pieces = open_work(folder / "pieces", flow, seed=options.seed, solver=SOLVER)
     order = np.random.default_rng(options.seed).permutation(len(data.test))[: options.test].tolist()
@@ -171,7 +173,7 @@ def row_of(name: str, flow: ENF, curve: pd.DataFrame, folder: Path, data: Split,
 
 
 def settings(name: str, molecules: int, options: argparse.Namespace, out: Path) -> TrainConfig:
-    """Returns how a row is trained."""
+    """Returns the training settings of a row."""
     fields: dict[str, Any] = {"features": "none", "batch_size": BATCH} | METHODS[name]
     steps = max(round(EPOCHS[name] * options.scale * molecules / fields["batch_size"]), 2)
     common = {"steps": steps, "warmup": min(200, round(WARMUP * steps)), "cool_down": COOL_DOWN, "seed": options.seed}
@@ -190,7 +192,7 @@ def settings(name: str, molecules: int, options: argparse.Namespace, out: Path) 
 
 
 def positional(flow: ENF) -> ENF:
-    """Returns a flow of positions alone with the network of one that flows types, too, which enter as their mean, 0.
+    """Returns a flow of positions with the network of one of types and positions; types are set to their mean, 0.
 
     Example:
         >>> positional(ase_enf.load("qm9-small")).features
@@ -205,7 +207,7 @@ def positional(flow: ENF) -> ENF:
 
 
 def trained(name: str, data: Split, folder: Path, options: argparse.Namespace) -> tuple[ENF, pd.DataFrame]:
-    """Trains a row stage by stage, or goes on, and returns its last averaged weights and its curves."""
+    """Starts or resumes the training of a row by stages, and returns its last averaged weights and its curves."""
     config = settings(name, len(data.train), options, folder / "run")
     if config.init_from:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,7 @@ def trained(name: str, data: Split, folder: Path, options: argparse.Namespace) -
 
 
 def stage_steps(config: TrainConfig, molecules: int) -> list[int]:
-    """Returns after how many steps the stages end, the last but one where the rate begins to fall.
+    """Returns the steps at which the stages end; at the last but one, the rate begins to fall.
 
     Example:
         >>> stage_steps(TrainConfig(steps=1000, warmup=0, batch_size=64), 12_800)
@@ -235,7 +237,7 @@ def stage_steps(config: TrainConfig, molecules: int) -> list[int]:
 
 
 def _stage(config: TrainConfig, steps: int, data: Split, options: argparse.Namespace) -> None:
-    """Trains up to a step; before the last stage the rate stays what it is."""
+    """Trains up to a step, at a constant rate except in the last stage."""
     resume = (Path(config.out) / STATE_FILE).exists()
     if steps < config.steps:
         config = replace(config, steps=steps, cool_down=1e-9)
@@ -246,14 +248,14 @@ def _stage(config: TrainConfig, steps: int, data: Split, options: argparse.Names
 
 
 def _point(run: Path, steps: int, data: Split, options: argparse.Namespace) -> dict[str, float]:
-    """Returns a point of the curves, of the averaged weights after a stage."""
+    """Returns a point of the curves for the averaged weights after a stage."""
     with (run / LOG_FILE).open(newline="") as file:
         row = next(row for row in csv.DictReader(file) if int(row["step"]) == steps and row["valid_nll"])
     return point_of(ase_enf.load(run / LAST_FILE, "cpu"), steps, float(row["valid_nll"]), data, options)
 
 
 def point_of(flow: ENF, steps: int, valid_nll: float, data: Split, options: argparse.Namespace) -> dict[str, float]:
-    """Returns a point of the curves, with the divergence of few molecules."""
+    """Returns a point of the curves, with the divergence from few molecules."""
     flow.use_backend("auto")
     drawn = ase_enf.generate(flow, POINT, seed=options.seed + 1, solver=SOLVER, batch_size=POINT)
     about = {key: flow.provenance.get(key, math.nan) for key in ("epoch", "hours")}
@@ -271,7 +273,7 @@ def divergence(atoms: Sequence[Atoms], others: Sequence[Atoms]) -> float:
 
 
 def write_tables(rows: Sequence[Row], data: Split, options: argparse.Namespace) -> None:
-    """Writes ours beside the paper's, the curves, and the pictures of Figures 3 and 4."""
+    """Writes our values and those of the paper, the curves, and the pictures of Figures 3 and 4."""
     known = histogram(data.train).sum(axis=0)
     found, lines = {row.name: row for row in rows}, []
     for name in [*METHODS, *({ELSEWHERE} & found.keys())]:
@@ -293,7 +295,7 @@ def write_tables(rows: Sequence[Row], data: Split, options: argparse.Namespace) 
 
 
 def so_far(name: str, data: Split, options: argparse.Namespace) -> str:
-    """Says how far a row that is not measured has come, nothing where it was not begun."""
+    """Returns, as text, the progress of an unfinished row; "" if it has not started."""
     folder = place(name, options)
     log = folder / "run" / LOG_FILE
     if not log.exists():
@@ -308,7 +310,7 @@ def so_far(name: str, data: Split, options: argparse.Namespace) -> str:
 
 
 def nll_of(scores: pd.DataFrame) -> str:
-    """Returns the mean NLL with its error over molecules, and how many have none."""
+    """Returns the mean NLL with its error over molecules, and the number of molecules without one."""
     finite = -scores.log_likelihood[np.isfinite(scores.log_likelihood)]
     lost = f" ({len(scores) - len(finite)} not finite)" if len(finite) < len(scores) else ""
     return f"{finite.mean():.1f} ± {finite.sem():.1f}{lost}"
@@ -342,7 +344,7 @@ def notes(rows: Sequence[Row], data: Split, options: argparse.Namespace) -> str:
         "Beta(1, 1.8); where it starts from `qm9-small`, it has seen the whole train split with its elements, and no "
         "test molecule: that row is no comparison with the paper's. Simple and kernel dynamics cannot follow the "
         "target of flow matching; likelihood is their fair row. "
-        f'"{ELSEWHERE}" is the shipped model, trained for as long as its card says. '
+        f'"{ELSEWHERE}" is `qm9-positional`, which starts from `qm9-small`, too, and was trained as its card says. '
         f'"{MISSING}": not run yet; the command goes on with it.'
         + "".join(f"\n\n* {words}" for words in begun if words)
     )

@@ -1,1 +1,1 @@
-"""Table 1 in rooms: what its cells are, how they are run, what they say, and how that is shown."""
+"""Table 1: the definition of its cells, their runs, the conclusions, and the tables."""

@@ -1,4 +1,4 @@
-"""The cells of Table 1: systems, methods, budgets, and the paper's figures."""
+"""The cells of Table 1: systems, methods, budgets, and the paper's values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ase_enf.training.config import TrainConfig
 
 FLOW_MATCHING, NLL = "flow_matching", "nll"
 OBJECTIVES = {FLOW_MATCHING: "flow matching", NLL: "maximum likelihood"}
-# Steps by the number of training samples, the same for every method; the best validation decides where a run ends.
+# Steps by the number of training samples, equal for every method; the weights of the best validation count.
 STEPS = {
     ("dw4", FLOW_MATCHING): {100: 1000, 1000: 2000, 10_000: 4000, 100_000: 16_000},
     ("dw4", NLL): {100: 300, 1000: 500, 10_000: 500, 100_000: 500},
@@ -32,7 +32,7 @@ PUBLISHED_STEPS = {
     "lj13": {10: 500, 100: 1000, 1000: 3000, 10_000: 5000},
 }
 PUBLISHED_BATCH, PUBLISHED_RATE, PUBLISHED_VALIDATIONS = 100, 5e-4, 40
-# Samples that decide, are tested, give the effective sample size: a likelihood of LJ13 takes ten times one of DW4.
+# Numbers of samples for validation, test and effective sample size: a likelihood of LJ13 costs ten times that of DW4.
 VALID, TEST, REWEIGHTED = {"dw4": 256, "lj13": 64}, {"dw4": 1000, "lj13": 250}, {"dw4": 1000, "lj13": 500}
 SWEEPS = 5000  # of the entropy of LJ13
 
@@ -80,56 +80,56 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of its files."""
         return f"{self.system}_{self.method.replace(' ', '-')}_{self.objective}_{self.size}_{self.seed}"
 
     @property
     def steps(self) -> int:
-        """How long it is trained."""
+        """Number of training steps."""
         published = self.method == AS_PUBLISHED
         return (PUBLISHED_STEPS[self.system] if published else STEPS[self.system, self.objective])[self.size]
 
     @property
     def batch(self) -> int:
-        """How many samples a step has."""
+        """Number of samples in a step."""
         return PUBLISHED_BATCH if self.method == AS_PUBLISHED else BATCH[self.system, self.objective]
 
     @property
     def validations(self) -> int:
-        """How often it is validated."""
+        """Number of validations."""
         return PUBLISHED_VALIDATIONS if self.method == AS_PUBLISHED else VALIDATIONS
 
     @property
     def largest(self) -> bool:
-        """Whether there are no more samples than it has."""
+        """Whether it has all available samples."""
         return self.size == max(SIZES[self.system])
 
     @property
     def part(self) -> slice:
-        """Which training samples it has: runs of other seeds have others, where there are enough for all."""
+        """Its training samples; those of different seeds differ if there are enough for all."""
         start = self.seed * self.size
         start = start if start + self.size <= max(SIZES[self.system]) else 0
         return slice(start, start + self.size)
 
     @property
     def copies(self) -> int:
-        """How often an epoch has each sample: flow matching fills its batches, as each copy has another noise."""
+        """Copies of each sample in an epoch: flow matching fills its batches, and each copy has its own noise."""
         short = self.objective == FLOW_MATCHING and self.size < self.batch
         return math.lcm(self.size, self.batch) // self.size if short else 1
 
     def choices(self, scale: float, test: int) -> list[Any]:
-        """Returns everything that was chosen for it: with other values it is another experiment."""
+        """Returns all settings of the cell; with other values it is a different experiment."""
         chosen = [scale, test, VALID[self.system], self.validations, WIDTH]
         chosen += [METHODS[self.method], self.steps, self.batch, self.copies]
         chosen += [RATES[self.method]] if self.objective == NLL else []
         return chosen + ([REWEIGHTED[self.system]] if self.largest else [])
 
     def scaled_steps(self, scale: float) -> int:
-        """Returns the part ``scale`` of the steps, 2 at least."""
+        """Returns the fraction ``scale`` of the steps, at least 2."""
         return max(round(self.steps * scale), 2)
 
     def config(self, scale: float, out: Path) -> TrainConfig:
-        """Returns how it is trained, with the part ``scale`` of the steps."""
+        """Returns the training settings, with the fraction ``scale`` of the steps."""
         steps = self.scaled_steps(scale)
         every = -(-steps // self.validations)
         run = {"steps": steps, "warmup": steps // 10, "validate_every": every, "seed": self.seed}
@@ -141,12 +141,12 @@ class Cell:
 
 
 def every_cell(seeds: int) -> list[Cell]:
-    """Returns all cells, those of the first seed first, so that a table has early one run of everything."""
+    """Returns all cells, those of the first seed first, so that the table is soon complete with one run of each."""
     places = [(system, size) for system in SIZES for size in SIZES[system]]
     return [Cell(system, *row, size, seed) for seed in range(seeds) for system, size in places for row in ROWS]
 
 
 def chosen(cell: Cell, only: Iterable[str]) -> bool:
-    """Whether a cell is among the systems, methods, objectives and sizes named; of a kind not named all are."""
+    """Whether a cell is among the named systems, methods, objectives and sizes; a kind without names has no limit."""
     values, wanted = (cell.system, cell.method, cell.objective, str(cell.size)), set(only)
     return all(value in wanted or not wanted & kind for value, kind in zip(values, KINDS, strict=True))

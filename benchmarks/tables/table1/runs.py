@@ -1,4 +1,4 @@
-"""Cells are run once, go on where they stopped, and are kept in a folder."""
+"""Runs of the cells: each is run once, continues where it stopped, and is saved in a folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTINGS_FILE = "settings.json"
 
 
 def open_folder(work: Path, scale: float, test: Mapping[str, int]) -> None:
-    """Makes the folder; ends the program if it is of another scale or number of test samples."""
+    """Creates the folder; ends the program if an existing one has another scale or number of test samples."""
     path, wanted = work / SETTINGS_FILE, {"scale": scale, "test": dict(test)}
     if path.exists() and settings(work) != wanted:
         raise SystemExit(f"{work}: holds cells of another --scale or --test; use another folder")
@@ -48,19 +48,19 @@ def open_folder(work: Path, scale: float, test: Mapping[str, int]) -> None:
 
 
 def settings(work: Path) -> dict[str, Any]:
-    """Returns the scale of a folder and the numbers of its test samples."""
+    """Returns the scale and the numbers of test samples of a folder."""
     return json.loads((work / SETTINGS_FILE).read_text())
 
 
 def digest(cell: Cell, work: Path) -> str:
-    """Returns what stands for everything that was chosen for a cell: one of another digest is another experiment."""
+    """Returns a hash of all settings of a cell; with another hash it is a different experiment."""
     folder = settings(work)
     choices = cell.choices(folder["scale"], folder["test"][cell.system])
     return hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:12]
 
 
 def finished(cell: Cell, work: Path) -> dict[str, Any] | None:
-    """Returns the figures of a cell that was run, None before that; ends the program if they are of another budget."""
+    """Returns the results of a finished cell, or None; ends the program if their budget is another."""
     path = work / f"{cell.name}.json"
     found = json.loads(path.read_text()) if path.exists() else None
     if found and found.get("settings") != digest(cell, work):
@@ -69,7 +69,7 @@ def finished(cell: Cell, work: Path) -> dict[str, Any] | None:
 
 
 def take_cells(source: Path, work: Path) -> int:
-    """Writes the cells of a CSV into the folder, where it has not those; returns how many are of other settings."""
+    """Writes the cells of a CSV that are missing in the folder; returns the number of cells with other settings."""
     rows = pd.read_csv(source, comment="#", dtype={"settings": str, "curve": str}).fillna({"curve": ""})
     others = 0
     for row in rows.to_dict("records"):
@@ -83,13 +83,13 @@ def take_cells(source: Path, work: Path) -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes whole or not at all."""
+    """Writes a JSON file atomically."""
     with atomic_write(path) as handle:
         handle.write(json.dumps(content).encode())
 
 
 def data(system: str, work: Path, test: int) -> dict[str, Samples]:
-    """Returns train, valid and test samples, drawn once; fewer training samples are a first part of the same."""
+    """Returns training, validation and test samples, drawn once; fewer training samples are the first of all."""
     path = work / f"{system}.npz"
     if not path.exists():
         sizes = {"train": max(SIZES[system]), "valid": VALID[system], "test": test}
@@ -100,7 +100,7 @@ def data(system: str, work: Path, test: int) -> dict[str, Samples]:
 def ground(
     system: str, work: Path, scale: float, sweeps: int = SWEEPS, ladders: int = mcmc.LADDERS
 ) -> dict[str, float]:
-    """Returns ln Z and the entropy with their errors, computed once: DW4 by quadrature, LJ by replica exchange."""
+    """Returns ln Z and the entropy with errors, computed once: DW4 by quadrature, LJ by replica exchange."""
     path = work / f"{system}_entropy.json"
     if not path.exists():
         exact, sweeps = system == "dw4", max(round(sweeps * scale), 20)
@@ -115,7 +115,7 @@ def ground(
 
 
 def run(cells: Sequence[Cell], work: Path, scale: float, jobs: int) -> list[str]:
-    """Runs the cells that are not finished, each in a process of its own, and returns what went wrong."""
+    """Runs the unfinished cells, each in its own process, and returns their errors."""
     waiting = [cell for cell in cells if not finished(cell, work)]
     failed = []
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -141,7 +141,7 @@ def _begin() -> None:
 
 
 def run_cell(cell: Cell, work: Path, scale: float) -> None:
-    """Trains, or goes on, scores the test samples, and writes the result."""
+    """Starts or resumes the training, scores the test samples, and writes the result."""
     if finished(cell, work):
         return
     sets = samples.load(work / f"{cell.system}.npz")
@@ -176,7 +176,7 @@ def run_cell(cell: Cell, work: Path, scale: float) -> None:
 
 
 def trained(cell: Cell, sets: Mapping[str, Samples], folder: Path, scale: float) -> tuple[ENF, list[list[float]]]:
-    """Returns the best weights, and seconds and validation NLL along the run."""
+    """Returns the best weights, and the time and validation NLL along the run."""
     config = cell.config(scale, folder)
     resume = (folder / STATE_FILE).exists()
     if not resume:
@@ -190,7 +190,7 @@ def trained(cell: Cell, sets: Mapping[str, Samples], folder: Path, scale: float)
 
 
 def effective_sample_size(flow: ENF, cell: Cell) -> float:
-    """Returns the part of the drawn samples that counts, NaN for a flow that cannot be integrated or weighed."""
+    """Returns the effective fraction of drawn samples; NaN for a flow that cannot be integrated or weighted."""
     calculator, n = particles.DW4() if cell.system == "dw4" else particles.LJ13(), REWEIGHTED[cell.system]
     try:
         with warnings.catch_warnings():
@@ -202,7 +202,7 @@ def effective_sample_size(flow: ENF, cell: Cell) -> float:
 
 
 def so_far(cell: Cell, work: Path, scale: float) -> str:
-    """Says how far a cell that is not finished has come, how fast its NLL still falls, and how long it takes in all."""
+    """Returns, as text, the progress of an unfinished cell, how fast its NLL still falls, and its total time."""
     log = work / "runs" / cell.name / LOG_FILE
     if (work / f"{cell.name}.json").exists() or not log.exists():
         return ""

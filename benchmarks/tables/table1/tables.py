@@ -1,4 +1,4 @@
-"""The tables, their notes and the figure."""
+"""The tables, their notes, and the figure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from benchmarks.tables.table1.verdicts import clock, over_seeds, projected, verd
 
 
 def write_tables(work: Path, seeds: int, scale: float) -> None:
-    """Writes a table of each system that has finished cells, and the figure."""
+    """Writes a table for each system that has finished cells, and the figure."""
     results = pd.DataFrame([found for cell in every_cell(seeds) if (found := finished(cell, work))])
     if results.empty:
         return
@@ -45,7 +45,7 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
     folder = report.RESULTS if scale == 1 else work
     report.write_csv(results.assign(curve=curves), "table1_cells", folder)
     truths = {system: ground(system, work, scale) for system in SIZES if system in results.system.unique()}
-    # -log p of the same samples as a control variate: the same expectation, a smaller error.
+    # -log p of the same samples is a control variate: the expectation is the same, and the error smaller.
     results["nll"] = results.gap + results.system.map({system: truth["entropy"] for system, truth in truths.items()})
     for system, truth in truths.items():
         mine = results[results.system == system]
@@ -58,7 +58,7 @@ def write_tables(work: Path, seeds: int, scale: float) -> None:
 
 
 def table(system: str, results: pd.DataFrame, seeds: int) -> pd.DataFrame:
-    """Returns ours, a row for each method and objective, beside the paper's."""
+    """Returns our values, a row for each method and objective, and those of the paper."""
     sizes, most, rows = SIZES[system], max(SIZES[system]), []
     nll, gap, ess = (over_seeds(system, results, key) for key in ("nll", "gap", "ess"))
     seconds = over_seeds(system, results[results.processor == clock(results)], "train_s")
@@ -77,7 +77,7 @@ def table(system: str, results: pd.DataFrame, seeds: int) -> pd.DataFrame:
 
 
 def figure_of(combined: pd.Series, seeds: int, digits: int = 3, unit: float = 1.0) -> str:
-    """Returns mean ± error, with the number of runs where some are missing."""
+    """Returns mean ± error, with the number of runs if some are missing."""
     if not combined["count"]:
         return MISSING
     error = f" ± {unit * combined['sem']:.{digits}f}" if combined["count"] > 1 else ""
@@ -86,7 +86,7 @@ def figure_of(combined: pd.Series, seeds: int, digits: int = 3, unit: float = 1.
 
 
 def base_entropy(work: Path, system: str) -> float:
-    """Returns the entropy of the Gaussian that is as wide as the training samples: what the base has learned alone."""
+    """Returns the entropy of a Gaussian as wide as the training samples: what a flow without a network would learn."""
     positions = data(system, work, settings(work)["test"][system])["train"].positions
     dimensions = particles.resolve(system).degrees_of_freedom
     variance = np.square(positions).sum() / (len(positions) * dimensions)
@@ -148,7 +148,7 @@ most of what its rows show.
 
 
 def draw(results: pd.DataFrame, truths: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Draws NLL against the number of samples, one panel a system, with the entropy as the floor."""
+    """Draws NLL against the number of samples, one panel for each system, with the entropy as the lower limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What the finished cells say: means over seeds, which method is best, and when one overtakes another."""
+"""Conclusions from the finished cells: means over seeds, which method is best, and when one overtakes another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.tables.table1.cells import (
 
 
 def over_seeds(system: str, results: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Returns mean, standard error and number of runs of all rows and sizes; NaN and zero runs for what is missing."""
+    """Returns mean, standard error and number of runs for all rows and sizes; NaN and zero runs if missing."""
     rows = pd.MultiIndex.from_tuples([(*row, size) for row in ROWS for size in SIZES[system]])
     numbers = results[results.system == system].astype({key: float})
     found = numbers.groupby(["method", "objective", "size"])[key].agg(["mean", "sem", "count"])
@@ -33,12 +33,12 @@ def over_seeds(system: str, results: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def clock(results: pd.DataFrame) -> str:
-    """Returns the kind of processor that ran most cells: seconds of different kinds are not to be averaged."""
+    """Returns the kind of processor that ran most cells; times of different kinds cannot be averaged."""
     return next(iter(results.processor[results.train_s.notna()].mode()), "")
 
 
 def verdicts(system: str, results: pd.DataFrame, base: float) -> list[str]:
-    """Says which method is best in each column, how near the floor E-NF comes, and when flow matching overtakes."""
+    """Returns, as text, the best method of each column, how close E-NF is to the floor, and if flow matching leads."""
     lines, most = [], max(SIZES[system])
     combined = over_seeds(system, results, "nll").dropna(subset="mean")
     alone = results.groupby(["method", "objective", "size"]).gap_stderr.mean()  # the error of one run
@@ -70,10 +70,10 @@ def verdicts(system: str, results: pd.DataFrame, base: float) -> list[str]:
 
 
 def race(results: pd.DataFrame, method: str, size: int) -> str:
-    """Says when flow matching was first as good as all of maximum likelihood, in runs on the same samples.
+    """Returns, as text, when flow matching first equalled the final maximum-likelihood result on the same samples.
 
-    Validations have the same noise along a run, but not in another run: the ends are compared by the exact test, and
-    what came before by how far its validation was from the best.
+    Validations along one run have the same noise, but not those of different runs. Ends are therefore compared by the
+    exact test, and earlier points by the distance of their validation from the best.
     """
     part = results[(results.method == method) & (results["size"] == size) & results.curve.map(bool)]
     fast, slow = (part[part.objective == key].set_index(["seed", "processor"]) for key in OBJECTIVES)
@@ -89,7 +89,7 @@ def race(results: pd.DataFrame, method: str, size: int) -> str:
 
 
 def projected(system: str, results: pd.DataFrame) -> str:
-    """Says how long the cells of the paper's own budget take, by how long our cells of maximum likelihood took."""
+    """Returns, as text, the time of cells with the paper's own budget, estimated from ours by maximum likelihood."""
     known = results[(results.system == system) & (results.objective == NLL) & (results.method == "E-NF-16-radial")]
     seconds = known[known.processor == clock(results)].groupby("size").train_s.mean()
     hours = []
