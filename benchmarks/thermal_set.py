@@ -1,15 +1,19 @@
 """A thermal set of many molecules: ``python -m benchmarks.thermal_set QM9.npz FOLDER [--molecules 30000]``.
 
 Molecules are drawn at random from the training and the validation split of QM9, for the training and the validation
-set; molecules of the test split are never among them. Each is displaced twice about its published geometry as at 300 K
-(``ase_enf.data.displaced``: Hamiltonian Monte Carlo on MMFF94 with the forces of GFN2-xTB at that geometry). Writes
-``FOLDER/thermal.npz`` in the compact format and prints the cost; finished pieces in FOLDER are reused.
+set; molecules of the test split are never among them. Minima of each are found (``benchmarks.thermal_wells``) and
+drawn with their populations at 300 K; about each that is drawn the molecule is displaced (``ase_enf.data.displaced``:
+Hamiltonian Monte Carlo on MMFF94 with the forces of GFN2-xTB there). With ``--attempts 0`` it is displaced about its
+published geometry. Writes ``FOLDER/thermal.npz`` in the compact format and prints the cost; finished pieces in FOLDER
+are reused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import multiprocessing
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +29,10 @@ from ase_enf.data import DataError
 from ase_enf.data.compact import MoleculeTable, from_atoms, read_npz
 from ase_enf.data.displaced import displaced
 from ase_enf.ensemble.calculators import calculator
+from benchmarks.thermal_wells import populations, wells
 
 TEMPERATURE = 300.0  # K
-EACH = 2  # structures of a molecule
+EACH = 3  # structures of a molecule
 PIECE = 500
 TRAIN, VALID = 0, 1
 
@@ -48,22 +53,34 @@ def main() -> None:
     parser.add_argument("--molecules", type=int, default=30_000)
     parser.add_argument("--valid", type=int, default=500)
     parser.add_argument("--calculator", default="gfn2")
+    parser.add_argument("--attempts", type=int, default=12, help="embedded conformers of a molecule")
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     molecules = read_npz(options.data)
     if molecules.split is None:
         raise SystemExit(f"{options.data}: has no split, so that test molecules cannot be kept out")
     rows = chosen(molecules, VALID, options.valid) + chosen(molecules, TRAIN, options.molecules)
+    parts = [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+    tasks = [
+        (
+            part,
+            options.data,
+            options.folder / f"piece_{k * PIECE:06d}_{len(part)}.npz",
+            options.calculator,
+            options.attempts,
+        )
+        for k, part in enumerate(parts)
+    ]
     pieces: list[Piece] = []
-    for start in tqdm(range(0, len(rows), PIECE), unit="piece", dynamic_ncols=True):
-        part = rows[start : start + PIECE]
-        path = options.folder / f"piece_{start:06d}_{len(part)}.npz"
-        if not path.exists():
-            save(piece(molecules, part, options.calculator), path)
-        pieces.append(load(path))
-        joined = join([found.table for found in pieces])
-        with atomic_write(options.folder / "thermal.npz") as handle:
-            handle.write(packed(joined))
+    with contextlib.ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        parallel = stack.enter_context(context.Pool(options.processes)).imap if options.processes > 1 else map
+        for path in tqdm(parallel(make, tasks), total=len(tasks), unit="piece", dynamic_ncols=True):
+            pieces.append(load(path))
+            joined = join([found.table for found in pieces])
+            with atomic_write(options.folder / "thermal.npz") as handle:
+                handle.write(packed(joined))
     left_out, seconds = sum(found.left_out for found in pieces), sum(found.seconds for found in pieces)
     train = int((joined.split == TRAIN).sum())
     print(
@@ -78,14 +95,22 @@ def chosen(molecules: MoleculeTable, split: int, count: int) -> list[int]:
     return np.random.default_rng(split).permutation(rows)[:count].tolist()
 
 
-def piece(molecules: MoleculeTable, rows: list[int], method: str) -> Piece:
+def make(task: tuple[list[int], str, Path, str, int]) -> Path:
+    """Makes and saves a piece, unless its file exists."""
+    rows, data, path, method, attempts = task
+    if not path.exists():
+        save(piece(read_npz(data), rows, method, attempts), path)
+    return path
+
+
+def piece(molecules: MoleculeTable, rows: list[int], method: str, attempts: int) -> Piece:
     """Displaces some molecules, leaving out those that MMFF94 or the other method cannot describe."""
     frames: list[Atoms] = []
     splits: list[int] = []
     left_out, start = 0, time.process_time()
     for row, atoms in zip(rows, molecules.to_atoms(rows), strict=True):
         try:
-            found = displaced(atoms, forces(atoms, method), TEMPERATURE, EACH, seed=row)
+            found = drawn(atoms, method, attempts, row) if attempts else about(atoms, method, row)
         except (DataError, CalculatorSetupError, RuntimeError, ValueError):
             left_out += 1
             continue
@@ -94,6 +119,25 @@ def piece(molecules: MoleculeTable, rows: list[int], method: str) -> Piece:
         frames += found
         splits += [int(molecules.split[row])] * len(found)
     return Piece(from_atoms(frames, splits), left_out, time.process_time() - start)
+
+
+def about(atoms: Atoms, method: str, seed: int) -> list[Atoms]:
+    """Returns structures displaced about the geometry of a molecule."""
+    return displaced(atoms, forces(atoms, method), TEMPERATURE, EACH, seed=seed)
+
+
+def drawn(atoms: Atoms, method: str, attempts: int, seed: int) -> list[Atoms]:
+    """Returns structures displaced about minima that are drawn with their populations."""
+    found = wells(atoms, method, TEMPERATURE, attempts, seed)
+    if not found:
+        raise DataError(f"{atoms.symbols}: no minimum by {method} was found")
+    counts = np.random.default_rng(seed).multinomial(EACH, populations(found, TEMPERATURE))
+    return [
+        frame
+        for well, count in zip(found, counts, strict=True)
+        if count
+        for frame in displaced(well.atoms, well.forces, TEMPERATURE, int(count), seed=seed)
+    ]
 
 
 def forces(atoms: Atoms, method: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 
 import numpy as np
@@ -13,11 +15,13 @@ from ase.optimize import BFGS
 from ase.units import kB
 
 from ase_enf.chem.anchored import Anchored
-from ase_enf.chem.mmff import MMFF94
+from ase_enf.chem.mmff import MMFF94, conformers
 from ase_enf.data import DataError
 from ase_enf.data.compact import from_atoms, read_npz
 from ase_enf.data.displaced import displaced
-from benchmarks import thermal_set
+from benchmarks import thermal_set, thermal_wells
+
+KELVIN = 300.0
 
 
 def at(surface, positions):
@@ -97,9 +101,52 @@ def test_a_set_keeps_its_splits_and_its_pieces(tmp_path, monkeypatch, capsys):
     table = read_npz(tmp_path / "set" / "thermal.npz")
     assert table.positions.dtype == np.float32 and set(table.split.tolist()) == {0, 1}
     found = dict(zip(table.gdb_index.tolist(), table.split.tolist(), strict=True))
-    assert found == {1: 0, 2: 0, 3: 0, 4: 1, 6: 0} and len(table.n_atoms) == 10
+    assert found == {1: 0, 2: 0, 3: 0, 4: 1, 6: 0} and len(table.n_atoms) == 15
     said = capsys.readouterr().out
-    assert "8 structures for training, 2 for validation, of 5 molecules; 0 of 5 left out" in said
+    assert "12 structures for training, 3 for validation, of 5 molecules; 0 of 5 left out" in said
     monkeypatch.setattr(thermal_set, "piece", None)  # existing pieces are reused
     thermal_set.main()
     assert capsys.readouterr().out == said
+
+
+def test_minima_are_relaxed_and_populated_by_their_free_energies():
+    atoms = molecule("trans-butane")
+    found = thermal_wells.wells(atoms, "mmff", KELVIN, 24, seed=0)
+    assert [sum(well.found for well in found), len(found)] == [24, 2]  # trans, and the two mirror images of gauche
+    trans, gauche = found
+    for well in found:
+        assert np.abs(well.forces).max() < thermal_wells.SETTLED
+        curvatures, modes = thermal_wells.hessian(well.atoms)
+        assert curvatures.shape == (3 * 14 - 6,) and curvatures.min() > 0
+        assert np.abs(modes.T @ modes - np.eye(36)).max() < 1e-9
+    wide = [well.atoms.get_all_distances()[np.ix_(range(4), range(4))].max() for well in found]
+    assert wide[1] < 3.3 < 3.7 < wide[0]
+    # gauche lies 0.03 eV above trans, and two of three minima are gauche
+    share = thermal_wells.populations([trans._replace(found=1), gauche._replace(found=2)], KELVIN)[1]
+    assert share == pytest.approx(2 / (2 + math.exp((gauche.free_energy - trans.free_energy) / (kB * KELVIN))))
+    assert 0.2 < share < 0.5
+
+
+def test_the_free_energy_of_a_minimum_is_minus_kt_times_the_logarithm_of_its_integral():
+    """Of water: ∫ exp(−U / kT) r² r'² sin θ dr dr' dθ, by 3^(3/2) for orthonormal coordinates, without the 8 π²."""
+    kelvin = 20.0  # narrow, so that it is harmonic
+    well = thermal_wells.settled(molecule("H2O"), "mmff", kelvin, 1)
+    surface, at_rest = MMFF94(well.atoms).surface, well.atoms.get_distance(0, 1)
+    angle = np.radians(well.atoms.get_angle(1, 0, 2))
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    total = 0.0
+    for (u, wu), (v, wv), (a, wa) in itertools.product(zip(nodes, weights, strict=True), repeat=3):
+        r, s, theta = at_rest + 0.03 * u, at_rest + 0.03 * v, angle + 0.15 * a
+        x = np.array([[0, 0, 0], [r, 0, 0], [s * np.cos(theta), s * np.sin(theta), 0]])
+        volume = 0.03 * 0.03 * 0.15 * wu * wv * wa * r**2 * s**2 * np.sin(theta)
+        total += volume * math.exp(-surface(x)[0] / (kB * kelvin))
+    assert math.log(total / 3**1.5) == pytest.approx(-well.free_energy / (kB * kelvin), abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_embedded_conformers_differ_for_every_seed(seed):
+    found = conformers(molecule("trans-butane"), 12, seed)
+    energies = [MMFF94(atoms).surface(atoms.positions)[0] for atoms in found]
+    assert max(energies) - min(energies) > 0.02  # eV: trans and gauche
+    other = conformers(molecule("trans-butane"), 12, seed + 1)
+    assert not any(np.allclose(a.positions, b.positions, atol=1e-3) for a in found for b in other)

@@ -169,6 +169,11 @@ def _bonded(atoms: Atoms, orders: NDArray[np.integer] | None = None) -> Mol:
     return sound
 
 
+def _seed(seed: int) -> int:
+    """Returns a seed for RDKit, which embeds attempt k from k times its seed: all from the same numbers with zero."""
+    return 1 + int(np.random.SeedSequence(seed).generate_state(1)[0]) % 2**19
+
+
 def conformers(atoms: Atoms, n: int, seed: int = 0) -> list[Atoms]:
     """Returns conformers of a molecule by RDKit's distance geometry, relaxed by MMFF94 where it has parameters.
 
@@ -199,7 +204,7 @@ def conformers(atoms: Atoms, n: int, seed: int = 0) -> list[Atoms]:
         raise ValueError(f"n={n}: must be at least 1")
     mol = _bonded(atoms)
     with quiet_rdkit():
-        found = list(rdDistGeom.EmbedMultipleConfs(mol, n, randomSeed=seed))
+        found = list(rdDistGeom.EmbedMultipleConfs(mol, n, randomSeed=_seed(seed)))
         if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
             rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
     made = [Atoms(atoms.numbers, mol.GetConformer(k).GetPositions()) for k in found]
