@@ -15,7 +15,7 @@ from ase_enf.data import mcmc, particles, samples
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
 from benchmarks.models import particle_models
-from benchmarks.models.particle_measures import bennett, effective, jackknife, reweighted, scored
+from benchmarks.models.particle_measures import bennett, divergence, effective, jackknife, reweighted, scored
 
 WIDTH = 1.3
 LOG_Z = math.log(WIDTH) + 0.5 * math.log(2 * math.pi)  # of exp(-x² / 2 WIDTH²)
@@ -48,6 +48,16 @@ def test_the_error_of_the_effective_size_is_that_of_repetitions():
     runs = rng.normal(scale=0.3, size=(300, 1000))
     spread = np.std([effective(run) for run in runs], ddof=1)
     assert np.mean([jackknife(run, 10) for run in runs]) == pytest.approx(spread, rel=0.2)
+
+
+def test_the_divergence_of_gaussians_follows_from_the_weights_with_its_error():
+    rng = np.random.default_rng(3)
+    found = np.array([divergence(log_ratio(rng.normal(size=2000)) + 7.0) for _ in range(200)])
+    exact = (WIDTH**2 - 1) / 2 - math.log(WIDTH)  # KL of the wider one from the standard normal
+    spread = found[:, 0].std(ddof=1)
+    assert abs(found[:, 0].mean() - exact) < 4 * spread / 200**0.5 + exact / 100
+    assert found[:, 1].mean() == pytest.approx(spread, rel=0.3)
+    assert divergence(np.array([0.0, 0.0, -math.inf]))[0] == pytest.approx(math.log(1.5))
 
 
 def test_pieces_are_repetitions_and_are_kept(tmp_path):

@@ -142,6 +142,28 @@ def jackknife(log_weights: Array, repetitions: int) -> float:
     return float(np.sqrt((repetitions - 1) * np.var(without)))
 
 
+def divergence(log_weights: Array) -> tuple[float, float]:
+    """Returns KL(p‖q), how far the NLL of q lies above the entropy of p, from weights p/q of samples of q.
+
+    With weights W of mean one it is ⟨W ln W⟩; its error is that of the contributions W (ln W − KL − 1) of the samples.
+
+    Args:
+        log_weights: ln p/q up to a constant.
+
+    Returns:
+        KL and its standard error, nats; the latter knows nothing of weights that no sample met.
+
+    Example:
+        >>> divergence(np.full(4, 2.0))
+        (0.0, 0.0)
+    """
+    weights = np.exp(log_weights - log_weights.max())
+    weights = weights / weights.mean()
+    logs = np.log(np.where(weights > 0, weights, 1.0))
+    value = float(np.mean(weights * logs))
+    return value, sem(weights * (logs - value - 1.0))
+
+
 def bennett(forward: Array, backward: Array) -> tuple[float, float]:
     """Returns ln Z from -U - log q of samples of the flow and of exp(-U), by Bennett's acceptance ratio.
 
@@ -203,6 +225,7 @@ def rows(
         ("ln Z by reweighting", figure(log_z, log_z_stderr), n),
         ("ln Z by BAR between flow and test samples", figure(log_z_bar, log_z_bar_stderr), n + len(gap)),
         ("NLL above the entropy by that ln Z, nats", figure(gap.mean() - log_z_bar, sem(gap)), len(gap)),
+        ("NLL above the entropy by the weights, nats", figure(*divergence(result.log_weights)), n),
         ("entropy by reweighting, nats", figure(energy.value + log_z, entropy_stderr), n),
         ("integration error of log p, nats", f"{result.integration_error:.2g}", n),
     ]
