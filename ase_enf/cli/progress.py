@@ -7,17 +7,29 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from ase_enf.atoms.io import GrowingFile
-    from ase_enf.cli.inplace import InPlaceFile
-    from ase_enf.cli.outputs import GrowingTable
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 QUIET_SECONDS = 60.0
 """Seconds between progress messages of long work where there is no terminal."""
 
 _Item = TypeVar("_Item")
+
+
+class Growing(Protocol):
+    """What results are saved in one by one: a file of structures, or a table."""
+
+    @property
+    def path(self) -> str | Path | None:
+        """Where it is saved; None if it is printed."""
+
+    @property
+    def count(self) -> int:
+        """Number of results saved."""
+
+    @property
+    def can_append(self) -> bool:
+        """Whether ``--append`` continues it."""
 
 
 def say(text: str) -> None:
@@ -69,7 +81,7 @@ def minutely(stream: Iterator[_Item], total: int, noun: str) -> Iterator[_Item]:
 
 @contextlib.contextmanager
 def kept(
-    file: GrowingFile | GrowingTable | InPlaceFile,
+    file: Growing,
     noun: str,
     total: int,
     start: int,

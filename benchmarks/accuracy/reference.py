@@ -29,6 +29,7 @@ def reference(
     noise: Tensor,
     trace: Callable[[Tensor], TraceMethod],
     enough: Callable[[Tensor, Tensor], Tensor],
+    strict: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Returns log-likelihoods by two independent rules whose steps are halved until both agree.
 
@@ -38,17 +39,21 @@ def reference(
         noise: ε of q, shape (B, M, F).
         trace: Indices of molecules → method of their trace.
         enough: (log-likelihoods, differences of the rules), shape (B,) each → whether the rules agree well enough.
+        strict: Whether it is an error if they still differ with ``LAST`` intervals; otherwise the value is NaN.
 
     Returns:
         The mean and the difference of both rules, nats, shape (B,) each.
 
     Raises:
-        ArithmeticError: If they still differ with ``LAST`` intervals.
+        ArithmeticError: If they still differ, with ``strict``.
     """
     value = torch.full((len(batch.mask),), torch.nan, dtype=torch.float64)
     gap = torch.full_like(value, torch.inf)
     todo, intervals = torch.arange(len(value)), FIRST
     while len(todo):
+        if intervals > LAST and not strict:
+            value[todo] = torch.nan
+            break
         if intervals > LAST:
             raise ArithmeticError(f"molecules {todo.tolist()} of {flow.name}: gaps {gap[todo].tolist()} nats remain")
         part = batch.select(todo)
