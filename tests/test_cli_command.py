@@ -108,10 +108,29 @@ def test_what_a_command_reads_is_not_replaced_by_what_it_writes(here, tmp_path, 
 
 def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    assert run("generate", "joint.safetensors", "-n", 3, "-o", tmp_path / "m.extxyz", *FAST) == 0
-    assert capsys.readouterr().err.splitlines()[:2] == ["ase-enf: 1 of 3 molecules", "ase-enf: 2 of 3 molecules"]
+    one = ["--batch-size", 1]
+    assert run("generate", "joint.safetensors", "-n", 3, "-o", tmp_path / "m.extxyz", *FAST, *one) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "ase-enf: 1 of 3 molecules, about 1 minute left",
+        "ase-enf: 2 of 3 molecules, about 1 minute left",
+    ]
+    paths = ["-o", tmp_path / "p.extxyz", "--trajectory", tmp_path / "t.traj", "--frames", 2]
+    assert run("generate", "joint.safetensors", "-n", 2, *paths, *FAST, *one) == 0
+    assert capsys.readouterr().err.startswith("ase-enf: 1 of 2 molecules, about 1 minute left\n")
     assert run(*SCORE, "--batch-size", 1) == 0
     assert capsys.readouterr().err == "ase-enf: 1 of 2 structures, about 1 minute left\n"
+
+
+def test_the_time_that_is_left_is_that_of_the_rest_at_the_same_pace(capsys, monkeypatch):
+    clock = iter([0.0, 59.0, 100.0, 130.0, 200.0, 300.0])  # the start, and five batches
+    monkeypatch.setattr("ase_enf.cli.progress.time.monotonic", lambda: next(clock))
+    told = progress.Minutely("molecule", " of this process")
+    for done in (1, 10, 11, 40, 50):
+        told(done, 50)
+    assert capsys.readouterr().err.splitlines() == [
+        "ase-enf: 10 of 50 molecules of this process, about 7 minutes left",  # after 100 s
+        "ase-enf: 40 of 50 molecules of this process, about 1 minute left",  # after 200 s
+    ]
 
 
 def test_an_interruption_does_not_hide_the_error_before_it(here, tmp_path, capsys, monkeypatch):

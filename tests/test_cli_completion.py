@@ -10,7 +10,7 @@ import pytest
 from commands import run
 
 from ase_enf.flow.weights import shipped
-from ase_enf.training.objectives import OBJECTIVES
+from ase_enf.values import OBJECTIVES
 
 # Completes the words that follow as bash would, one answer a line.
 TAB = """

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
+from ase import Atoms
+from ase.build import molecule
+from ase.io import write
 from commands import error_of, run
 
 
@@ -29,7 +33,48 @@ def test_evaluate(here, tmp_path, capsys, reference):
     said = capsys.readouterr()
     assert "molecule_stability" in said.out and said.err == ""
     assert max(map(len, said.out.splitlines())) <= 100
+    assert run("evaluate", "good.extxyz", "--reference", reference, "--all") == 0
+    said = capsys.readouterr()
+    assert "molecule_stability" in said.out and said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 100
     assert all(f"\n{row['metric']}: " in said.out for row in rows)  # what each counts
+
+
+def test_the_rows_of_the_tables_of_models_are_seen_at_once(here, capsys):
+    """In percent, under the words of README's table, each with its definition; the rest is asked for by --all."""
+    pytest.importorskip("rdkit")
+    write(here / "pair.extxyz", [molecule("CH4"), molecule("CH3"), molecule("CH4")])
+    assert run("evaluate", "pair.extxyz", "--reference", "methane.xyz") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:9] == [
+        "molecules stable    66.7 ± 27.2 %  of 3 structures         molecule_stability",
+        "valid              100.0 ±  0.0 %  of 3 structures         validity_largest_fragment",
+        "atoms stable        92.9 ±  7.7 %  of 14 atoms             atom_stability",
+        "in one piece       100.0 ±  0.0 %  of 3 structures         connected",
+        "unique              66.7 ± 33.3 %  of 3 valid              uniqueness_largest_fragment",
+        "new                 33.3 ± 27.2 %  of 3 valid              novelty_largest_fragment",
+        lines[8],
+    ]
+    assert lines[8].startswith("distances") and "nats from reference" in lines[8]
+    assert [line.split(":")[0] for line in lines[10:] if line[:5] in ("molec", "valid", "new: ")] == [
+        "molecules stable", "valid", "new",
+    ]  # fmt: skip
+    assert "All 19 metrics" in " ".join(lines)
+
+
+def test_the_first_structures_alone(here, tmp_path, capsys):
+    assert run("evaluate", "good.extxyz", "-n", 1, "-o", tmp_path / "r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["n_structures"] == 1
+
+
+def test_what_is_not_known_is_a_dash(here, capsys):
+    write(here / "one.extxyz", molecule("CH4"))
+    write(here / "broken.extxyz", [Atoms("OH", [(0, 0, 0), (0, np.nan, 1)])] * 2)
+    assert run("evaluate", "one.extxyz") == 0
+    assert "valid              100.0 ±  0.0 %  of 1 structures" in (said := capsys.readouterr().out)
+    assert "unique             100.0 ±    - %  of 1 valid" in said  # the spread of one is unknown
+    assert run("evaluate", "broken.extxyz") == 0
+    assert "unique                 -           of 0 valid" in capsys.readouterr().out
 
 
 def test_evaluate_draws_a_gallery(here, tmp_path, capsys):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from commands import GENERATE, TRAIN, process, run
 
+import ase_enf
 from ase_enf.flow.model import ENF
 
 BAD = {
@@ -135,7 +140,84 @@ BAD = {
     "resume elsewhere": (["train", "--resume", "run", "--out", "else"], "leave --out out"),
     "resume nothing": (["train", "--resume", "missing"], "--resume takes the folder"),
     "resume a part": (["train", "--resume", "run", "--n-atoms", 19], "leave --qm9-split and --n-atoms out"),
+    "train a strange network": (
+        [*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--network", "mlp"],
+        "network 'mlp' is unknown; choose one of egnn, gnn, simple, kernel",
+    ),
+    "train on a strange device": (["train", "--out", "run", "--device", "gpu"], "device 'gpu' is unknown"),
+    "start from nothing": (
+        [*TRAIN, "--data", "good.extxyz", "--valid", "good.extxyz", "--init-from", "qm8"],
+        "qm8: no such weights file",
+    ),
+    "churn": ([*GENERATE, "--churn", "-1"], "sampler churn=-1.0: must be a finite number, at least 0"),
+    "strength": ([*GENERATE, "--fragment", "methane.xyz", "--strength", "2"], "strength=2.0: must be in (0, 1]"),
+    "guidance": ([*GENERATE, "--guidance", "nan"], "guidance=nan: must be a finite number"),
+    "requirement": ([*GENERATE, "--require", "stabel"], "require='stabel': is unknown; choose among closed_shell"),
+    "property": ([*GENERATE, "--property", "gap"], "property 'gap': write each once, as NAME=VALUE"),
+    "missing fragment": ([*GENERATE, "--fragment", "missing.xyz"], "missing.xyz: no such file; name one"),
+    "steps=0": ([*GENERATE, "--steps", "0"], "solver steps=0: must be at least 1"),
+    "score n=0": (["score", "joint.safetensors", "good.extxyz", "-n", "0"], "n=0: must be at least 1"),
+    "evaluate n=0": (["evaluate", "good.extxyz", "-n", "0"], "n=0: must be at least 1"),
+    "frames of boltzmann": (["boltzmann", "good.extxyz", "-n", "0", "-o", "new"], "n=0: must be at least 1"),
+    "structure of boltzmann": (["boltzmann", "missing.xyz", "-o", "new"], "missing.xyz: no such file; name one"),
+    "convert nothing": (["convert-en-flows", "missing", "-o", "w.safetensors"], "missing: no such checkpoint"),
 }
+
+
+# Mistakes that show in what was typed, in the header of a model or in a missing file.
+WITHOUT_TORCH = (
+    "missing structures", "a model for structures", "evaluate a model", "no name", "truncated weights",
+    "a byte of weights", "foreign weights", "text as weights", "unknown model", "unknown model info",
+    "folder of output", "folder of scores", "folder of report", "folder of gallery", "format of output",
+    "format of scores", "format of report", "n=0", "negative n", "n is no number", "seed", "batch size", "formula",
+    "formula with a charge", "formula without atoms", "radical", "device", "dtype", "solver", "trace",
+    "importance samples", "max stderr", "no command", "unknown command", "unknown option", "misspelt option",
+    "misspelt option of train", "missing argument", "evaluate a missing file", "evaluate nothing",
+    "missing reference", "a name in capitals", "reference in Latin-1", "reference of nothing",
+    "a folder as reference", "info on no fields", "info on no sizes", "negative start", "histogram of nothing",
+    "train on nothing", "train without validation", "train without out", "train on a missing file",
+    "train without that size", "train a strange objective", "train into a file", "train on two splits",
+    "train by an earlier name", "score by an earlier name", "generate by an earlier name",
+    "generate by an unknown backend", "resume elsewhere", "resume nothing", "resume a part",
+    "train a strange network", "train on a strange device", "churn", "strength", "guidance", "requirement",
+    "property", "missing fragment", "steps=0", "score n=0", "evaluate n=0", "frames of boltzmann",
+    "structure of boltzmann", "convert nothing", "start from nothing",
+)  # fmt: skip
+
+
+def test_what_needs_no_model_does_not_wait_for_torch(here):
+    """The import of torch takes seconds: a mistake, help and the description of a model come without it."""
+    asked = [[str(word) for word in BAD[name][0]] for name in WITHOUT_TORCH]
+    asked += [["--help"], ["--version"], ["info"], ["info", "qm9"], ["info", "joint.safetensors"], ["train", "--help"]]
+    asked += [["generate", "--help"], ["evaluate", "good.extxyz"]]
+    code = f"""
+import contextlib, io, json, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchdiffeq"):
+            raise RuntimeError("torch is imported")
+sys.meta_path.insert(0, Blocker())
+from ase_enf.cli import main
+codes = []
+for words in json.loads({json.dumps(json.dumps(asked))}):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code
+        except RuntimeError as error:
+            code = str(error)
+    codes.append((code or 0, said.getvalue()))
+print(json.dumps(codes))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(ase_enf.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name, (code, said) in zip(WITHOUT_TORCH, found[: len(WITHOUT_TORCH)], strict=True):
+        assert code == 2 and BAD[name][1] in said and said.count("\n") == 1, (name, code, said)
+    assert [code for code, _ in found[len(WITHOUT_TORCH) :]] == [0] * 8
 
 
 @pytest.mark.parametrize("name", BAD)

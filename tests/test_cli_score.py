@@ -123,6 +123,29 @@ def test_scores_come_batch_by_batch_and_go_on(written, here, tmp_path, capsys, m
             assert all("enf_log_likelihood" in atoms.info for atoms in read_structures(str(out)))
 
 
+def test_the_first_structures_alone(written, here, tmp_path, capsys):
+    """-n N scores structures K to K + N - 1 with --start K, as ``generate`` draws them, or fewer at the end."""
+    lines = written.to_csv(index=False).splitlines()
+    for words, rows in ((["-n", 1], lines[1:2]), (["-n", 1, "--start", 1], lines[2:]), (["-n", 9], lines[1:])):
+        assert run(*SCORE, *words, "-o", tmp_path / "s.csv", "--overwrite") == 0
+        assert (tmp_path / "s.csv").read_text().splitlines() == [lines[0], *rows]
+        assert f"wrote {len(rows)} score" in capsys.readouterr().err
+    shutil.copy("good.extxyz", tmp_path / "in.extxyz")
+    inplace = [SCORE[0], SCORE[1], tmp_path / "in.extxyz", "-o", tmp_path / "in.extxyz", "--overwrite", "-n", 1]
+    assert "-n 1: would leave the other structures" in error_of(capsys, *inplace)
+
+
+def test_an_interrupted_request_for_some_says_how_many_remain(written, here, tmp_path, capsys, monkeypatch):
+    write("three.extxyz", [*read("good.extxyz", ":"), molecule("H2O")])
+    interrupt_second_batch(monkeypatch)
+    words = ["score", "joint.safetensors", "three.extxyz", *SCORE[3:], "--batch-size", 1, "--max-stderr", 1e9]
+    assert run(*words, "-n", 2, "-o", tmp_path / "s.csv") == 130
+    assert "1 of 2 scores is in" in (said := capsys.readouterr().err)
+    assert "continue with --start 1 -n 1 --append" in said
+    end = "--append --start 1 -n 1 continues it\n"
+    assert error_of(capsys, *words, "-n", 2, "-o", tmp_path / "s.csv").endswith(end)
+
+
 def test_rows_are_added_to_a_table_of_the_same_columns_alone(here, written, tmp_path, capsys, monkeypatch):
     earlier = written[:1].rename(columns={"importance_samples": "draws"}).to_csv(index=False)
     cases = {

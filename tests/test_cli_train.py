@@ -239,6 +239,31 @@ def test_a_run_ends_with_its_learning_curve(copied, here, capsys, monkeypatch):
     assert "warning: the learning curve could not be drawn" in said[1]
 
 
+def test_the_validation_is_said_with_its_unit_and_what_to_compare_it_with(here, tmp_path, capsys, monkeypatch):
+    """In nats a molecule, with the first one, since no value says by itself that a flow is good."""
+    words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--device", "cpu", *TINY, "--steps", 3]
+
+    def said_with(*values: float, every: int = 1) -> str:
+        coming = iter(values)
+        monkeypatch.setattr(validation, "validation_nll", lambda *_: torch.full((2,), next(coming)))
+        out = tmp_path / "_".join(map(str, values))
+        assert run("train", *words, "--out", out, "--validate-every", every) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return next(line.partition("; weights in")[0] for line in lines if line.startswith(start))
+
+    start = "ase-enf: validation NLL"
+    assert said_with(9.0, 5.0, 2.0) == (
+        f"{start} 2.000 nats a molecule at step 3 (lower is better; it was 9.000 at step 1)"
+    )
+    assert said_with(2.0, 5.0, 9.0) == (
+        f"{start} 2.000 nats a molecule at step 1 (lower is better; none of those until step 3 was lower)"
+    )
+    assert said_with(4.0, every=9) == (
+        f"{start} 4.000 nats a molecule at step 3 "
+        "(lower is better; the only validation, --validate-every N asks for more)"
+    )
+
+
 def test_a_run_does_not_replace_a_picture_of_its_user(here, tmp_path, capsys):
     (tmp_path / CURVE_FILE).write_bytes(b"\x89PNG mine")
     words = ["--data", "good.extxyz", "--valid", "good.extxyz", "--out", tmp_path, "--device", "cpu", *FAST, *TINY]

@@ -24,7 +24,7 @@ MODULES = {
 # cycles, within a subpackage either. A name stands for a module and everything in it.
 FLOORS = (
     {"__init__"},  # lazy: its names are imported on first use
-    {"geometry", "threads", "folders", "renamed"},
+    {"geometry", "threads", "folders", "renamed", "values", "bars"},
     {"atoms", "chem", "nn"},
     {"flow", "data", "metrics"},
     {"sampling", "training", "plot"},
@@ -35,7 +35,10 @@ FLOORS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Modules that run without torch.
-TORCH_FREE = ("__init__", "atoms.extxyz", "atoms.files", "atoms.io", "data", "chem", "metrics", "plot")
+TORCH_FREE = (
+    "__init__", "atoms.extxyz", "atoms.files", "atoms.formula", "atoms.io", "bars", "chem", "data", "metrics", "plot",
+    "values",
+)  # fmt: skip
 # Modules that use tensors and constants of the elements, but no structures.
 TENSORS_ONLY = ("geometry", "nn", "flow", "training.objectives")
 # Third-party package → modules that may import it, and whether at the top of a file.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
 import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +10,14 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-from ase.formula import Formula
 from torch import Tensor
+
+from ase_enf.atoms.formula import formula_numbers as formula_numbers
 
 # Two atoms closer than this (Å) are taken to be at one point, which no flow of finite density can give.
 COINCIDENT = 1e-3
 # Distances (Å) that agree to this many decimals are equal for the order of atoms.
 ORDER_DECIMALS = 6
-# Most atoms in a formula; more are taken for a typing error.
-LARGEST = 10_000
 # Names in ``info`` under which programs state the charge of a whole structure, and its spin. The latter is either the
 # number of unpaired electrons 2 S or the multiplicity 2 S + 1; only what the lowest spin cannot be is refused.
 CHARGE_NAMES = ("charge", "total_charge")
@@ -120,61 +117,6 @@ def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
     """
     present = sorted({int(z) for a in atoms for z in np.unique(a.numbers)})
     return tuple(chemical_symbols[z] for z in present)
-
-
-def check_whole(name: str, value: Any, least: int) -> int:
-    """Returns a whole number; raises ``ValueError`` for anything else, arrays included, or one below ``least``."""
-    if not isinstance(value, numbers.Integral):
-        kind = "" if isinstance(value, numbers.Real | str) else f", not {type(value).__name__}"
-        raise ValueError(f"{name}={' '.join(str(value).split())[:60]}: must be a whole number{kind}")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name}={number}: must be at least {least}")
-    return number
-
-
-def formula_numbers(formula: str) -> np.ndarray:
-    """Returns the atomic numbers of a chemical formula such as ``"C7H10O2"``, elements in the order it names them.
-
-    Args:
-        formula: Text, or an object of ASE that prints as a formula: ``atoms.symbols``, a ``Formula``.
-
-    Raises:
-        ValueError: If ``formula`` is not a formula, is empty, has a charge or more than ten thousand atoms, or looks
-            like a SMILES.
-
-    Example:
-        >>> formula_numbers("CH4").tolist()
-        [6, 1, 1, 1, 1]
-    """
-    stripped = str(formula).strip()
-    if isinstance(formula, str) and _is_smiles(stripped):
-        raise ValueError(
-            f"formula {formula!r}: is a SMILES, and a formula counts every atom, hydrogens too; write C2H6O for CCO"
-        )
-    if set(stripped) & set("+-"):
-        raise ValueError(f"formula {formula!r}: flows know no charges; write the atoms alone, like C7H10O2")
-    try:
-        counts = {atomic_numbers[symbol]: count for symbol, count in Formula(stripped).count().items()}
-    except (ValueError, KeyError):
-        raise ValueError(f"formula {formula!r}: not a chemical formula; write it like C7H10O2") from None
-    if sum(counts.values()) > LARGEST:
-        raise ValueError(f"formula {stripped!r}: has {sum(counts.values())} atoms, too many for any flow")
-    numbers = [number for number, count in counts.items() for _ in range(count)]
-    if not numbers or not all(counts.values()):
-        raise ValueError(f"formula {formula!r}: has no atoms of an element, or none at all; write it like C7H10O2")
-    return np.array(numbers)
-
-
-def _is_smiles(text: str) -> bool:
-    """Whether a text of symbols is a SMILES rather than a formula: no hydrogen, closed rings, a repeated element.
-
-    A formula names each element once (C2O), and its digits do not come in pairs.
-    """
-    symbols = re.findall(r"Cl|Br|[BCNOPSFI]", text)
-    rings = re.findall(r"%\d\d|\d", text)
-    rest = re.sub(r"Cl|Br|[BCNOPSFI]|%\d\d|\d|[()=#]", "", text)
-    return not rest and len(set(symbols)) < len(symbols) and all(rings.count(ring) % 2 == 0 for ring in rings)
 
 
 def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension: int = 3) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ase_enf.values import shown
+
 
 def as_plain(value: Any, name: str) -> Any:
     """Returns a value as plain Python values and arrays of numbers, which ase.db and JSON can hold.
@@ -59,13 +61,3 @@ def text_keys(values: dict[Any, Any], name: str) -> dict[str, Any]:
     if len(named) < len(values):
         raise ValueError(f"{name}: two of its keys are the same as texts ({shown(list(values))}); rename one")
     return named
-
-
-def shown(value: Any) -> str:
-    """Returns the beginning of a value on one line, for messages.
-
-    Example:
-        >>> shown("two lines".split())
-        "['two', 'lines']"
-    """
-    return " ".join(repr(value).split())[:60]

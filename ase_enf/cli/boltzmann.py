@@ -10,6 +10,7 @@ from ase_enf.cli.arguments import add_command
 from ase_enf.cli.inputs import read_structures
 from ase_enf.cli.outputs import check_apart
 from ase_enf.cli.progress import say
+from ase_enf.values import check_whole
 
 
 def add_boltzmann(commands: Any) -> None:
@@ -49,11 +50,14 @@ def add_boltzmann(commands: Any) -> None:
 
 def run_boltzmann(options: argparse.Namespace) -> None:
     """Runs or resumes a study."""
-    from ase_enf.ensemble.calculators import calculator
+    for name, least in (("n", 1), ("draws", 1), ("steps", 1), ("seed", 0)):
+        check_whole(name, getattr(options, name), least)
+    atoms = read_structures(options.structure)[-1]
+
+    from ase_enf.ensemble.calculators import calculator  # torch, which takes seconds to import
     from ase_enf.ensemble.study import STRUCTURE_FILES, boltzmann, default_training, report
 
     check_apart([Path(options.output, name) for name in STRUCTURE_FILES], [options.structure])
-    atoms = read_structures(options.structure)[-1]
     study = boltzmann(
         atoms,
         calculator(options.calculator, atoms),

@@ -25,6 +25,14 @@ from ase_enf.cli.train import add_train
 _INTERRUPTED, _TERMINATED = 130, 143
 # Commands that several processes of torchrun may run: they divide the work, or only print.
 _OF_MANY = ("generate", "train", "info")
+# Exceptions beside those of Python that tell a user what to do: module and name.
+_ERRORS = (
+    ("ase.calculators.calculator", "CalculatorError"),
+    ("ase_enf.flow.continuous", "SolverError"),
+    ("ase_enf.sampling.sampler", "GenerationError"),
+    ("ase_enf.scoring.reweight", "ReweightingError"),
+    ("ase_enf.training.loop", "TrainingError"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,9 +79,7 @@ def _tried(options: argparse.Namespace) -> int:
         # The reader of the pipe has closed it; flushing at exit would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        from ase_enf.flow.devices import out_of_memory
-
-        full = out_of_memory(error)
+        full = _out_of_memory(error)
         if not (full or isinstance(error, _user_errors())):
             raise
         say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
@@ -97,7 +103,7 @@ def _remarks(end: KeyboardInterrupt) -> list[str]:
 
 
 def _parser(training: bool) -> argparse.ArgumentParser:
-    """Builds the parser; the options of ``train`` come from ``TrainConfig``, whose import loads torch."""
+    """Builds the parser; the options of ``train`` come from ``TrainConfig``, which is imported for them only."""
     parser = Parser(
         prog="ase-enf", description="Generate, score, evaluate and train E(n) equivariant flows of molecules."
     )
@@ -168,22 +174,19 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error means too little memory."""
+    if "torch" not in sys.modules:  # its import takes seconds, and nothing that needs much memory goes without it
+        return isinstance(error, MemoryError)
+    from ase_enf.flow.devices import out_of_memory
+
+    return out_of_memory(error)
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
-    """Returns the errors that tell a user what to do; any other is a defect and keeps its traceback."""
-    from ase.calculators.calculator import CalculatorError
+    """Returns the errors that tell a user what to do; any other is a defect and keeps its traceback.
 
-    from ase_enf.flow.continuous import SolverError
-    from ase_enf.sampling.sampler import GenerationError
-    from ase_enf.scoring.reweight import ReweightingError
-    from ase_enf.training.loop import TrainingError
-
-    return (
-        ValueError,
-        TypeError,
-        OSError,
-        CalculatorError,
-        SolverError,
-        GenerationError,
-        ReweightingError,
-        TrainingError,
-    )
+    An exception of a module that has not been imported cannot have been raised.
+    """
+    loaded = [(sys.modules[module], name) for module, name in _ERRORS if module in sys.modules]
+    return (ValueError, TypeError, OSError, *(getattr(module, name) for module, name in loaded))

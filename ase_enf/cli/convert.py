@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ase_enf.cli.arguments import add_command, add_replacing
@@ -24,10 +25,16 @@ def add_convert(commands: Any) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     """Writes published weights in the format of this package."""
     from ase_enf.atoms.files import require_folder
-    from ase_enf.flow.en_flows import convert_en_flows
 
     if require_folder(options.output).suffix != ".safetensors":
         raise ValueError(f"{options.output}: weights are written as .safetensors; choose that ending")
     check_free(options, options.output)
+    if not Path(options.checkpoint).exists():
+        raise FileNotFoundError(
+            f"{options.checkpoint}: no such checkpoint; name the folder of flow.npy and dequantizer.npy, or one file"
+        )
+
+    from ase_enf.flow.en_flows import convert_en_flows  # torch, which takes seconds to import
+
     convert_en_flows(options.checkpoint).save(options.output)
     say(f"wrote {options.output}")

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ase_enf.cli.arguments import add_command, add_model, add_property, add_replacing, add_sampling
+from ase_enf.cli.inputs import check_present, read_structures
 from ase_enf.cli.outputs import check_apart, check_free, check_picture, draw_gallery
-from ase_enf.cli.progress import counted, kept, minutely, say
+from ase_enf.cli.progress import counted, kept, progress, say
+from ase_enf.cli.requests import check_drawable, check_model, check_solver
 from ase_enf.cli.trajectory import Trajectories, add_trajectory, check_trajectory
+from ase_enf.values import check_churn, check_counts, check_guidance, check_strength, check_whole
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -101,15 +104,18 @@ def _add_fragment(command: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Draws and writes molecules; under torchrun, each process draws its part and the first process writes all."""
-    from ase_enf.flow.loading import load
+    _check(options)
+    fragment = _fragment(options.fragment)
+
+    from ase_enf.flow.loading import load  # torch, which takes seconds to import
     from ase_enf.sampling.generate import igenerate
     from ase_enf.sampling.path import paths
 
-    _check(options)
     flow = load(options.model, device=own_device(options.device), dtype=options.dtype, backend=options.backend)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start, stop = options.n * rank // world, options.n * (rank + 1) // world
-    request = _request(options) | {"start": options.start + start}
+    told = progress("molecule", " of this process" if world > 1 else "")
+    request = _request(options) | {"start": options.start + start, "fragment": fragment, "progress": told}
     trajectories = Trajectories(options)
     if trajectories.wanted:
         stream = trajectories.passed(paths(flow, stop - start, frames=options.frames, **request))
@@ -125,22 +131,40 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises an error, before any work, if the request cannot be drawn or written."""
+    from ase_enf.sampling.properties import read_properties
+    from ase_enf.sampling.requirements import requirement_names
+
+    check_counts(options.n, options.seed, options.batch_size, options.start)
+    check_whole("max_attempts", options.max_attempts, 1)
+    check_solver(options)
+    for value, check in ((options.churn, check_churn), (options.strength, check_strength)):
+        if value is not None:
+            check(value)
+    check_guidance(options.guidance)
+    requirement_names(options.require or ())
+    read_properties(options.property)
+    if options.fragment is not None:
+        check_present(options.fragment)
+    check_drawable(options, check_model(options))
+    _check_outputs(options)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises an error if the files cannot be written."""
     from ase_enf.atoms.io import check_append, check_output
-    from ase_enf.sampling.generate import check_counts
 
     check_output(options.output, options.n)
     if options.append:
         check_append(options.output)
     check_picture(options.gallery)
     check_trajectory(options)
-    check_counts(options.n, options.seed, options.batch_size, options.start)
     written = (options.output, options.gallery, options.trajectory, options.gif)
     check_apart(written, [options.fragment])
     check_free(options, *written)
 
 
 def _request(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the keywords of ``igenerate``, except the number of molecules."""
+    """Returns the keywords of ``igenerate`` that are options of the command."""
     from ase_enf.sampling.properties import read_properties
 
     return {
@@ -158,7 +182,6 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
         "properties": read_properties(options.property),
         "guidance": options.guidance,
         "smiles": options.smiles,
-        "fragment": _fragment(options.fragment),
         "strength": options.strength,
     }
 
@@ -171,7 +194,7 @@ def _write(stream: Iterator[Atoms], options: argparse.Namespace, trajectories: T
     attempts = 0
     file = GrowingFile(options.output, options.append)
     with kept(file, "molecule", options.n, options.start, by_number=True), file, trajectories:
-        for atoms in minutely(stream, options.n, "molecule"):
+        for atoms in stream:
             file.add(atoms)
             attempts += atoms.info["enf_attempts"]
             if len(shown) < GALLERY:
@@ -186,8 +209,6 @@ def _write(stream: Iterator[Atoms], options: argparse.Namespace, trajectories: T
 
 def _fragment(path: str | None) -> Atoms | None:
     """Returns the one structure of a file."""
-    from ase_enf.cli.inputs import read_structures
-
     if path is None:
         return None
     structures = read_structures(path)

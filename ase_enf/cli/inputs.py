@@ -32,15 +32,21 @@ def read_structures(path: str, split: str | None = None, n_atoms: int | None = N
     """
     from ase_enf.data import qm9
 
-    if not (path and Path(path).expanduser().exists()):
-        if _is_model(path):
-            raise FileNotFoundError(f"{path}: is a model, not a file; name a file that holds structures")
-        raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
+    check_present(path)
     with _seekable(Path(path).expanduser()) as source:
         atoms = qm9.load(source, split=split, n_atoms=n_atoms)
     if not atoms:
         raise ValueError(f"{path}: holds no structure" + (f" of {n_atoms} atoms" if n_atoms else ""))
     return atoms
+
+
+def check_present(path: str) -> None:
+    """Raises ``FileNotFoundError`` if there is no file, or pipe, of structures at a path."""
+    if path and Path(path).expanduser().exists():
+        return
+    if _is_model(path):
+        raise FileNotFoundError(f"{path}: is a model, not a file; name a file that holds structures")
+    raise FileNotFoundError(f"{path or repr(path)}: no such file; name one that holds structures")
 
 
 def _is_model(name: str) -> bool:
@@ -94,20 +100,30 @@ def read_reference(name: str) -> Any:
         ValueError: If the file cannot be read.
     """
     from ase_enf.atoms.files import check_source
-    from ase_enf.metrics import REFERENCES
 
-    if name in REFERENCES:
+    if check_reference(name):
         return name
     path = Path(name).expanduser()
-    if not path.exists():
-        shipped = [known for known in REFERENCES if known == name.lower()]
-        other = f"name {', '.join(REFERENCES)}, a file of SMILES ({', '.join(SMILES)}) or one of structures"
-        raise FileNotFoundError(
-            f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
-        )
     if not _readable_pipe(path):
         check_source(path)
     return _read_smiles(path) if path.suffix in SMILES else read_structures(name)
+
+
+def check_reference(name: str) -> bool:
+    """Returns whether a reference is a shipped one.
+
+    Raises:
+        FileNotFoundError: If it is not, and there is no such file either.
+    """
+    from ase_enf.metrics import REFERENCES
+
+    if name in REFERENCES or Path(name).expanduser().exists():
+        return name in REFERENCES
+    shipped = [known for known in REFERENCES if known == name.lower()]
+    other = f"name {', '.join(REFERENCES)}, a file of SMILES ({', '.join(SMILES)}) or one of structures"
+    raise FileNotFoundError(
+        f"--reference {name!r}: no such file; {f'write {shipped[0]} for the shipped one' if shipped else other}"
+    )
 
 
 def _read_smiles(path: Path) -> list[str]:

@@ -53,7 +53,7 @@ def _going_on(options: argparse.Namespace, path: str) -> str:
     if not done or (wanted is not None and done >= wanted):
         return ""
     rest = "" if wanted is None else f" -n {wanted - done}"
-    what = counted(done, "score" if wanted is None else "molecule")
+    what = counted(done, "molecule" if options.command == "generate" else "score")
     more = f"--append --start {options.start + done}{rest}"
     return f"; if this command wrote it and ended after {what}, {more} continues it"
 

@@ -8,12 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 QUIET_SECONDS = 60.0
 """Seconds between progress messages of long work where there is no terminal."""
-
-_Item = TypeVar("_Item")
 
 
 class Growing(Protocol):
@@ -63,20 +61,33 @@ def show_warning(message: Warning | str, *_: object) -> None:
     say(f"warning: {' '.join(str(message).split())}")
 
 
-def minutely(stream: Iterator[_Item], total: int, noun: str) -> Iterator[_Item]:
-    """Yields the items of a stream, and reports progress once a minute where no terminal shows a bar.
+class Minutely:
+    """Says once a minute, where no terminal shows a bar, how much is done and how long the rest takes.
 
     Args:
-        stream: The items.
-        total: Their number.
-        noun: Name of one item.
+        noun: Name of one result.
+        of: What follows the noun, such as " of this process".
+
+    Example:
+        >>> Minutely("molecule")(1, 300)  # a minute has not passed yet
     """
-    said = time.monotonic()
-    for count, item in enumerate(stream, start=1):
-        yield item
-        if not sys.stderr.isatty() and time.monotonic() - said >= QUIET_SECONDS and count < total:
-            say(f"{count} of {counted(total, noun)}")
-            said = time.monotonic()
+
+    def __init__(self, noun: str, of: str = "") -> None:
+        self._noun, self._of = noun, of
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Is told that ``done`` of ``total`` results are there."""
+        now = time.monotonic()
+        if done < total and now - self._said >= QUIET_SECONDS:
+            self._said = now
+            left = lasting((now - self._began) * (total - done) / done)
+            say(f"{done} of {counted(total, self._noun)}{self._of}, {left} left")
+
+
+def progress(noun: str, of: str = "") -> Minutely | None:
+    """Returns the ``progress`` of a function: a bar on a terminal, and otherwise a line a minute; see ``Minutely``."""
+    return None if sys.stderr.isatty() else Minutely(noun, of)
 
 
 @contextlib.contextmanager

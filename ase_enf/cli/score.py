@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ase_enf.cli import progress
 from ase_enf.cli.arguments import add_command, add_model, add_property, add_renamed, add_replacing, add_sampling
 from ase_enf.cli.inplace import InPlaceFile
-from ase_enf.cli.inputs import read_structures
+from ase_enf.cli.inputs import check_present, read_structures
 from ase_enf.cli.outputs import TABLES, GrowingTable, check_free, same_file
-from ase_enf.cli.progress import counted, kept, lasting, say
+from ase_enf.cli.progress import counted, kept, progress, say
+from ase_enf.cli.requests import check_model, check_solver
+from ase_enf.values import check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
     from ase_enf.atoms.io import GrowingFile
     from ase_enf.flow.model import ENF
+
+# Options of a score that are checked together.
+CHECKED = ("trace", "probes", "importance_samples", "batch_size", "max_stderr")
 
 # Columns that identify the structure of a row.
 IDENTITY = ("index", "file", "smiles")
@@ -46,8 +48,13 @@ def add_score(commands: Any) -> None:
         "file of the structures, which is replaced when all are scored; if interrupted, the same command continues",
     )
     add_replacing(command, ".csv, .extxyz, .xyz, .db, .traj")
+    command.add_argument("-n", type=int, default=None, help="score n structures at most; all when left out")
     command.add_argument(
-        "--start", type=int, default=0, metavar="K", help="skip the first K structures, so that work can be split"
+        "--start",
+        type=int,
+        default=0,
+        metavar="K",
+        help="begin with structure K, counted from 0",
     )
     command.add_argument("--trace", default="auto", help="auto, exact or hutchinson")
     command.add_argument("--probes", type=int, default=4, help="number of probes for hutchinson")
@@ -72,35 +79,32 @@ def add_score(commands: Any) -> None:
 
 def run_score(options: argparse.Namespace) -> None:
     """Scores the structures of a file."""
-    from ase_enf.atoms.io import check_structures
-    from ase_enf.flow.loading import load
     from ase_enf.sampling.properties import read_properties
-    from ase_enf.scoring.score import check_request, with_scores
 
+    _check(options)
+    properties = read_properties(options.property) or None
     in_place = _check_in_place(options)
     check_free(options, options.output)
     file = _score_output(options)
-    atoms = read_structures(options.structures)
-    total = len(atoms) - options.start
-    if not (options.start >= 0 and total > 0):
-        raise ValueError(f"--start {options.start}: {options.structures} holds {counted(len(atoms), 'structure')}")
     as_table = isinstance(file, GrowingTable)
-    if not as_table:
-        check_structures(file.path, atoms)
+    atoms = _chosen(options, None if as_table else file.path)
+    total = len(atoms) - options.start
+
+    from ase_enf.flow.loading import load  # torch, which takes seconds to import
+    from ase_enf.scoring.score import check_request, with_scores
+
     flow = load(options.model, device=options.device, dtype=options.dtype, backend=options.backend)
     if options.batch_size is None:
         options.batch_size = TOGETHER.get(flow.device.type, TOGETHER["cpu"])
-    checked = ("trace", "probes", "importance_samples", "batch_size", "max_stderr")
-    request = {name: getattr(options, name) for name in (*checked, "seed", "solver", "steps")}
-    properties = read_properties(options.property) or None
+    request = {name: getattr(options, name) for name in (*CHECKED, "seed", "solver", "steps")}
     request["properties"] = properties
     seeds = [options.seed] * len(atoms)
-    check_request(flow, atoms, seeds=seeds, properties=properties, **{name: request[name] for name in checked})
+    check_request(flow, atoms, seeds=seeds, properties=properties, **{name: request[name] for name in CHECKED})
     start, finite = options.start, True
     if in_place:
         file = _in_place(options, request, flow.name)
         start, finite = file.start, file.finite
-    with kept(file, "score", total, start, by_number=False, again=in_place), file:
+    with kept(file, "score", total, start, by_number=options.n is not None, again=in_place), file:
         for first, table in _scored(flow, atoms, start, request):
             part = atoms[first : first + len(table)]
             rows = [_identified(table, part, first, options.structures)]
@@ -113,11 +117,38 @@ def run_score(options: argparse.Namespace) -> None:
         raise ValueError("not every structure could be scored; see the warning above")
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raises an error for what is wrong whatever the structures are."""
+    from ase_enf.scoring.options import check_options
+
+    sized = options.batch_size is not None
+    check_options(**{name: getattr(options, name) for name in CHECKED} | ({} if sized else {"batch_size": 1}))
+    check_whole("seed", options.seed, 0)
+    if options.n is not None:
+        check_whole("n", options.n, 1)
+    check_solver(options)
+    check_present(options.structures)
+    check_model(options)
+
+
+def _chosen(options: argparse.Namespace, path: Path | None) -> list[Atoms]:
+    """Returns the structures up to the last that is scored; ``path`` is where they are written, None for a table."""
+    from ase_enf.atoms.io import check_structures
+
+    atoms = read_structures(options.structures)
+    if not 0 <= options.start < len(atoms):
+        raise ValueError(f"--start {options.start}: {options.structures} holds {counted(len(atoms), 'structure')}")
+    atoms = atoms if options.n is None else atoms[: options.start + options.n]
+    if path is not None:
+        check_structures(path, atoms)
+    return atoms
+
+
 def _score_output(options: argparse.Namespace) -> GrowingFile | GrowingTable:
     """Returns the file or table to write scores to; raises an error if it cannot hold them."""
     from ase_enf.atoms.files import require_folder
     from ase_enf.atoms.io import KEEP_INFO, GrowingFile, keeps_info
-    from ase_enf.scoring.score import COLUMNS, RENAMED
+    from ase_enf.scoring.options import COLUMNS, RENAMED
 
     if not options.output:
         if options.append:
@@ -150,6 +181,8 @@ def _check_in_place(options: argparse.Namespace) -> bool:
         raise ValueError(f"--append: {path} would hold its structures twice; use --overwrite, or another -o")
     if options.start:
         raise ValueError(f"--start {options.start}: would leave the first structures of {path} out of it; leave it out")
+    if options.n is not None:
+        raise ValueError(f"-n {options.n}: would leave the other structures of {path} out of it; leave it out")
     return True
 
 
@@ -175,21 +208,15 @@ def _described(options: argparse.Namespace, request: dict[str, Any], model: str)
 
 def _scored(flow: ENF, atoms: list[Atoms], start: int, request: dict[str, Any]) -> Iterator[tuple[int, pd.DataFrame]]:
     """Yields, batch by batch, the index of the first structure and the table of scores."""
-    from tqdm import tqdm
-
+    from ase_enf.bars import Bar
     from ase_enf.scoring.score import score
 
-    total, size, began = len(atoms) - start, request["batch_size"], time.monotonic()
-    said = began
-    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="structure", dynamic_ncols=True) as bar:
+    size = request["batch_size"]
+    with Bar(len(atoms) - start, progress("structure"), "structure") as bar:
         for place in range(start, len(atoms), size):
             table = score(flow, atoms[place : place + size], **request, progress=False, first=place)
             yield place, table
             bar.update(len(table))
-            done = place - start + len(table)
-            if bar.disable and time.monotonic() - said >= progress.QUIET_SECONDS and done < total:
-                said = time.monotonic()
-                say(f"{done} of {counted(total, 'structure')}, {lasting((said - began) * (total - done) / done)} left")
 
 
 def _identified(table: pd.DataFrame, atoms: list[Atoms], first: int, file: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ase_enf.cli.sources import (
     saved_sources,
     write_json,
 )
+from ase_enf.values import check_device
 
 if TYPE_CHECKING:
     from ase_enf.flow.model import ENF
@@ -37,7 +39,7 @@ def add_train(commands: Any, complete: bool) -> None:
 
     Args:
         commands: Where to add it, the result of ``ArgumentParser.add_subparsers``.
-        complete: Whether to add the options for the fields of ``TrainConfig``, whose import loads torch.
+        complete: Whether to add the options for the fields of ``TrainConfig``, which is imported for them only.
     """
     command = add_command(commands, "train", "Train a flow on structures of any elements.", run_train)
     command.usage = (
@@ -66,9 +68,9 @@ def run_train(options: argparse.Namespace) -> None:
     """Starts or resumes a run, and reports its result."""
     from ase_enf.atoms.files import make_folder
     from ase_enf.training.folder import check_new_run, check_ours
-    from ase_enf.training.loop import train
 
     typed = typed_settings(options)
+    check_device(typed.get("device", "auto"))
     config, sources = _resumed(options, typed) if options.resume else _new(options, typed)
     folder = Path(config.out)
     check_apart(sources, folder)
@@ -83,6 +85,8 @@ def run_train(options: argparse.Namespace) -> None:
         for name in ("train", "valid")
     )
     described = Path(sources["train"]).name + (" (published train split)" if sources["split"] else "")
+    from ase_enf.training.loop import train  # torch, which takes seconds to import
+
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and anew:
         write_json(make_folder(folder) / DATA_FILE, sources)
@@ -96,20 +100,29 @@ def run_train(options: argparse.Namespace) -> None:
 
 def _new(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     """Returns settings and data of a new run."""
-    from ase_enf.flow.loading import load
-    from ase_enf.training.config import TrainConfig, model_fields
+    from ase_enf.training.config import TrainConfig
 
     sources = new_sources(options)
     if "out" not in typed:
         raise ValueError("--out is missing; name the folder of the run")
     config = TrainConfig(**typed)
-    own = model_fields(load(config.init_from, device="cpu", backend="torch").config) if config.init_from else {}
-    for name, value in own.items():
-        if typed.get(name, value) != value:
-            raise ValueError(
-                f"{flag(name)}={typed[name]}: the model of --init-from {config.init_from} has {value}; leave it out"
-            )
+    if config.init_from:
+        _check_initial(config.init_from, typed)
     return config, sources
+
+
+def _check_initial(model: str, typed: dict[str, Any]) -> None:
+    """Raises an error for weights to start from that are missing, or that differ from what was typed."""
+    from ase_enf.flow.weights import read_header, weights_path
+
+    read_header(weights_path(model))
+
+    from ase_enf.flow.loading import load  # torch, which takes seconds to import
+    from ase_enf.training.config import model_fields
+
+    for name, value in model_fields(load(model, device="cpu", backend="torch").config).items():
+        if typed.get(name, value) != value:
+            raise ValueError(f"{flag(name)}={typed[name]}: the model of --init-from {model} has {value}; leave it out")
 
 
 def _resumed(options: argparse.Namespace, typed: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -168,12 +181,29 @@ def _report_run(model: ENF, folder: Path) -> None:
         done = f"step {last['step']}" + (f" of {total}" if total else "")
         say(f"stopped by the time limit at {done}; continue with ase-enf train --resume {folder}")
     if best["validation_nll"] is not None:
-        found = f"{best['validation_nll']:.3f} nats at step {best['step']}"
-        say(f"validation NLL {found}; weights in {folder}/{BEST_FILE}")
+        found = f"{best['validation_nll']:.3f} nats a molecule at step {best['step']}"
+        say(f"validation NLL {found} ({_compared(folder, best['step'])}); weights in {folder}/{BEST_FILE}")
     elif stopped and not (folder / BEST_FILE).exists():
         say(f"no validation yet; current weights in {folder}/{LAST_FILE}")
     else:
         say(f"the validation NLL is not finite; lower --learning-rate; current weights in {folder}/{LAST_FILE}")
+
+
+def _compared(folder: Path, best: int) -> str:
+    """Returns what to compare the lowest validation NLL with, which was found at step ``best``: the first one."""
+    from ase_enf.training.folder import LOG_FILE
+    from ase_enf.training.log import read_log
+
+    log = read_log(folder / LOG_FILE)
+    validations = [
+        (int(step), nll) for step, nll in zip(log["step"], log["valid_nll"], strict=True) if math.isfinite(nll)
+    ]
+    if not validations or validations[-1][0] <= validations[0][0]:
+        return "lower is better; the only validation, --validate-every N asks for more"
+    (first, nll), (last, _) = validations[0], validations[-1]
+    if first >= best:
+        return f"lower is better; none of those until step {last} was lower"
+    return f"lower is better; it was {nll:.3f} at step {first}"
 
 
 def _draw_curve(folder: Path) -> None:

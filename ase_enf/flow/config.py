@@ -12,10 +12,10 @@ from ase.data import atomic_numbers
 
 from ase_enf.flow import base
 from ase_enf.flow.context import Condition, read_conditions
-from ase_enf.flow.dequantize import DEQUANTIZERS
 from ase_enf.flow.dynamics import POSITION_NETWORKS
 from ase_enf.flow.modes import FeatureMode, feature_mode
 from ase_enf.flow.parameterisation import Parameterisation
+from ase_enf.values import DEQUANTIZERS, check_choice
 
 PATHS = (None, "linear")
 
@@ -95,8 +95,7 @@ class ENFConfig:
         """Raises ``ValueError`` for an unknown part, or for parts that do not fit together."""
         if self.dimension not in (2, 3):
             raise ValueError(f"dimension {self.dimension}: only 2 and 3 are supported")
-        if self.dequantizer not in DEQUANTIZERS:
-            raise ValueError(f"dequantizer {self.dequantizer!r} is unknown; choose one of {', '.join(DEQUANTIZERS)}")
+        check_choice("dequantizer", self.dequantizer, DEQUANTIZERS)
         if self.network in POSITION_NETWORKS and self.knows_types:
             raise ValueError(
                 f"network {self.network!r} moves positions only, but features={self.features!r}; use features='none'"

@@ -15,12 +15,12 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ase_enf.atoms.batch import check_whole
 from ase_enf.flow import fixed_steps
 from ase_enf.flow.divergence import Divergence, Field, Moment, Velocity
 from ase_enf.flow.quadrature import check_intervals, clenshaw_curtis, integrate, rule
 from ase_enf.geometry import subspace_dim
 from ase_enf.threads import map_threads
+from ase_enf.values import SOLVERS, check_choice, check_whole
 
 # (field at one moment, x, h) → velocity and divergence.
 TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
@@ -76,9 +76,7 @@ class Solver:
     warp: float = 1.0
 
     def __post_init__(self) -> None:
-        known = (*ADAPTIVE, *EVALUATIONS_PER_STEP)
-        if self.method not in known:
-            raise ValueError(f"solver {self.method!r} is unknown; choose one of {', '.join(known)}")
+        check_choice("solver", self.method, SOLVERS)
         check_whole("solver steps", self.steps, 1)
         if min(self.rtol, self.atol, self.warp) <= 0:
             raise ValueError(f"solver rtol={self.rtol}, atol={self.atol}, warp={self.warp}: all must be positive")

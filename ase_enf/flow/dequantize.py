@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ase_enf.geometry import pair_mask
 from ase_enf.nn.egnn import EGNN
+from ase_enf.values import DEQUANTIZERS
 
 LOG_2PI = math.log(2.0 * math.pi)
-DEQUANTIZERS = ("fixed", "learned")
 
 
 class Lifted(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ase_enf.atoms.plain import shown
+from ase_enf.values import check_dtype, shown
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -45,11 +45,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
         >>> resolve_dtype("float64")
         torch.float64
     """
-    known = {"float32": torch.float32, "float64": torch.float64}
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"dtype {shown(dtype)} is unknown; choose float32 or float64")
-    return known[name]
+    return getattr(torch, check_dtype(dtype))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -15,9 +15,9 @@ from ase_enf.nn.egnn import EGNN
 from ase_enf.nn.gnn import GNN
 from ase_enf.nn.jacobian import egnn_trace
 from ase_enf.nn.koehler import KernelDynamics, SimpleDynamics
+from ase_enf.values import NETWORKS
 
 # The last two move positions only.
-NETWORKS = ("egnn", "gnn", "simple", "kernel")
 POSITION_NETWORKS = {"simple": SimpleDynamics, "kernel": KernelDynamics}
 
 

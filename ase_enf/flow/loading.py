@@ -13,7 +13,7 @@ from torch import Tensor
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.devices import resolve_device, resolve_dtype
 from ase_enf.flow.model import ENF
-from ase_enf.flow.weights import read_header, read_tensors, shipped_path
+from ase_enf.flow.weights import read_header, read_tensors, weights_path
 
 
 @torch.inference_mode(False)  # weights created in inference mode could not be used for forces
@@ -48,7 +48,7 @@ def load(
         ('H', 'C', 'N', 'O', 'F')
     """
     chosen, floating = resolve_device(device), resolve_dtype(dtype)
-    path = shipped_path(str(name_or_path)) or Path(name_or_path)
+    path = weights_path(name_or_path)
     header = read_header(path)
     try:
         config = ENFConfig(**header["config"])

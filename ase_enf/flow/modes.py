@@ -6,10 +6,12 @@ Only this file distinguishes the modes by name; all other code asks the object o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ase_enf.atoms.batch import Batch
+    from ase_enf.atoms.batch import Batch
 
 
 @dataclass(frozen=True)

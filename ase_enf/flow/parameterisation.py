@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PARAMETERISATIONS = ("velocity", "endpoint", "denoising")
+from ase_enf.values import PARAMETERISATIONS, check_choice
+
 # Added to t so that 1 / t stays finite at the data.
 OFFSET = 0.02
 
@@ -62,8 +63,7 @@ class Parameterisation:
     offset: float = OFFSET
 
     def __post_init__(self) -> None:
-        if self.kind not in PARAMETERISATIONS:
-            raise ValueError(f"parameterisation {self.kind!r} is unknown; choose one of {', '.join(PARAMETERISATIONS)}")
+        check_choice("parameterisation", self.kind, PARAMETERISATIONS)
         if not (0 < self.feature_std < float("inf") and 0 < self.offset < float("inf")):
             raise ValueError(f"feature_std={self.feature_std}, offset={self.offset}: both must be positive and finite")
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ase_enf.atoms.batch import check_whole
 from ase_enf.flow.divergence import Velocity
+from ase_enf.values import check_churn, check_whole
 
 # Draws fresh latent positions (B, M, n), centred, and features (B, M, F).
 Noise = Callable[[], tuple[Tensor, Tensor]]
@@ -54,8 +54,7 @@ class StochasticSampler:
         check_whole("sampler steps", self.steps, 1)
         if not 0 < self.warp < math.inf:
             raise ValueError(f"sampler warp={self.warp}: must be positive")
-        if not 0 <= self.churn < math.inf:
-            raise ValueError(f"sampler churn={self.churn}: must be a finite number, at least 0")
+        check_churn(self.churn)
 
     def __str__(self) -> str:
         return f"{self.method}, {self.steps} steps, warp {self.warp:g}, churn {self.churn:g}"

@@ -1,4 +1,7 @@
-"""Weights files: ``safetensors`` with configuration and provenance as JSON metadata; nothing in them is executed."""
+"""Weights files: ``safetensors`` with configuration and provenance as JSON metadata; nothing in them is executed.
+
+Headers are read without torch, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
-from torch import Tensor
 
 from ase_enf.atoms.files import atomic_write, require_folder
-from ase_enf.flow.config import ENFConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ase_enf.flow.config import ENFConfig
 
 FORMAT_VERSION = 2
 METADATA_KEY = "ase_enf"
@@ -36,6 +41,8 @@ def write_weights(
     Raises:
         FileNotFoundError: If the folder does not exist.
     """
+    from safetensors.torch import save
+
     path = require_folder(path)
     header = {
         "format": FORMAT_VERSION,
@@ -46,7 +53,7 @@ def write_weights(
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_write(path) as handle:
-        handle.write(serialise(tensors, metadata={METADATA_KEY: json.dumps(header)}))
+        handle.write(save(tensors, metadata={METADATA_KEY: json.dumps(header)}))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file; shipped names are {', '.join(shipped()) or 'none'}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is no readable .safetensors file ({error}); fetch or train it again") from None
@@ -134,6 +141,16 @@ def shipped_path(name: str) -> Path | None:
     """
     path = PRETRAINED / f"{name}.safetensors"
     return path if path.is_file() else None
+
+
+def weights_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Returns the weights file of a shipped model by its name; anything else is taken for a path.
+
+    Example:
+        >>> weights_path("qm9").name, weights_path("runs/mine/model.safetensors").name
+        ('qm9.safetensors', 'model.safetensors')
+    """
+    return shipped_path(str(name_or_path)) or Path(name_or_path)
 
 
 def package_version() -> str:

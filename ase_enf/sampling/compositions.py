@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import chemical_symbols
 
-from ase_enf.atoms.batch import formula_numbers
-from ase_enf.flow.model import ENF
+from ase_enf.atoms.formula import formula_numbers
 from ase_enf.flow.weights import read_header, shipped, shipped_path
 from ase_enf.sampling.requirements import open_shell
+
+if TYPE_CHECKING:
+    from ase_enf.flow.model import ENF
 
 # A formula is accepted if ``max_attempts`` draws are expected to have it at least this often.
 EXPECTED = 5
@@ -25,7 +29,7 @@ def drawn_compositions(
     if not flow.config.types_given:
         return None
     if formula is not None:
-        numbers = _checked(flow, n_atoms, formula, closed_shell)
+        numbers = check_formula(formula, flow.species, n_atoms, closed_shell)
         if len(numbers) > (largest := max(flow.size_prior.counts)):
             warnings.warn(
                 f"formula={formula!r} has {len(numbers)} atoms; this model saw at most {largest}", stacklevel=2
@@ -54,7 +58,10 @@ def awaited_composition(
     """
     if formula is None or flow.config.types_given:
         return None
-    numbers = _checked(flow, n_atoms, formula, closed_shell) if flow.config.types_flow else formula_numbers(formula)
+    if flow.config.types_flow:
+        numbers = check_formula(formula, flow.species, n_atoms, closed_shell)
+    else:
+        numbers = formula_numbers(formula)
     remedy = f"use a model with features='given'{_given_model(numbers)}"
     does = "draws types itself" if flow.config.types_flow else "knows no types"
     about = f"formula={formula!r}: this model has features={flow.features!r} and {does}"
@@ -72,14 +79,23 @@ def awaited_composition(
     return numbers
 
 
-def _checked(flow: ENF, n_atoms: int | None, formula: str, closed_shell: bool) -> np.ndarray:
-    """Returns the atomic numbers of a formula, checked against what the flow can draw."""
+def check_formula(formula: str, species: Sequence[str], n_atoms: int | None, closed_shell: bool) -> np.ndarray:
+    """Returns the atomic numbers of a formula, checked against what a flow of these elements can draw.
+
+    Raises:
+        ValueError: If it is no formula, has other elements, one atom or another number than ``n_atoms``, or, with
+            ``closed_shell``, an odd number of electrons.
+
+    Example:
+        >>> check_formula("CH3OH", ("H", "C", "O"), None, closed_shell=True).tolist()
+        [6, 1, 1, 1, 1, 8]
+    """
     numbers = formula_numbers(formula)
-    unknown = sorted({chemical_symbols[z] for z in numbers} - set(flow.species))
+    unknown = sorted({chemical_symbols[z] for z in numbers} - set(species))
     if unknown:
         raise ValueError(
             f"formula={formula!r}: element(s) {', '.join(unknown)} unknown to this model, "
-            f"which knows {', '.join(flow.species)}"
+            f"which knows {', '.join(species)}"
         )
     if n_atoms is not None and n_atoms != len(numbers):
         raise ValueError(f"formula={formula!r} has {len(numbers)} atoms, but n_atoms={n_atoms}; leave one of them out")

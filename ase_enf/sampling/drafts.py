@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ase_enf.atoms.batch import formula_numbers
+from ase_enf.atoms.formula import formula_numbers
 from ase_enf.chem.graph import Graph
 from ase_enf.flow.model import ENF
 from ase_enf.sampling.compositions import drawn_compositions

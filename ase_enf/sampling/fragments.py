@@ -12,10 +12,12 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from torch import Tensor
 
-from ase_enf.atoms.batch import check_atoms, closest_pair, formula_numbers, to_batch
+from ase_enf.atoms.batch import check_atoms, closest_pair, to_batch
+from ase_enf.atoms.formula import formula_numbers
 from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
+from ase_enf.values import check_strength
 
 # Å; no two atoms of a molecule are this close.
 OVERLAP = 0.5
@@ -69,8 +71,8 @@ class Fragment:
     def __init__(self, flow: ENF, atoms: Atoms, strength: float | None = None) -> None:
         _check_flow(flow)
         _check_structure(flow, atoms)
-        if strength is not None and not 0 < strength <= 1:
-            raise ValueError(f"strength={strength}: must be in (0, 1], where 1 leaves nothing of the positions")
+        if strength is not None:
+            check_strength(strength)
         fixed = _fixed(atoms)
         if fixed is None:
             fixed = np.arange(len(atoms) if strength is None else 0)

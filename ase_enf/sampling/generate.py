@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from ase import Atoms
 
-from ase_enf.atoms.batch import check_whole
+from ase_enf.bars import Progress
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.sampling.request import MAX_REJECTIONS, Request
 from ase_enf.sampling.sampler import Sampler
+from ase_enf.values import check_counts
 
 
 def generate(
@@ -27,7 +27,7 @@ def generate(
     steps: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
     churn: float | None = None,
     closed_shell: bool = False,
     properties: Mapping[str, Any] | None = None,
@@ -70,7 +70,8 @@ def generate(
         steps: Number of steps, when ``solver`` is a name or None.
         batch_size: Molecules integrated together.
         device: Where to compute; None for the device of the flow.
-        progress: Whether to show a progress bar; by default on a terminal only.
+        progress: Whether to show a progress bar, by default on a terminal only; or a function that is told, after each
+            batch, how many molecules are finished and of how many.
         churn: How much noise is replaced on the way, see ``StochasticSampler``; 0 draws from the flow itself.
         closed_shell: Adds "closed_shell" to ``require``.
         properties: For a flow with conditions: for each name the wanted value, ``{"gap": 5.2}``, or a range,
@@ -121,7 +122,7 @@ def generate(
         properties=properties, smiles=smiles, fragment=fragment, strength=strength, guidance=guidance,
     )  # fmt: skip
     sampler = Sampler(flow, request)
-    return list(sampler.stream(range(n), sys.stderr.isatty() if progress is None else progress))
+    return list(sampler.stream(range(n), progress))
 
 
 def igenerate(
@@ -134,7 +135,7 @@ def igenerate(
     steps: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
     start: int = 0,
     churn: float | None = None,
     closed_shell: bool = False,
@@ -162,7 +163,7 @@ def igenerate(
         steps: Number of fixed steps.
         batch_size: Molecules integrated together.
         device: Where to compute.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or a function that is told of progress.
         start: Index of the first molecule, so that several processes can share one sequence.
         churn: How much noise is replaced on the way.
         closed_shell: Adds "closed_shell" to ``require``.
@@ -186,10 +187,4 @@ def igenerate(
         properties=properties, smiles=smiles, fragment=fragment, strength=strength, guidance=guidance,
     )  # fmt: skip
     sampler = Sampler(flow, request)
-    return sampler.stream(range(start, start + n), sys.stderr.isatty() if progress is None else progress, soon=True)
-
-
-def check_counts(n: int, seed: int, batch_size: int, start: int = 0) -> None:
-    """Raises ``ValueError`` unless n and batch_size are whole numbers from 1, and seed and start from 0."""
-    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("batch_size", batch_size, 1), ("start", start, 0)):
-        check_whole(name, value, least)
+    return sampler.stream(range(start, start + n), progress, soon=True)

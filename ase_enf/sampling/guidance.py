@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from ase_enf.flow.context import Context, split_context
 from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF
 from ase_enf.sampling.properties import PropertyRequest
+from ase_enf.values import check_guidance
 
 # Key in ``info`` of the weight; molecules that are not guided have none.
 GUIDANCE_KEY = "enf_guidance"
@@ -80,12 +80,7 @@ def requested_guidance(flow: ENF, guidance: Any, properties: PropertyRequest) ->
         >>> requested_guidance(flow, 1, PropertyRequest(flow, None))
         1.0
     """
-    try:
-        weight = float(guidance)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise ValueError(f"guidance={guidance!r}: must be a finite number, 1 for none")
+    weight = check_guidance(guidance)
     if weight == 1.0 or properties.ranges:
         return weight
     if not flow.config.conditions:

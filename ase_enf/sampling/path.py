@@ -10,15 +10,16 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_enf.atoms.batch import Batch, check_whole, to_atoms
+from ase_enf.atoms.batch import Batch, to_atoms
+from ase_enf.bars import Progress
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.divergence import Velocity
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.stochastic import StochasticSampler, sample_stochastic
 from ase_enf.sampling.drafts import Draft
-from ase_enf.sampling.generate import check_counts
 from ase_enf.sampling.request import Request
 from ase_enf.sampling.sampler import Sampler
+from ase_enf.values import check_counts, check_whole
 
 State = tuple[float, Tensor, Tensor]
 """Time t, positions (B, M, n) and features (B, M, F) on the way."""
@@ -51,6 +52,7 @@ def paths(
     device: str | torch.device | None = None,
     require: str | Iterable[str] = (),
     closed_shell: bool = False,
+    progress: Progress = False,
     **request: Any,
 ) -> Iterator[MoleculePath]:
     """Draws the molecules of ``generate`` together with their paths from noise to data.
@@ -77,6 +79,7 @@ def paths(
         device: Where to compute.
         require: What a molecule must pass to be kept.
         closed_shell: Adds "closed_shell" to ``require``.
+        progress: Whether to show a progress bar, or a function that is told of progress.
         **request: ``properties``, ``guidance``, ``smiles``, ``max_attempts`` and ``with_smiles`` of ``generate``.
 
     Returns:
@@ -103,7 +106,7 @@ def paths(
         device=device, require=require, closed_shell=closed_shell, **request,
     )  # fmt: skip
     recorder = _Recorder(flow, asked, frames)
-    return recorder.paths(range(start, start + n))
+    return recorder.paths(range(start, start + n), progress)
 
 
 class _Recorder(Sampler):
@@ -114,9 +117,9 @@ class _Recorder(Sampler):
         self._frames = frames
         self._recorded: dict[int, dict[int, list[Atoms]]] = {}  # by index and attempt
 
-    def paths(self, indices: Sequence[int]) -> Iterator[MoleculePath]:
+    def paths(self, indices: Sequence[int], progress: Progress) -> Iterator[MoleculePath]:
         """Yields the paths of the molecules ``indices``, in order."""
-        for atoms in self.stream(indices, progress=False, soon=True):
+        for atoms in self.stream(indices, progress, soon=True):
             attempts = self._recorded.pop(atoms.info["enf_index"])
             *frames, last = attempts[atoms.info["enf_attempts"] - 1]
             arrived = atoms.copy()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ase_enf.flow.context import Condition
-from ase_enf.flow.model import ENF
 from ase_enf.flow.weights import read_header, shipped, shipped_path
+
+if TYPE_CHECKING:
+    from ase_enf.flow.context import Condition
+    from ase_enf.flow.model import ENF
 
 # Prefix of the keys in ``info`` of the values that conditioned a molecule.
 CONDITION_KEY = "enf_condition_"
@@ -33,6 +35,8 @@ class PropertyRequest:
 
     Example:
         >>> from ase_enf.flow.config import ENFConfig
+        >>> from ase_enf.flow.context import Condition
+        >>> from ase_enf.flow.model import ENF
         >>> gap = Condition.of("gap", "eV", np.array([4.0, 8.0]), np.array([3, 5]))
         >>> request = PropertyRequest(ENF(ENFConfig(conditions=(gap,), hidden=8, layers=1)), {"gap": "4:5"})
         >>> request.ranges

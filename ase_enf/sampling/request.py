@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from ase import Atoms
 
-from ase_enf.atoms.batch import check_whole
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
 from ase_enf.sampling.requirements import Requirements
 from ase_enf.sampling.samplers import resolve_sampler
+from ase_enf.values import check_whole
 
 # How often one molecule may be rejected, by default.
 MAX_REJECTIONS = 100

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from ase import Atoms
 
 from ase_enf.chem.bonds import bond_orders, n_fragments, stable_atoms
-from ase_enf.flow.model import ENF
+
+if TYPE_CHECKING:
+    from ase_enf.flow.model import ENF
 
 # Requirement → what is said of a molecule that does not meet it. The cheapest tests come first.
 REASONS = {
@@ -51,13 +53,11 @@ class Requirements(NamedTuple):
 
         Example:
             >>> from ase_enf.flow.config import ENFConfig
+            >>> from ase_enf.flow.model import ENF
             >>> Requirements.of(ENF(ENFConfig(hidden=8, layers=1)), "valid,stable").names
             ('stable', 'valid')
         """
-        words = require.split(",") if isinstance(require, str) else list(require)
-        asked = {str(word).strip() for word in words} - {""}
-        for name in sorted(asked - REASONS.keys()):
-            raise ValueError(f"require={name!r}: is unknown; choose among {', '.join(REASONS)}")
+        asked = requirement_names(require)
         if asked and not flow.config.knows_types:
             raise ValueError(f"require={', '.join(sorted(asked))}: this model knows no elements; leave it out")
         names = tuple(name for name in REASONS if name in asked)
@@ -86,6 +86,23 @@ class Requirements(NamedTuple):
         if name == FORMULA:
             return tuple(sorted(atoms.numbers.tolist())) == self.composition
         return CHECKS[name](atoms)
+
+
+def requirement_names(require: str | Iterable[str]) -> set[str]:
+    """Returns the names of requirements; raises ``ValueError`` for an unknown one.
+
+    Args:
+        require: Names, or one string of names separated by commas.
+
+    Example:
+        >>> sorted(requirement_names("valid, stable"))
+        ['stable', 'valid']
+    """
+    words = require.split(",") if isinstance(require, str) else list(require)
+    asked = {str(word).strip() for word in words} - {""}
+    for name in sorted(asked - REASONS.keys()):
+        raise ValueError(f"require={name!r}: is unknown; choose among {', '.join(REASONS)}")
+    return asked
 
 
 def open_shell(numbers: np.ndarray) -> bool:

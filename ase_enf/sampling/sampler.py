@@ -11,9 +11,9 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 from torch import Tensor
-from tqdm import tqdm
 
-from ase_enf.atoms.batch import COINCIDENT, Batch, check_whole, closest_pair, to_atoms
+from ase_enf.atoms.batch import COINCIDENT, Batch, closest_pair, to_atoms
+from ase_enf.bars import Bar, Progress
 from ase_enf.flow.context import Context
 from ase_enf.flow.continuous import SolverError
 from ase_enf.flow.devices import out_of_memory, resolve_device
@@ -31,6 +31,7 @@ from ase_enf.sampling.particles import Particles
 from ase_enf.sampling.properties import PropertyRequest
 from ase_enf.sampling.request import Request
 from ase_enf.sampling.requirements import Requirements, strict_smiles
+from ase_enf.values import check_whole
 
 # How often the integration of one molecule may fail.
 MAX_ATTEMPTS = 10
@@ -81,12 +82,12 @@ class Sampler:
         """Whether molecules are drawn by another velocity than that of the conditional flow."""
         return self.guidance != 1.0
 
-    def stream(self, indices: Sequence[int], progress: bool, soon: bool = False) -> Iterator[Atoms]:
+    def stream(self, indices: Sequence[int], progress: Progress, soon: bool = False) -> Iterator[Atoms]:
         """Yields the molecules ``indices`` in order; with ``soon`` the first comes alone, the next in small windows."""
         self.integrations = self.failures = self.kept = self.attempts = 0
         largest = self.batch_size * WINDOW_BATCHES
         done, window = 0, 1 if soon else largest
-        with tqdm(total=len(indices), disable=not progress, unit="molecule", dynamic_ncols=True) as bar:
+        with Bar(len(indices), progress, "molecule") as bar:
             while done < len(indices):
                 for atoms in self._window(indices[done : done + window], bar):
                     yield self._counted(atoms, bar)
@@ -97,7 +98,7 @@ class Sampler:
                 f"{self.failures} of {self.integrations} integrations failed and were drawn again", stacklevel=2
             )
 
-    def _window(self, indices: Sequence[int], bar: tqdm) -> Iterator[Atoms]:
+    def _window(self, indices: Sequence[int], bar: Bar) -> Iterator[Atoms]:
         """Yields the molecules of a window in order, each as soon as it and those before it are finished."""
         done: dict[int, Atoms] = {}
         waiting = [self.draft(index, attempt=0) for index in indices]
@@ -107,6 +108,7 @@ class Sampler:
             again = []
             for batch in self.same_size(waiting):
                 self.integrations += len(batch)
+                before = len(again)
                 for draft, atoms in zip(batch, self._integrate(batch), strict=True):
                     if atoms is None:
                         self.failures += 1
@@ -116,13 +118,13 @@ class Sampler:
                         again.append(self.draft(draft.index, draft.attempt + 1, draft.failures))
                     else:
                         done[draft.index] = atoms
-                        bar.update(1)
+                bar.update(len(batch) - len(again) + before)
                 while following in done:
                     yield done.pop(following)
                     following = next(coming, None)
             waiting = again
 
-    def _counted(self, atoms: Atoms, bar: tqdm) -> Atoms:
+    def _counted(self, atoms: Atoms, bar: Bar) -> Atoms:
         """Counts a molecule and notes the acceptance so far; called in order, so that batches do not change it."""
         self.kept += 1
         self.attempts += atoms.info["enf_attempts"]

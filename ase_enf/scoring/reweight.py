@@ -19,12 +19,12 @@ from ase.units import kB
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
-from ase_enf.sampling.generate import check_counts
 from ase_enf.sampling.request import Request
 from ase_enf.scoring.density import DensitySampler
 from ase_enf.scoring.energies import BatchCalculator as BatchCalculator
 from ase_enf.scoring.energies import Energies
 from ase_enf.scoring.energies import ReweightingError as ReweightingError
+from ase_enf.values import check_counts
 
 # A weighted mean integration error above this many nats causes a warning.
 ROUGH = 0.1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
-from tqdm import tqdm
 
-from ase_enf.atoms.batch import canonical_order, check_atoms, check_whole, one_or_many
+from ase_enf.atoms.batch import canonical_order, check_atoms, one_or_many
+from ase_enf.bars import Bar, Progress
 from ase_enf.flow import divergence
 from ase_enf.flow.continuous import INTERVALS, Solver, TraceMethod, resolve_solver
 from ase_enf.flow.devices import out_of_memory, resolve_device
@@ -28,12 +27,10 @@ from ase_enf.flow.model import ENF, check_flow
 from ase_enf.renamed import renamed_keywords
 from ase_enf.scoring.conditions import conditioned_batch
 from ase_enf.scoring.importance import combine
+from ase_enf.scoring.options import COLUMNS, RENAMED, check_options
 from ase_enf.scoring.remarks import warn_of_errors, warn_of_sizes
+from ase_enf.values import check_whole
 
-COLUMNS = ("log_likelihood", "stderr", "kind", "trace", "probes", "importance_samples", "nfe", "n_atoms", "formula")
-# Keywords and columns that have been renamed, by their earlier names.
-RENAMED = {"draws": "importance_samples", "tolerance": "max_stderr"}
-TRACES = ("auto", "exact", "hutchinson")
 # "auto" takes the exact trace up to this many dimensions M (n + F): in closed form, if its (M · width)² numbers fit
 # (0.5 GB in float32), or by reverse passes.
 CLOSED_FORM_DIMENSIONS, CLOSED_FORM_BLOCKS = 512, 2**27
@@ -86,7 +83,7 @@ def score(
     max_stderr: float = 0.2,
     batch_size: int = 32,
     device: str | torch.device | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
     first: int = 0,
     properties: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
@@ -124,7 +121,8 @@ def score(
             three times; a warning names the structures that stay above it.
         batch_size: Number of structures, times K, that are integrated together.
         device: Where to compute; None for the device of the flow.
-        progress: Whether to show a progress bar; by default on a terminal only.
+        progress: Whether to show a progress bar, by default on a terminal only; or a function that is told, after each
+            batch, how many structures are scored and of how many.
         first: Number of the first structure in warnings, for a list that is scored in parts.
         properties: For a flow with conditions: values by name for all structures; conditions that are not named are
             unknown. With None each structure has its own from ``info`` (``info["gap"]``), and those that are missing
@@ -161,7 +159,7 @@ def score(
     scorer.properties = properties
     scorer.solver = resolve_solver(solver, steps, flow.likelihood_solver)
     warn_of_sizes(flow, many, first)
-    estimates = scorer.run(many, seeds, sys.stderr.isatty() if progress is None else progress)
+    estimates = scorer.run(many, seeds, progress)
     values, _, errors, _ = zip(*estimates, strict=True)
     warn_of_errors(many, values, errors, max_stderr, first)
     rows = [scorer.table_row(item, estimate) for item, estimate in zip(many, estimates, strict=True)]
@@ -257,14 +255,14 @@ class Scorer:
         settings = (kind, trace, probes, self.importance_samples)
         return estimate.log_likelihood, estimate.stderr, *settings, estimate.nfe, size, atoms.get_chemical_formula()
 
-    def run(self, atoms: list[Atoms], seeds: list[int], progress: bool) -> list[Estimate]:
+    def run(self, atoms: list[Atoms], seeds: list[int], progress: Progress) -> list[Estimate]:
         """Returns one estimate for each structure, in order."""
         rows = [
             Row(index, item, self._rank(item), seed)
             for index, (item, seed) in enumerate(zip(atoms, seeds, strict=True))
         ]
         results: dict[int, Estimate] = {}
-        with tqdm(total=len(rows), disable=not progress, unit="structure", dynamic_ncols=True) as bar:
+        with Bar(len(rows), progress, "structure") as bar:
             for group in self._groups(rows):
                 for row, estimate in zip(group, self._within_memory(group), strict=True):
                     results[row.index] = estimate
@@ -416,12 +414,7 @@ def check_request(
         raise ValueError("no structures to score; the input is empty")
     if len(seeds) != len(atoms):
         raise ValueError(f"{len(seeds)} seeds for {len(atoms)} structures: give one for all or one for each")
-    if trace not in TRACES:
-        raise ValueError(f"trace {trace!r} is unknown; choose one of {', '.join(TRACES)}")
-    for name, value in (("probes", probes), ("importance_samples", importance_samples), ("batch_size", batch_size)):
-        check_whole(name, value, 1)
-    if not max_stderr > 0:
-        raise ValueError(f"max_stderr={max_stderr}: must be a positive number of nats")
+    check_options(trace, probes, importance_samples, batch_size, max_stderr)
     for value in seeds:
         check_whole("seed", value, 0)
     for index, item in enumerate(atoms):

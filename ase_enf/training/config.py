@@ -8,18 +8,27 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from ase_enf.atoms.batch import check_whole
-from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.modes import MODES, FeatureMode, feature_mode
-from ase_enf.flow.parameterisation import PARAMETERISATIONS
-from ase_enf.nn.backends.choice import BACKENDS
 from ase_enf.renamed import refuse_renamed
-from ase_enf.training.objectives import OBJECTIVES, TIMES
-from ase_enf.training.optimizers import OPTIMIZERS, SCHEDULES, resolve_optimizer
+from ase_enf.values import (
+    BACKENDS,
+    DEQUANTIZERS,
+    NETWORKS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PARAMETERISATIONS,
+    SCHEDULES,
+    TIMES,
+    check_choice,
+    check_whole,
+)
+
+if TYPE_CHECKING:
+    from ase_enf.flow.config import ENFConfig
 
 PRECISIONS = ("float32", "tf32", "bf16")
 CAPTURES = ("auto", "always", "never")
@@ -109,7 +118,9 @@ class TrainConfig:
     )
     dimension: int = setting(3, "3, or 2 for structures in the xy plane")
     network: str = setting(
-        "egnn", '"egnn", "gnn" or, with features "none", "simple" or "kernel" (Köhler et al. 2020); see ENFConfig'
+        "egnn",
+        '"egnn", "gnn" or, with features "none", "simple" or "kernel" (Köhler et al. 2020); see ENFConfig',
+        one_of=NETWORKS,
     )
     hidden: int = setting(64, "width of the network")
     layers: int = setting(6, "layers of the network")
@@ -117,7 +128,7 @@ class TrainConfig:
     radial: int = setting(
         16, "radial functions of each distance beside its square, in an EGNN; 0 for the paper's network", least=0
     )
-    dequantizer: str = setting("fixed", '"fixed", or "learned" (with objective "nll" only)')
+    dequantizer: str = setting("fixed", '"fixed", or "learned" (with objective "nll" only)', one_of=DEQUANTIZERS)
     type_scale: float = setting(
         0.3,
         "separation of one-hot types (and spread of charges) inside the flow, where positions have unit variance; "
@@ -183,7 +194,11 @@ class TrainConfig:
         "validations would take more than a fifth of the time of training",
         least=0,
     )
-    validation_size: int = setting(128, "molecules of the validation set that are scored, always the same")
+    validation_size: int = setting(
+        128,
+        "molecules of the validation set that are scored, always the same; the weights of their lowest mean negative "
+        "log-likelihood (NLL, nats a molecule) are kept",
+    )
     checkpoint_every: int = setting(500, "steps between saves of the training state")
     log_every: int = setting(50, "steps between rows of the log")
     time_limit: float | None = setting(
@@ -223,7 +238,7 @@ class TrainConfig:
             object.__setattr__(self, "condition", ",".join(self.condition))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        resolve_optimizer(self.optimizer, self.objective)
+        _check_optimizer(self.optimizer)
         for wrong, message in _CONTRADICTIONS:
             if wrong(self):
                 raise ValueError(message)
@@ -246,6 +261,8 @@ class TrainConfig:
             times = "power" if parameterisation == "velocity" else "beta"
         if power is None:
             power = 1.3 if times == "power" else 1.8
+        from ase_enf.training.optimizers import resolve_optimizer
+
         optimizer = resolve_optimizer(self.optimizer, self.objective)
         return dataclasses.replace(
             self, parameterisation=parameterisation, times=times, time_power=power, optimizer=optimizer
@@ -321,6 +338,14 @@ _CONTRADICTIONS: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
 )
 
 
+def _check_optimizer(name: str) -> None:
+    """Raises ``ValueError`` for "muon" where torch does not have it."""
+    if name == "muon":
+        from ase_enf.training.optimizers import resolve_optimizer  # it imports torch, which takes seconds
+
+        resolve_optimizer(name, "flow_matching")
+
+
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Returns the value of a field, checked, as a plain Python value that JSON can store."""
     kind, *optional = field.type.split(" | ")
@@ -328,8 +353,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         return None
     value = _PLAIN[kind](field.name, value, field.metadata["least"])
     within, one_of = field.metadata["within"], field.metadata["one_of"]
-    if one_of and value not in one_of:
-        raise ValueError(f"{field.name} {value!r} is unknown; choose one of {', '.join(one_of)}")
+    if one_of:
+        check_choice(field.name, value, one_of)
     if within and not within.holds(value):
         raise ValueError(f"{field.name}={value}: must be {within.words}")
     return value
@@ -388,6 +413,7 @@ def model_fields(config: ENFConfig) -> dict[str, Any]:
     """Returns the fields of TrainConfig that the configuration of a fine-tuned flow's first weights decides.
 
     Example:
+        >>> from ase_enf.flow.config import ENFConfig
         >>> model_fields(ENFConfig(features="given", hidden=8))["hidden"]
         8
     """

@@ -14,8 +14,8 @@ from ase_enf.flow.continuous import Solver
 from ase_enf.flow.likelihood import log_likelihood
 from ase_enf.flow.model import ENF
 from ase_enf.geometry import center, subspace_dim
+from ase_enf.values import TIMES, check_choice
 
-TIMES = ("power", "beta")
 # Probabilities that a molecule keeps none of its conditions, at most one, and each of them otherwise.
 KEEP_NONE, KEEP_ONE, KEEP_EACH = 0.1, 0.5, 0.7
 
@@ -90,8 +90,7 @@ class FlowMatching:
     feature_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.times not in TIMES:
-            raise ValueError(f"times {self.times!r} is unknown; choose one of {', '.join(TIMES)}")
+        check_choice("times", self.times, TIMES)
 
     def draw_times(self, uniform: Tensor) -> Tensor:
         """Transforms uniform random numbers into times.
@@ -167,6 +166,3 @@ class NegativeLogLikelihood:
         z = flow.forward_regularised(data.x, data.h, (v_x[0], v_h[0]), parameters, self.adjoint)
         nll = -log_likelihood(data, z.x, z.h, z.ladj).log_prob.mean()
         return Loss(nll + self.regularisation * (z.kinetic + z.jacobian).mean(), nll.detach())
-
-
-OBJECTIVES = ("flow_matching", "nll")

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-OPTIMIZERS = ("auto", "muon", "adamw")
-SCHEDULES = ("cosine", "constant")
 GRADIENT_HISTORY = 50
 # First and last maps, whose rows or columns are single features; "weight" is the only parameter of kernel dynamics.
 OUTER = ("embed", "out", "weight")

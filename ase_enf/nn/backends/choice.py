@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ase_enf.nn.backends import fused
+from ase_enf.values import BACKENDS, check_choice
 
 Obstacle = Callable[[int, torch.dtype, torch.device], str | None]
 """Returns why a backend cannot compute a network of some width in a dtype on a device, or None if it can."""
@@ -30,7 +31,6 @@ OBSTACLES: dict[str, Obstacle] = {
     "triton": _no_triton,  # for GPUs
     "torch": lambda width, dtype, device: None,
 }
-BACKENDS = ("auto", *OBSTACLES)
 
 
 def choose_backend(backend: str, width: int, dtype: torch.dtype, device: torch.device, unfit: str | None = None) -> str:
@@ -50,8 +50,7 @@ def choose_backend(backend: str, width: int, dtype: torch.dtype, device: torch.d
         >>> choose_backend("auto", 7, torch.float32, torch.device("cpu"))
         'torch'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
     for name, obstacle in OBSTACLES.items():
         if backend not in ("auto", name):
             continue
