@@ -29,8 +29,9 @@ TraceMethod = Callable[[Field, Tensor, Tensor], Divergence]
 ADAPTIVE = ("dopri5",)
 EVALUATIONS_PER_STEP = {"rk4": 4, "midpoint": 2, "euler": 1}
 # Factor by which the error of the path is assumed to grow with half the fixed steps, or with tolerances LOOSENED times
-# as large. For fixed steps it corresponds to one order less than the method's own, because the steps may be too long
-# for the full order; an adaptive method follows its tolerance so loosely that a coarser solve may err little more.
+# as large. For fixed steps it corresponds to one order less than the method's own (there is none below Euler's),
+# because the steps may be too long for the full order; an adaptive method follows its tolerance so loosely that a
+# coarser solve may err little more.
 PATH_REDUCTION = {"rk4": 8.0, "midpoint": 2.0, "euler": 2.0, "dopri5": 2.0}
 LOOSENED = 10.0
 
@@ -174,7 +175,7 @@ class Again(NamedTuple):
 
     x: Tensor  # (B, M, n)
     h: Tensor  # (B, M, F)
-    ladj: Tensor  # (B,), from a quarter of the intervals, float64
+    traces: Tensor  # (Q, P, B), at every fourth node
     nfe: int
 
 
@@ -314,13 +315,12 @@ class ContinuousFlow:
             solver: The other solver.
 
         Returns:
-            Latent state and ladj.
+            Latent state, and the traces.
         """
         other = ContinuousFlow(self.velocity, self.mask, solver)
         times = self.nodes(intervals)[0]
         path = other.trajectory(x, h, times[::2])
-        ladj = self.every_fourth(other._traces(trace, times[::4], path[::2]))
-        return Again(*path[-1], ladj, other.nfe)
+        return Again(*path[-1], other._traces(trace, times[::4], path[::2]), other.nfe)
 
     def every_fourth(self, traces: Tensor) -> Tensor:
         """Returns ∫_0^1 Tr J dt, shape (B,), from traces at every fourth node of a quadrature."""
