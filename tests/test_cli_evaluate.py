@@ -46,6 +46,7 @@ def test_the_rows_of_the_tables_of_models_are_seen_at_once(here, capsys):
     write(here / "pair.extxyz", [molecule("CH4"), molecule("CH3"), molecule("CH4")])
     assert run("evaluate", "pair.extxyz", "--reference", "methane.xyz") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 structures                                               in the report"
     assert lines[2:9] == [
         "molecules stable    66.7 ± 27.2 %  of 3 structures         molecule_stability",
         "valid              100.0 ±  0.0 %  of 3 structures         validity_largest_fragment",
@@ -71,7 +72,7 @@ def test_what_is_not_known_is_a_dash(here, capsys):
     write(here / "one.extxyz", molecule("CH4"))
     write(here / "broken.extxyz", [Atoms("OH", [(0, 0, 0), (0, np.nan, 1)])] * 2)
     assert run("evaluate", "one.extxyz") == 0
-    assert "valid              100.0 ±  0.0 %  of 1 structures" in (said := capsys.readouterr().out)
+    assert "valid              100.0 ±  0.0 %  of 1 structure " in (said := capsys.readouterr().out)
     assert "unique             100.0 ±    - %  of 1 valid" in said  # the spread of one is unknown
     assert run("evaluate", "broken.extxyz") == 0
     assert "unique                 -           of 0 valid" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import ase_enf
-from ase_enf.atoms.files import atomic_write, require_folder
+from ase_enf.atoms.files import atomic_write, part_of, require_folder
+from ase_enf.atoms.io import GrowingFile
+from ase_enf.cli.outputs import GrowingTable
 
 ROOT = str(Path(ase_enf.__file__).parents[1])
 
@@ -117,6 +120,30 @@ def test_what_a_killed_process_left_goes_with_the_next_file_of_its_folder(tmp_pa
             pass
         first.write(b"whole")
     assert sorted(os.listdir(tmp_path)) == sorted([*mine, "a", "b"]) and (tmp_path / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("ending", ["extxyz", "db", "traj", "csv"])
+def test_what_a_killed_process_left_goes_when_results_are_begun(tmp_path, ending):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = part_of(tmp_path / "m.extxyz")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    left.write_text("half")
+    if ending == "csv":
+        GrowingTable(str(tmp_path / "s.csv"))
+    else:
+        GrowingFile(tmp_path / f"m.{ending}")
+    assert not os.listdir(tmp_path)
+
+
+def test_the_end_of_a_full_disk_names_the_file(tmp_path):
+    """Where the last of a file is written as it is closed, too."""
+    with pytest.raises(OSError, match=r"a: cannot be written \(OSError: No space left on device\); make room there"):
+        with atomic_write(tmp_path / "a"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="^of a user"), atomic_write(tmp_path / "a"):
+        raise OSError("of a user")
+    assert not os.listdir(tmp_path)
 
 
 def test_unfinished_files_of_another_machine_are_left_alone(tmp_path):

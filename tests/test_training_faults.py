@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
 import random
@@ -19,6 +22,7 @@ import torch
 from test_train import TRAIN, VALID, assert_same_run, equal, log_of, state_of, stop_at, tiny
 
 from ase_enf import cli
+from ase_enf.atoms import files
 from ase_enf.training import loop
 from ase_enf.training.folder import LOCK_FILE, FolderLock, check_new_run
 from ase_enf.training.loop import train
@@ -202,6 +206,38 @@ def test_what_a_kill_left_half_written_goes_at_the_next_start(copied):
     train(tiny(out=copied), TRAIN, VALID, resume=True)
     left = {path.name for path in copied.iterdir() if path.name.endswith(".part")}
     assert left == {".mine.part", "notes.part"}
+
+
+class Cut(io.BytesIO):
+    """A file whose second part cannot be written, for a reason of its own."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__()
+        self.reason, self.parts = reason, 0
+
+    def write(self, content) -> int:
+        self.parts += 1
+        if self.parts == 2:
+            raise self.reason
+        return super().write(content)
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_cuts_the_writing_of_a_state_short_is_said_and_not_torchs_error(copied, monkeypatch, reason):
+    before = (copied / "state.pt").read_bytes()
+    written = files.atomic_write
+
+    @contextlib.contextmanager
+    def cut(path):
+        with written(path):
+            yield Cut(reason)
+
+    with monkeypatch.context() as patch, pytest.raises(type(reason)) as caught:
+        patch.setattr("ase_enf.training.state.atomic_write", cut)
+        train(tiny(out=copied, steps=9), TRAIN, VALID, resume=True)
+    if isinstance(reason, OSError):
+        assert f"{copied / 'state.pt'}: cannot be written (OSError: No space left on device)" in str(caught.value)
+    assert (copied / "state.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(("where", "saved"), [("before", 5), ("inside", None), ("validating", 6)])

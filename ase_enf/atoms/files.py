@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -17,6 +18,10 @@ from typing import BinaryIO
 
 # Names of the temporary files of this package: machine, process, a random number.
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part")
+
+
+# Errors of a disk that is full, of a quota that is used up, and of a file that is too large.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def require_folder(path: str | os.PathLike[str]) -> Path:
@@ -228,10 +233,29 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             handle = part.open("xb")
         except OSError as error:
             raise type(error)(f"{path}: cannot be written ({brief(error, part)}); name another folder") from error
-        with handle:
+        with room_for(path), handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
+
+
+@contextmanager
+def room_for(path: str | Path) -> Iterator[None]:
+    """Names the file in the error of a disk that is full, which the system itself does not.
+
+    Example:
+        >>> with room_for("m.extxyz"):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+        OSError: m.extxyz: cannot be written (OSError: No space left on device); make room there, or name another folder
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        reason = f"OSError: {error.strerror}"
+        raise OSError(f"{path}: cannot be written ({reason}); make room there, or name another folder") from error
 
 
 def ends_line(path: Path) -> bool:

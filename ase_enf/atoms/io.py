@@ -19,7 +19,16 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.io.trajectory import TrajectoryWriter
 
 from ase_enf.atoms.extxyz import constraint_kinds, extended, with_content
-from ase_enf.atoms.files import brief, ends_line, real_path, replaced, require_folder, write_whole
+from ase_enf.atoms.files import (
+    brief,
+    ends_line,
+    real_path,
+    remove_abandoned,
+    replaced,
+    require_folder,
+    room_for,
+    write_whole,
+)
 from ase_enf.atoms.plain import as_plain
 from ase_enf.atoms.rows import ASE_ARRAYS, SQLITE, database_row
 
@@ -167,6 +176,7 @@ class GrowingFile:
 
     def __init__(self, path: str | os.PathLike[str], append: bool = False, called: Path | None = None) -> None:
         self.path = check_output(path)
+        remove_abandoned(self.path.parent)
         self._called = called or self.path
         if append:
             check_append(self.path)
@@ -380,7 +390,7 @@ def _write_all(part: Path, path: Path, many: list[Atoms]) -> int:
 
 def _write_stream(part: Path, path: Path, atoms: Iterable[Atoms]) -> int:
     count = 0
-    with open(part, "w", encoding="utf-8") as handle:
+    with room_for(path), open(part, "w", encoding="utf-8") as handle:  # closing writes too
         for item in atoms:
             with _explained(path):
                 write(handle, item, format="extxyz")

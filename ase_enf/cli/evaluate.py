@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ase_enf.cli.arguments import add_command, add_replacing
 from ase_enf.cli.inputs import check_present, check_reference, read_reference, read_structures
 from ase_enf.cli.outputs import TABLES, check_apart, check_free, check_picture, draw_gallery, write_table
+from ase_enf.cli.progress import counted
 from ase_enf.values import check_whole
 
 if TYPE_CHECKING:
@@ -113,14 +114,14 @@ def short_report(table: pd.DataFrame) -> str:
     """
     rows = {row.metric: row for row in table.itertuples() if row.metric in HEADLINES}
     shown = [(name, words, rows[name]) for name, words in HEADLINES.items() if name in rows]
-    counted = f"{table.attrs['n_structures']:,} structures"
-    lines = [f"{counted:58s} in the report", ""]
+    lines = [f"{counted(table.attrs['n_structures'], 'structure'):58s} in the report", ""]
     for name, words, row in shown:
         if name == "distance_js":
             said = f"{row.value:8.4f} ± {row.stderr:.4f} nats from reference"
         elif row.denominator:
+            of = _OF.get(name) or ("structure" if row.denominator == 1 else "structures")
             error = f"{100 * row.stderr:4.1f}" if row.stderr == row.stderr else "   -"  # NaN where it is unknown
-            said = f"{100 * row.value:6.1f} ± {error} %  of {row.denominator:,} {_OF.get(name, 'structures')}"
+            said = f"{100 * row.value:6.1f} ± {error} %  of {row.denominator:,} {of}"
         else:
             said = f"{'-':>6s}           of 0 {_OF.get(name, 'structures')}"
         lines.append(f"{words:17s} {said:40s} {name}")

@@ -183,6 +183,7 @@ class GrowingTable:
         columns: Sequence[str] = (),
         renamed: Mapping[str, str] | None = None,
     ) -> None:
+        from ase_enf.atoms.files import remove_abandoned
         from ase_enf.atoms.io import FlushClock
 
         self.path = path
@@ -193,6 +194,8 @@ class GrowingTable:
         self.can_append = bool(path) and path.endswith(".csv")
         if append and not self.can_append:
             raise ValueError(f"{path}: nothing can be added to such a table; use .csv")
+        if path:
+            remove_abandoned(Path(path).parent)
         if append and columns:
             _check_columns(path, list(columns), renamed or {})
 
@@ -201,7 +204,7 @@ class GrowingTable:
 
     def add(self, part: pd.DataFrame) -> None:
         """Adds rows."""
-        from ase_enf.atoms.files import write_whole
+        from ase_enf.atoms.files import room_for, write_whole
 
         if self.path is None:
             print(part.to_csv(index=False, header=not self.count), end="", flush=True)
@@ -212,7 +215,7 @@ class GrowingTable:
             return
         else:
             going_on = bool(self.count) or (self._append and _has_rows(self.path))
-            with open(self.path, "ab" if going_on else "wb", buffering=0) as file:
+            with room_for(self.path), open(self.path, "ab" if going_on else "wb", buffering=0) as file:
                 write_whole(file, part.to_csv(index=False, header=not going_on).encode())
         self.count += len(part)
 

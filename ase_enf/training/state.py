@@ -58,7 +58,13 @@ def save_state(run: Run) -> None:
     }
     state |= {name: average.state_dict() for name, average in zip(AVERAGES, run.averages, strict=False)}
     with atomic_write(run.out / STATE_FILE) as handle:
-        torch.save(state, handle)
+        try:
+            torch.save(state, handle)
+        except RuntimeError as error:
+            # What ends the writing, such as Control-C or a full disk, ends in an error of torch about its archive.
+            if isinstance(error.__context__, KeyboardInterrupt | OSError):
+                raise error.__context__ from None
+            raise
 
 
 def save_config(run: Run, **changes: Any) -> None:
