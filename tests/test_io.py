@@ -390,6 +390,23 @@ def test_formats_of_crystals_refuse_molecules_in_one_line(tmp_path, name):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("number", [-1, 119])
+@pytest.mark.parametrize("ending", ["extxyz", "db", "traj"])
+def test_atomic_numbers_of_no_element_are_not_written(tmp_path, ending, number):
+    """ASE would write −1 as oganesson."""
+    wrong = water()
+    wrong.numbers[0] = number
+    words = rf"^structure 1: has the atomic number {number}; elements are 1 to 118"
+    with pytest.raises(ValueError, match=words):
+        write_structures(tmp_path / f"m.{ending}", [water(), wrong])
+    assert not os.listdir(tmp_path)
+    with GrowingFile(tmp_path / f"m.{ending}") as file:
+        file.add(water())
+        with pytest.raises(ValueError, match=words):
+            file.add(wrong)
+    assert len(read(tmp_path / f"m.{ending}", ":")) == 1
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
+from ase_enf.atoms.formula import check_elements
 from ase_enf.atoms.formula import formula_numbers as formula_numbers
 
 # Two atoms closer than this (Å) are taken to be at one point, which no flow of finite density can give.
@@ -93,18 +94,8 @@ def one_or_many(atoms: Atoms | Iterable[Atoms]) -> list[Atoms]:
             raise TypeError(
                 f"structure {index}: expected ase.Atoms, got {type(item).__name__}; read files with ase.io.read"
             )
-        _check_numbers(item, index)
+        check_elements(item, index)
     return many
-
-
-def _check_numbers(atoms: Atoms, index: int) -> None:
-    """Raises ``ValueError`` for atomic numbers that ASE accepts although they are not those of an element."""
-    unknown = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers >= len(chemical_symbols))]
-    if len(unknown):
-        raise ValueError(
-            f"structure {index}: has the atomic number {unknown[0]}; elements are 1 to {len(chemical_symbols) - 1}, "
-            "correct it"
-        )
 
 
 def species_of(atoms: Iterable[Atoms]) -> tuple[str, ...]:
@@ -140,7 +131,7 @@ def check_atoms(atoms: Atoms, species: Sequence[str], index: int = 0, dimension:
         Traceback (most recent call last):
         ValueError: structure 0 (HO): states a net charge of -1 (info['charge']), of which the flow knows nothing; ...
     """
-    _check_numbers(atoms, index)
+    check_elements(atoms, index)
     name = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
     if atoms.pbc.any():
         raise ValueError(

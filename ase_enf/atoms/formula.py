@@ -1,11 +1,13 @@
-"""Chemical formulas as atomic numbers."""
+"""Chemical formulas as atomic numbers, and atomic numbers that are those of an element."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from ase.data import atomic_numbers
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
 from ase.formula import Formula
 
 # Most atoms in a formula; more are taken for a typing error.
@@ -43,6 +45,33 @@ def formula_numbers(formula: str) -> np.ndarray:
     if not numbers or not all(counts.values()):
         raise ValueError(f"formula {formula!r}: has no atoms of an element, or none at all; write it like C7H10O2")
     return np.array(numbers)
+
+
+def check_elements(atoms: Atoms, index: int) -> None:
+    """Raises ``ValueError`` for atomic numbers that ASE accepts although they are not those of an element.
+
+    Args:
+        atoms: The structure; 0, ASE's X, is accepted.
+        index: Its index in the caller's list, for the message.
+
+    Example:
+        >>> check_elements(Atoms(numbers=[1, 119]), 0)
+        Traceback (most recent call last):
+        ValueError: structure 0: has the atomic number 119; elements are 1 to 118, correct it
+    """
+    unknown = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers >= len(chemical_symbols))]
+    if len(unknown):
+        raise ValueError(
+            f"structure {index}: has the atomic number {unknown[0]}; elements are 1 to {len(chemical_symbols) - 1}, "
+            "correct it"
+        )
+
+
+def of_elements(atoms: Iterable[Atoms]) -> Iterator[Atoms]:
+    """Yields structures, each checked by :func:`check_elements`."""
+    for index, item in enumerate(atoms):
+        check_elements(item, index)
+        yield item
 
 
 def _is_smiles(text: str) -> bool:

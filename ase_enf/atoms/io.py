@@ -29,6 +29,7 @@ from ase_enf.atoms.files import (
     room_for,
     write_whole,
 )
+from ase_enf.atoms.formula import check_elements, of_elements
 from ase_enf.atoms.plain import as_plain
 from ase_enf.atoms.rows import ASE_ARRAYS, SQLITE, database_row
 
@@ -200,6 +201,7 @@ class GrowingFile:
             ValueError: See :func:`write_structures`.
             OSError: If there is no room for it; earlier structures are kept.
         """
+        check_elements(atoms, self.count + self._unwritten + self._uncommitted)
         if self.path.suffix == ".db":
             self._add_row(atoms)
         elif self.path.suffix in _STREAMED:
@@ -355,7 +357,7 @@ def write_structures(path: str | os.PathLike[str], atoms: Iterable[Atoms]) -> in
         ...     write_structures(f"{folder}/two.extxyz", [molecule("H2O"), molecule("CH4")])
         2
     """
-    path = check_output(path, len(atoms) if isinstance(atoms, Sized) else 1)
+    path, atoms = check_output(path, len(atoms) if isinstance(atoms, Sized) else 1), of_elements(atoms)
     lost: dict[str, None] = {}  # in the order of their discovery
     with replaced(path, "".join(path.suffixes)) as part:  # ASE knows the format by the endings
         if path.suffix == ".db":
