@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ase.build import molecule
 from ase.io import write
 from commands import FAST, SCORE, error_of, process, run
 
+import ase_enf
 from ase_enf.cli import progress
 from ase_enf.flow.model import ENF
 
@@ -169,6 +173,15 @@ def test_what_cannot_be_read_twice_is_refused(here, tmp_path, capsys, words):
 def test_a_terminal_that_knows_ascii_alone(here, words):
     done = process(*words, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 0 and "?" in done.stdout and done.stdout.isascii(), done.stderr
+
+
+@pytest.mark.parametrize("words", ["--completion bash", "train --help", "info qm9"])
+def test_a_reader_that_has_seen_enough_is_no_error(here, words):
+    pytest.importorskip("shtab")
+    root = str(Path(ase_enf.__file__).parents[1])
+    shell = f"set -o pipefail; {sys.executable} -m ase_enf {words} | head -n 1 | cut -c 1-3 | true"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
+    assert done.stderr == ""
 
 
 def test_the_package_is_a_command(here, tmp_path):

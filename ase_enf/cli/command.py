@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _speakable():
         training = any(word == "train" or word.startswith("--completion") for word in words)
-        options, unknown = _parser(training).parse_known_args(words)
+        try:
+            options, unknown = _parser(training).parse_known_args(words)
+        except BrokenPipeError:  # of help or a script for completion
+            return _closed_pipe()
         if unknown:  # reported by the parser of the command, which refers to the command's own help
             options.parser.refuse_unknown(unknown)
         return _run(options)
@@ -76,14 +79,19 @@ def _tried(options: argparse.Namespace) -> int:
         _check_alone(options.command)
         options.run(options)
     except BrokenPipeError:
-        # The reader of the pipe has closed it; flushing at exit would raise the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _closed_pipe()
     except Exception as error:
         full = _out_of_memory(error)
         if not (full or isinstance(error, _user_errors())):
             raise
         say(f"error: {' '.join(str(error).split())}{'; lower --batch-size' if full else ''}")
         return USAGE
+    return 0
+
+
+def _closed_pipe() -> int:
+    """Returns the exit code where the reader of a pipe has closed it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would raise the error again
     return 0
 
 
