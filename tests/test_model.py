@@ -342,6 +342,15 @@ def test_header_is_readable_without_the_weights(saved):
         assert json.loads(file.metadata()[METADATA_KEY]) == header
 
 
+@pytest.mark.parametrize(("objective", "path"), [("flow_matching", "linear"), ("nll", None), (None, None)])
+def test_a_file_of_format_1_tells_its_path_by_its_objective(saved, objective, path):
+    flow, file = saved
+    config = {key: value for key, value in read_header(file)["config"].items() if key != "path"}
+    _with_header(file, flow, format=1, config=config, provenance={"objective": objective})
+    again = load(file, "cpu")
+    assert again.config == dataclasses.replace(flow.config, path=path) and again.matched == (path is not None)
+
+
 def test_file_holds_tensors_and_json_and_no_pickle(saved):
     _, path = saved
     data = path.read_bytes()

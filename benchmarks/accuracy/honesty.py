@@ -54,7 +54,8 @@ NOTES = (
     "some of these). Molecules: the smallest of g2 that the model knows, one draw of q; particles: samples of the "
     f"system. Own: the solver that the model comes with. Refined: with twice the nodes, half of which keep their "
     f"traces. Hutchinson: the same two probes everywhere. {REFERENCE} (or its estimate, where that is larger). "
-    f"Structures are counted where that is reached within {LAST} intervals."
+    f"Structures are counted where that is reached within {LAST} intervals. One command for each model, with the "
+    "number of structures in its rows."
 )
 
 
