@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ase.build import molecule
 from ase.io import write
-from commands import FAST, SCORE, error_of, process, run
+from commands import FAST, SCORE, TINY, error_of, process, run
 
 import ase_enf
 from ase_enf.cli import progress
@@ -126,15 +126,29 @@ def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_pa
 
 
 def test_the_time_that_is_left_is_that_of_the_rest_at_the_same_pace(capsys, monkeypatch):
-    clock = iter([0.0, 59.0, 100.0, 130.0, 200.0, 300.0])  # the start, and five batches
+    clock = iter([0.0, 29.0, 59.0, 100.0, 170.0, 300.0])  # the start, and five batches
     monkeypatch.setattr("ase_enf.cli.progress.time.monotonic", lambda: next(clock))
     told = progress.Minutely("molecule", " of this process")
     for done in (1, 10, 11, 40, 50):
         told(done, 50)
     assert capsys.readouterr().err.splitlines() == [
-        "ase-enf: 10 of 50 molecules of this process, about 7 minutes left",  # after 100 s
-        "ase-enf: 40 of 50 molecules of this process, about 1 minute left",  # after 200 s
+        "ase-enf: 11 of 50 molecules of this process, about 5 minutes left",  # 10 in 71 s
+        "ase-enf: 40 of 50 molecules of this process, about 1 minute left",  # 39 in 141 s
     ]
+
+
+def test_training_says_how_far_it_is_too(here, tmp_path, capsys, monkeypatch):
+    """A resumed run at its own pace, and one without an end without the time that is left."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    words = ["train", "--data", "good.extxyz", "--valid", "good.extxyz", "--device", "cpu", *TINY]
+    assert run(*words, "--out", tmp_path / "run", "--steps", 3) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "steps" in line]
+    assert lines == [f"ase-enf: {k} of 3 steps, about 1 minute left" for k in (1, 2)]
+    assert run("train", "--resume", tmp_path / "run", "--steps", 5) == 0
+    assert "ase-enf: 4 of 5 steps, about 1 minute left" in capsys.readouterr().err
+    endless = ["--schedule", "constant", "--time-limit", 1e-9]
+    assert run(*words, "--out", tmp_path / "endless", *endless) == 0
+    assert "ase-enf: 1 step\n" in capsys.readouterr().err
 
 
 def test_an_interruption_does_not_hide_the_error_before_it(here, tmp_path, capsys, monkeypatch):

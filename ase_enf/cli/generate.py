@@ -114,7 +114,7 @@ def run_generate(options: argparse.Namespace) -> None:
     flow = load(options.model, device=own_device(options.device), dtype=options.dtype, backend=options.backend)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     start, stop = options.n * rank // world, options.n * (rank + 1) // world
-    told = progress("molecule", " of this process" if world > 1 else "")
+    told = progress("molecule", " of this process" if world > 1 else "") if rank == 0 else False
     request = _request(options) | {"start": options.start + start, "fragment": fragment, "progress": told}
     trajectories = Trajectories(options)
     if trajectories.wanted:

@@ -74,15 +74,22 @@ class Minutely:
 
     def __init__(self, noun: str, of: str = "") -> None:
         self._noun, self._of = noun, of
-        self._began = self._said = time.monotonic()
+        self._before = self._said = time.monotonic()
+        self._done = 0  # results at the time ``_before``, from which the pace is taken
+        self._fresh = True
 
-    def __call__(self, done: int, total: int) -> None:
-        """Is told that ``done`` of ``total`` results are there."""
+    def __call__(self, done: int, total: int | None) -> None:
+        """Is told that ``done`` of ``total`` results are there; None for no end."""
         now = time.monotonic()
-        if done < total and now - self._said >= QUIET_SECONDS:
+        if done != total and now - self._said >= QUIET_SECONDS:
             self._said = now
-            left = lasting((now - self._began) * (total - done) / done)
-            say(f"{done} of {counted(total, self._noun)}{self._of}, {left} left")
+            if total is None:
+                say(f"{counted(done, self._noun)}{self._of}")
+            else:
+                left = lasting((now - self._before) * (total - done) / max(done - self._done, 1))
+                say(f"{done} of {counted(total, self._noun)}{self._of}, {left} left")
+        if self._fresh:  # the first results come from a small batch, or from an earlier run that is resumed
+            self._before, self._done, self._fresh = now, done, False
 
 
 def progress(noun: str, of: str = "") -> Minutely | None:

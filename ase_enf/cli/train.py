@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ase_enf.cli.arguments import add_command, flag
 from ase_enf.cli.inputs import read_structures
-from ase_enf.cli.progress import say, show_warning
+from ase_enf.cli.progress import progress, say, show_warning
 from ase_enf.cli.settings import add_groups, add_settings, typed_settings
 from ase_enf.cli.sources import (
     DATA_FILE,
@@ -90,7 +90,9 @@ def run_train(options: argparse.Namespace) -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and anew:
         write_json(make_folder(folder) / DATA_FILE, sources)
-    model = train(config, train_atoms, valid_atoms, resume=not anew, source=described, branch_of=trunk)
+    model = train(
+        config, train_atoms, valid_atoms, resume=not anew, progress=progress("step"), source=described, branch_of=trunk
+    )
     if main_process:
         if not anew:  # train has checked that moved data are those of the run
             write_json(folder / DATA_FILE, sources)

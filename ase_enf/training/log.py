@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ase_enf.atoms.files import atomic_write
+from ase_enf.bars import Bar, Progress
 
 LOG_FILE = "log.csv"
 LOG_COLUMNS = (
@@ -39,13 +39,13 @@ class Log:
         folder: The folder of the run; None writes no files.
         step: The step at which the run starts or is resumed.
         total: Steps in all, None for no end.
-        show: Whether to show a bar.
+        progress: See ``bars.Progress``.
     """
 
-    def __init__(self, folder: Path | None, step: int, total: int | None, show: bool) -> None:
+    def __init__(self, folder: Path | None, step: int, total: int | None, progress: Progress) -> None:
         self.path = None if folder is None else folder / LOG_FILE
         self.board = _board(folder, step + 1 if step else 0)
-        self.bar = tqdm(total=total, initial=step, disable=not show, unit="step", dynamic_ncols=True)
+        self.bar = Bar(total, progress, "step", initial=step)
 
     def write(self, row: Sequence[Any]) -> None:
         """Appends a row; empty values stay empty."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ase import Atoms
 from torch import Tensor
 
 from ase_enf.atoms.batch import one_or_many
+from ase_enf.bars import Progress
 from ase_enf.flow.continuous import SolverError
 from ase_enf.flow.model import ENF
 from ase_enf.geometry import random_rotations
@@ -43,7 +43,7 @@ def train(
     train_atoms: Atoms | Sequence[Atoms],
     valid_atoms: Atoms | Sequence[Atoms],
     resume: bool = False,
-    progress: bool | None = None,
+    progress: Progress = None,
     source: str | None = None,
     branch_of: str | os.PathLike[str] | None = None,
 ) -> ENF:
@@ -64,7 +64,8 @@ def train(
         valid_atoms: Validation structures.
         resume: Whether to continue the run in ``config.out``; ``config.init_from`` is not read again. With other or
             more validation structures, the best weights are chosen anew.
-        progress: Whether to show a progress bar; by default on a terminal only.
+        progress: Whether to show a progress bar, by default on a terminal only; or a function that is told, after each
+            step, how many steps are taken and of how many (None for no end).
         source: A description of the data, for the provenance in the weights file.
         branch_of: Folder of a run with constant learning rate, the trunk. The new run starts from its last save, and
             its rate falls to zero over the last fraction ``config.cool_down`` of its steps; the trunk is only read, and
@@ -97,10 +98,10 @@ def train(
         return complete(prepare(config, *structures, ranks, source, lock), progress)
 
 
-def complete(run: Run, progress: bool | None) -> ENF:
+def complete(run: Run, progress: Progress) -> ENF:
     """Trains to the end, with a log, and returns the flow with its best weights."""
-    show = (sys.stderr.isatty() if progress is None else progress) and run.ranks.main
-    log = Log(run.out if run.ranks.main else None, run.step, run.total_steps, show)
+    main = run.ranks.main
+    log = Log(run.out if main else None, run.step, run.total_steps, progress if main else False)
     try:
         try:
             loop(run, log)
