@@ -127,7 +127,7 @@ def test_long_work_says_how_far_it_is_where_no_terminal_shows_a_bar(here, tmp_pa
 
 def test_the_time_that_is_left_is_that_of_the_rest_at_the_same_pace(capsys, monkeypatch):
     clock = iter([0.0, 29.0, 59.0, 100.0, 170.0, 300.0])  # the start, and five batches
-    monkeypatch.setattr("ase_enf.cli.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ase_enf.cli.progress.monotonic", lambda: next(clock))
     told = progress.Minutely("molecule", " of this process")
     for done in (1, 10, 11, 40, 50):
         told(done, 50)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Protocol
 
 QUIET_SECONDS = 60.0
@@ -74,13 +74,13 @@ class Minutely:
 
     def __init__(self, noun: str, of: str = "") -> None:
         self._noun, self._of = noun, of
-        self._before = self._said = time.monotonic()
+        self._before = self._said = monotonic()
         self._done = 0  # results at the time ``_before``, from which the pace is taken
         self._fresh = True
 
     def __call__(self, done: int, total: int | None) -> None:
         """Is told that ``done`` of ``total`` results are there; None for no end."""
-        now = time.monotonic()
+        now = monotonic()
         if done != total and now - self._said >= QUIET_SECONDS:
             self._said = now
             if total is None:
