@@ -42,6 +42,7 @@ html_title = f"ase-enf {release}"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
+suppress_warnings = ["ref.python"]  # a class has two names, that of its module and the one at top level
 autodoc_mock_imports = ["triton"]  # comes with torch for CUDA only
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
