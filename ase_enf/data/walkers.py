@@ -60,7 +60,8 @@ class Forces:
             self.calls += 1
             try:
                 self.atoms.positions = positions
-                energy, force = self.atoms.get_potential_energy(), self.atoms.get_forces()
+                force = self.atoms.get_forces()  # first: a calculator that has forces has the energy, too
+                energy = self.atoms.get_potential_energy()
             except Exception as error:  # each calculator has errors of its own
                 self.reason = self.reason or f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
