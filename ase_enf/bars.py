@@ -14,6 +14,25 @@ The second number is None where there is no end.
 """
 
 
+def of_part(progress: Progress, before: int, total: int, each: int = 1) -> Progress:
+    """Returns the progress of one part of some work, given that of the whole.
+
+    Args:
+        progress: That of the whole.
+        before: Number of results of earlier parts.
+        total: Number of results of the whole, counted by the function.
+        each: How many results count as one.
+
+    Returns:
+        A function that tells the function of the whole; whether to show a bar is the same for each part.
+
+    Example:
+        >>> of_part(lambda done, total: print(done, "of", total), before=4, total=10)(2, 3)
+        6 of 10
+    """
+    return (lambda done, _: progress((before + done) // each, total)) if callable(progress) else progress
+
+
 class Bar(tqdm):
     """A progress bar that may also be silent, or tell a function of every update.
 

@@ -109,10 +109,11 @@ def test_calculators_by_name():
 
 def test_a_study_is_resumed_stage_by_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART", 4)
-    atoms = molecule("H2O")
+    atoms, told = molecule("H2O"), []
     options = {
         "n": 48, "draws": 10, "basin": lambda atoms: "wide" if atoms.get_angle(1, 0, 2) > 104 else "narrow",
-        "training": TINY, "sampling": {"leapfrog": 4, "burn_in": 40}, "progress": False,
+        "training": TINY, "sampling": {"leapfrog": 4, "burn_in": 40},
+        "progress": lambda *heard: told.append(heard),
     }  # fmt: skip
 
     class Counting(MMFF94):
@@ -142,10 +143,20 @@ def test_a_study_is_resumed_stage_by_stage(tmp_path, monkeypatch):
         assert (tmp_path / "out" / "report.md").read_text().startswith("# H2O at 300 K")
         # A lost part of the draws is drawn again, with the same weights; the others are not.
         (tmp_path / "out" / "draws" / "part_0001_4.npz").unlink()
+        # Each stage tells of its results. Parts of 4, 4 and 2 are drawn first: half of each draw, without its energy.
+        halves = [2, 2, 3, 3, 4, *(parts := [6, 6, 7, 7, 8]), 9, 9, 10]
+        for what, noun, counted, total in (
+            ("sampling 48 frames of H2O at 300 K by Counting", "sweep", range(47), 46),
+            ("training a flow on 40 frames of H2O at 300 K", "step", [1, 2, 3], 3),
+            ("drawing 10 structures from the flow and weighting them by Counting", "draw", halves, 10),
+        ):
+            assert [done for *heard, done, most in told if (*heard, most) == (what, noun, total)] == [*counted]
         Counting.calls = 0
+        told.clear()
         again = boltzmann(atoms, Counting(atoms), 300.0, tmp_path / "out", **options)
     assert np.array_equal(again.reweighted.log_weights, first.reweighted.log_weights)
     assert np.array_equal(again.ensemble.energies, first.ensemble.energies)
+    assert [(noun, done) for _, noun, done, _ in told] == [("draw", done) for done in parts]
     assert Counting.calls <= 8 + 8 + 4  # walkers at the start and as saved, and the draws
     assert again.table.equals(first.table) and set(first.table.basin) <= {"wide", "narrow"}
     with pytest.raises(ValueError, match="drawn from another flow, or at other settings"):

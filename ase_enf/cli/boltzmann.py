@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from ase_enf.cli.arguments import add_command
 from ase_enf.cli.inputs import read_structures
 from ase_enf.cli.outputs import check_apart
-from ase_enf.cli.progress import say
+from ase_enf.cli.progress import Staged, say
 from ase_enf.values import check_whole
 
 
@@ -69,6 +70,7 @@ def run_boltzmann(options: argparse.Namespace) -> None:
         training=default_training(options.steps),
         sampling={"turn": options.turn} if options.turn else None,
         seed=options.seed,
+        progress=None if sys.stderr.isatty() else Staged(),
     )
     print(report(study, atoms, options.temperature), end="")
     say(f"wrote report.md, tables and pictures to {options.output}")

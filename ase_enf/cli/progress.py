@@ -97,6 +97,24 @@ def progress(noun: str, of: str = "") -> Minutely | None:
     return None if sys.stderr.isatty() else Minutely(noun, of)
 
 
+class Staged:
+    """Says what each stage does as it begins, and once a minute how far it is, where no terminal shows a bar.
+
+    Example:
+        >>> Staged()("training a flow", "step", 1, 6000)  # on standard error
+    """
+
+    def __init__(self) -> None:
+        self._what, self._told = "", Minutely("")
+
+    def __call__(self, what: str, noun: str, done: int, total: int | None) -> None:
+        """Is told that ``done`` of ``total`` results of a stage are there."""
+        if what != self._what:
+            self._what, self._told = what, Minutely(noun)
+            say(what)
+        self._told(done, total)
+
+
 @contextlib.contextmanager
 def kept(
     file: Growing,

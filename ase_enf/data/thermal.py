@@ -25,12 +25,11 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ase_enf.atoms.files import atomic_write
+from ase_enf.bars import Bar, Progress
 from ase_enf.chem.topology import Topology
 from ase_enf.data import DataError
-from ase_enf.data.fetch import hide
 from ase_enf.data.mcmc import r_hat
 from ase_enf.data.series import Array, autocorrelation_time, standard_error
 from ase_enf.data.walkers import Forces, Walkers
@@ -154,7 +153,7 @@ def run(
     keep_bonds: bool = True,
     turn: Sequence[Sequence[int]] = (),
     out: str | Path | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> Ensemble:
     """Samples like :func:`sample`, and returns diagnostics as well.
 
@@ -177,7 +176,8 @@ def run(
             Rotamers are then reached whatever the barrier. Do not name double bonds: their isomers would be mixed.
         out: A file (.npz) to which the state is saved, and from which an interrupted run continues, or a finished one
             with a larger n.
-        progress: Whether to show a progress bar; by default on a terminal.
+        progress: Whether to show a progress bar, by default on a terminal only; or a function that is told, before
+            the first sweep of the walkers and after each, how many are done and of how many, with those of the burn-in.
 
     Returns:
         Structures and diagnostics.
@@ -207,14 +207,17 @@ def run(
     sweeps = spacing * -(-n // walkers)
     book = _Book(settings, None if out is None else Path(out))
     book.restore(state)
-    for i in tqdm(
-        range(state.sweeps - burn_in, sweeps), desc="thermal", unit="sweep", disable=hide(progress), dynamic_ncols=True
-    ):
-        rates = state.sweep(adapt=i < 0, hard=i < -burn_in // 2)
-        if i >= 0:
-            book.note(state, rates, keep=(i + 1) % spacing == 0)
-        if (i + 1) % SAVE_EVERY == 0 or i + 1 == sweeps:
-            book.save(state)
+    with Bar(burn_in + sweeps, progress, "sweep", initial=state.sweeps) as bar:
+        bar.set_description("thermal")
+        if callable(progress) and state.sweeps < burn_in + sweeps:  # a sweep of a slow calculator takes long
+            progress(state.sweeps, burn_in + sweeps)
+        for i in range(state.sweeps - burn_in, sweeps):
+            rates = state.sweep(adapt=i < 0, hard=i < -burn_in // 2)
+            if i >= 0:
+                book.note(state, rates, keep=(i + 1) % spacing == 0)
+            if (i + 1) % SAVE_EVERY == 0 or i + 1 == sweeps:
+                book.save(state)
+            bar.update(1)
     return book.ensemble(starts[0], temperature, n, state)
 
 

@@ -7,9 +7,9 @@ import hashlib
 import io
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_enf.atoms.files import atomic_write, make_folder
 from ase_enf.atoms.io import write_structures
+from ase_enf.bars import Progress, of_part
 from ase_enf.chem.mmff import conformers
 from ase_enf.chem.topology import Topology
 from ase_enf.data import thermal
@@ -32,6 +33,11 @@ from ase_enf.training.config import TrainConfig
 from ase_enf.training.folder import STATE_FILE
 from ase_enf.training.loop import train
 
+Stages = bool | Callable[[str, str, int, int | None], None] | None
+"""Whether to show bars, None for on a terminal only; or a function that is told of every result of every stage.
+
+Its arguments: what the stage does, the name of one result, the number of results so far, and that of all.
+"""
 STRUCTURE_FILES = ("thermal.extxyz", "samples.extxyz")
 """Structures that a study writes to its folder: frames of the walkers, and draws of the flow."""
 # Draws saved together; an interruption loses at most this many.
@@ -88,7 +94,7 @@ def boltzmann(
     training: TrainConfig | None = None,
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Stages = None,
 ) -> Study:
     """Samples a molecule's thermal ensemble, trains a flow on it, draws from the flow and reweights the draws.
 
@@ -109,7 +115,9 @@ def boltzmann(
         training: Training settings; :func:`default_training` by default. ``out`` and ``seed`` in it are replaced.
         sampling: Options of :func:`ase_enf.data.thermal.run`.
         seed: Seed of every stage.
-        progress: Whether to show progress bars; by default on a terminal only.
+        progress: Whether to show progress bars, by default on a terminal only; or a function that is told, as results
+            come, what the stage does, the name of one result ("sweep", "step", "draw"), how many there are and of how
+            many. A stage that is finished already is passed over.
 
     Returns:
         Ensemble, flow, weights and free energies. The folder holds ``report.md``, ``free_energies.csv``,
@@ -131,13 +139,17 @@ def boltzmann(
         raise ValueError(f"draws={draws}: must be at least 1")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature}: must be a positive number of K")
-    show = sys.stderr.isatty() if progress is None else progress
     with _begun(out) as folder:
-        options = {"seed": seed, "out": folder / "thermal.npz", "progress": show} | (sampling or {})
-        ensemble = thermal.run(conformers(atoms, 8, seed), calculator, temperature, n, **options)
+        starts = conformers(atoms, 8, seed)
+        what = (
+            f"sampling {n} frames of {atoms.get_chemical_formula()} at {temperature:g} K by {type(calculator).__name__}"
+        )
+        told = _of_stage(progress, what, "sweep")
+        options = {"seed": seed, "out": folder / "thermal.npz", "progress": told} | (sampling or {})
+        ensemble = thermal.run(starts, calculator, temperature, n, **options)
     write_structures(folder / STRUCTURE_FILES[0], ensemble.frames)
-    flow = _trained(ensemble, training or default_training(), folder / "flow", seed, show)
-    found = _drawn(flow, atoms, calculator, temperature, draws, folder / "draws", seed, show)
+    flow = _trained(ensemble, training or default_training(), folder / "flow", seed, progress)
+    found = _drawn(flow, atoms, calculator, temperature, draws, folder / "draws", seed, progress)
     write_structures(folder / STRUCTURE_FILES[1], found.samples)
     table = _basin_table(basin or (Torsions(torsions) if torsions else None), ensemble, found, folder)
     study = Study(ensemble, flow, found, table)
@@ -161,6 +173,11 @@ def _begun(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def _of_stage(progress: Stages, what: str, noun: str) -> Progress:
+    """Returns the progress of one stage."""
+    return partial(progress, what, noun) if callable(progress) else progress
+
+
 def _checked_torsions(atoms: Atoms, torsions: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     listed = [tuple(int(place) for place in four) for four in torsions]
     bonds = Topology(atoms).bonds
@@ -174,7 +191,7 @@ def _checked_torsions(atoms: Atoms, torsions: Sequence[Sequence[int]]) -> list[t
     return listed
 
 
-def _trained(ensemble: thermal.Ensemble, training: TrainConfig, folder: Path, seed: int, progress: bool) -> ENF:
+def _trained(ensemble: thermal.Ensemble, training: TrainConfig, folder: Path, seed: int, progress: Stages) -> ENF:
     """Trains a flow on an ensemble; an unfinished run is continued."""
     frames, walkers = ensemble.frames, ensemble.walkers
     first = len(frames) - max(walkers, round(_VALID * len(frames)) // walkers * walkers)
@@ -182,8 +199,9 @@ def _trained(ensemble: thermal.Ensemble, training: TrainConfig, folder: Path, se
         raise ValueError(f"n={len(frames)}: too few frames to train and to validate on; raise n")
     config = replace(training, out=str(folder), seed=seed)
     resume = (folder / STATE_FILE).exists()
-    source = f"{first} frames of {frames[0].symbols} at {frames[0].info['thermal_temperature']:g} K"
-    return train(config, frames[:first], frames[first:], resume=resume, progress=progress, source=source)
+    source = f"{first} frames of {frames[0].get_chemical_formula()} at {frames[0].info['thermal_temperature']:g} K"
+    told = _of_stage(progress, f"training a flow on {source}", "step")
+    return train(config, frames[:first], frames[first:], resume=resume, progress=told, source=source)
 
 
 def _drawn(
@@ -194,9 +212,11 @@ def _drawn(
     draws: int,
     folder: Path,
     seed: int,
-    progress: bool,
+    progress: Stages,
 ) -> Reweighted:
     """Draws from a flow in parts and reweights them; parts already on disk are read."""
+    what = f"drawing {draws} structures from the flow and weighting them by {type(calculator).__name__}"
+    told = _of_stage(progress, what, "draw")
     folder.mkdir(exist_ok=True)
     topology, bound = Topology(atoms), OneMolecule(atoms, calculator)
     weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
@@ -208,10 +228,9 @@ def _drawn(
         path = folder / f"part_{k:04d}_{count}.npz"
         part = read_part(path, mark)
         if part is None:
-            found = reweight(
-                flow, bound, count, temperature, seed=seed * _SEEDS + k, formula=formula, progress=progress
-            )
-            part = _part(found, topology, mark)
+            here = of_part(told, start, draws)
+            drawn = reweight(flow, bound, count, temperature, seed=seed * _SEEDS + k, formula=formula, progress=here)
+            part = _part(drawn, topology, mark)
             _write_part(path, part)
         parts.append(part)
     return _joined(parts, atoms, temperature)

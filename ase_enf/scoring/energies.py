@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from ase import Atoms
-from tqdm import tqdm
+
+from ase_enf.bars import Bar, Progress
 
 # Structures given at once to a calculator that takes many.
 ENERGY_BATCH = 1024
@@ -65,19 +66,19 @@ class Energies:
         """Why the first missing energy is missing."""
         return self._reason or "its energies are not finite"
 
-    def add(self, samples: list[Atoms], progress: bool) -> None:
+    def add(self, samples: list[Atoms], progress: Progress) -> None:
         """Computes the energies of further structures.
 
         Args:
             samples: Structures of one composition.
-            progress: Whether to show a bar.
+            progress: See ``bars.Progress``.
 
         Raises:
             ReweightingError: If the calculator gives none at all for the structures that are added first.
         """
         first = not self.values
         size = ENERGY_BATCH if self.many else 1
-        with tqdm(total=len(samples), disable=not progress, unit="energy", dynamic_ncols=True) as bar:
+        with Bar(len(samples), progress, "energy") as bar:
             for k in range(0, len(samples), size):
                 self.values += self._chunk(samples[k : k + size])
                 bar.update(len(samples[k : k + size]))

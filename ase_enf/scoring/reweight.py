@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
 
+from ase_enf.bars import Progress, of_part
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
@@ -201,7 +201,7 @@ def reweight(
     intervals: int = INTERVALS,
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> Reweighted:
     """Draws n structures of one composition, and weights them for a calculator's Boltzmann distribution.
 
@@ -230,7 +230,8 @@ def reweight(
             integration error.
         batch_size: Structures integrated together.
         device: Where to compute; None for the device of the flow.
-        progress: Whether to show progress bars; by default on a terminal only.
+        progress: Whether to show progress bars, by default on a terminal only; or a function that is told how many
+            structures are done and of how many: a drawn one counts half until its energy is there.
 
     Returns:
         Samples, weights, effective sample size, free energy and averages; ``print`` sums them up in one line. Warnings
@@ -256,7 +257,6 @@ def reweight(
     numbers = _numbers(flow, symbols, n_atoms, formula)
     size = n_atoms if numbers is None else len(numbers)
     _check_one_composition(flow, size, formula)
-    show = sys.stderr.isatty() if progress is None else progress
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
     request = Request(seed=seed, n_atoms=size, formula=formula, solver=chosen, batch_size=batch_size, device=device)
     sampler = DensitySampler(flow, request, intervals)
@@ -264,11 +264,11 @@ def reweight(
     samples: list[Atoms] = []
     # The first batch comes alone: a calculator that can do none of it ends the work there.
     for part in filter(len, (range(n)[:batch_size], range(n)[batch_size:])):
-        drawn = list(sampler.stream(part, show))
+        drawn = list(sampler.stream(part, of_part(progress, 2 * part.start, n, each=2)))
         if numbers is not None:
             for atoms in drawn:
                 atoms.numbers = numbers
-        energies.add(drawn, show)
+        energies.add(drawn, of_part(progress, 2 * part.start + len(part), n, each=2))
         samples += drawn
     result = _weigh(samples, np.array(energies.values), sampler.densities, float(temperature), clip)
     _warn(result, energies.reason, intervals)
