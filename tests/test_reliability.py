@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
-from benchmarks.reliability import forked, fuzz, kill
+from benchmarks.reliability import forked, fuzz, kill, torchrun
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are killed in forked children")
 
@@ -75,3 +77,34 @@ def test_losses_litter_and_differences_are_found(tmp_path):
     assert kill.gone_on(task, *paths, (4,), (4,))[1] == "left behind: .m.xyz.0-1-2.part"
     different = task._replace(differs=lambda one, other: "other weights")
     assert kill.gone_on(different, *paths, (4,), (4,))[1] == "other weights"
+
+
+def test_the_processes_of_torchrun_are_found_by_their_rank_and_ended():
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], env={'RANK': str(rank)})"
+    code = f"import subprocess, sys; [p.wait() for p in [{child} for rank in range(2)]]"
+    run = subprocess.Popen([sys.executable, "-c", code])
+    torchrun.wait_for(lambda: len(torchrun.ranks_of(run.pid)) == 2, 60, "not started")
+    ranks = torchrun.ranks_of(run.pid)
+    assert sorted(ranks) == [0, 1] and all(map(torchrun.is_alive, ranks.values()))
+    assert torchrun.end(run, ranks) == 3
+    torchrun.wait_for(lambda: not any(map(torchrun.is_alive, (run.pid, *ranks.values()))), 60, "alive")
+    assert torchrun.end(run, ranks) == 0
+    with pytest.raises(TimeoutError, match="never after 0 s"):
+        torchrun.wait_for(lambda: False, 0.0, "never")
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ("ase-enf: terminated; go on with --resume", ""),
+        ("ase-enf: terminated", "does not say how to continue: ase-enf: terminated"),
+        ("", "0 lines of ase-enf: "),
+        (
+            "ase-enf: lost, --resume\nase-enf: terminated",
+            "2 lines of ase-enf: ase-enf: lost, --resume / ase-enf: terminated",
+        ),
+        ("Traceback (most recent call last):\nase-enf: lost, --resume", "2 tracebacks"),
+    ],
+)
+def test_one_line_and_the_traceback_of_torchrun_are_no_fault(said, fault):
+    assert torchrun.faults(f"{said}\nTraceback (most recent call last):\nChildFailedError\n") == fault

@@ -257,6 +257,22 @@ def test_control_c_says_how_to_resume(whole, tmp_path, monkeypatch, where, saved
     assert "5 steps are lost" in caught.value.__notes__[0]
 
 
+def test_control_c_after_the_last_step_finds_everything_saved(whole, tmp_path, monkeypatch):
+    plain, out = loop.finish, tmp_path / "run"
+
+    def interrupted(run):
+        plain(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny(out=out), TRAIN, VALID)
+    (note,) = caught.value.__notes__
+    state = state_of(out)
+    assert f"saved at step {state['step']}; continue with ase-enf train --resume {out}" in note
+    assert log_of(out) == log_of(whole) and equal(state["ema"], state_of(whole)["ema"])
+
+
 def test_a_signal_that_comes_with_the_loss_of_a_process_says_how_to_resume(tmp_path, monkeypatch):
     """If a step waited for a lost process, the signal handler runs only later, while the log is closed."""
     plain = loop.Log.close

@@ -77,6 +77,11 @@ def _loss(error: RuntimeError | KeyboardInterrupt) -> BaseException | None:
     return found
 
 
+def _reason(loss: BaseException) -> str:
+    """Returns what the group says of a loss, without the place in its source and its advice to programmers."""
+    return re.sub(r"^\[[^]]*\]\s*", "", str(loss).splitlines()[0]).partition(". ")[0]
+
+
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
     """Joins the process group of ``torchrun``, if there is one, and leaves it at the end.
@@ -102,7 +107,7 @@ def process_group(device: str) -> Iterator[Ranks]:
             raise
         said = (
             f"process {dist.get_rank()} of {dist.get_world_size()} lost another one, which has ended or hangs "
-            f"({str(loss).splitlines()[0]}); see the message of that one, then continue from the last save with "
+            f"({_reason(loss)}); see the message of that one, then continue from the last save with "
             "--resume, or in Python with resume=True"
         )
         if isinstance(error, KeyboardInterrupt):  # the signal of torchrun, which comes with the loss

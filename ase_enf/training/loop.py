@@ -113,7 +113,11 @@ def complete(run: Run, progress: Progress) -> ENF:
             save_state(run)
         interrupt.add_note(how_to_resume(run))
         raise
-    return finish(run)
+    try:
+        return finish(run)
+    except KeyboardInterrupt as interrupt:  # the loop has saved, and the weights may be the best by now: no other save
+        interrupt.add_note(how_to_resume(run))
+        raise
 
 
 def loop(run: Run, log: Log) -> None:

@@ -1,7 +1,8 @@
-"""Behaviour under malformed input, kills and long requests: ``python -m benchmarks.reliability fuzz kill memory load``.
+"""Behaviour under malformed input, kills and long requests: ``python -m benchmarks.reliability STAGE [STAGE ...]``.
 
 ``fuzz`` tries malformed inputs, ``--each`` of every kind. ``kill`` ends each command by SIGKILL at ``--kills`` random
-moments and continues it. ``memory`` measures the peak memory of long requests, and ``load`` time and memory of loading
+moments and continues it. ``torchrun`` ends one of two processes that train together, ``--kills`` times, and resumes
+the training. ``memory`` measures the peak memory of long requests, and ``load`` time and memory of loading
 damaged weights. Failures are listed with the seed that reproduces them.
 """
 
@@ -12,6 +13,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
@@ -19,6 +21,7 @@ from benchmarks.reliability.fuzz import DONE, KINDS, REFUSED, SECONDS, fuzz
 from benchmarks.reliability.hostile import loads
 from benchmarks.reliability.kill import COMMANDS, KILL_NOTES, Killed, hasten, kill, worst
 from benchmarks.reliability.memory import peaks
+from benchmarks.reliability.torchrun import TORCHRUN_NOTES, kills
 from benchmarks.report import write_results
 
 
@@ -29,11 +32,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "memory", "load"))
+    parser.add_argument("stages", nargs="+", choices=("fuzz", "kill", "torchrun", "memory", "load"))
     parser.add_argument("--each", type=int, default=400, help="malformed inputs of each kind (default: 400)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--log", type=Path, default=None, help="of fuzz or kill, which go on from there")
-    parser.add_argument("--kills", type=int, default=10, help="of each command (default: 10)")
+    parser.add_argument("--kills", type=int, default=10, help="of each command, or of torchrun (default: 10)")
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     options = parser.parse_args()
@@ -42,6 +45,8 @@ def main() -> None:
         write_fuzz(options)
     if "kill" in options.stages:
         write_kills(options)
+    if "torchrun" in options.stages:
+        write_torchrun(options)
     if "memory" in options.stages:
         write_memory()
     if "load" in options.stages:
@@ -120,6 +125,32 @@ def write_kills(options: argparse.Namespace) -> None:
     listed = [f"* {one.what}, killed after {one.after} s, {one.done} done: {one.wrong}" for one in found if one.wrong]
     write_results(
         table, "reliability_kill", "Killed commands", "\n".join([KILL_NOTES, *([""] if listed else []), *listed])
+    )
+
+
+def write_torchrun(options: argparse.Namespace) -> None:
+    """Kills one of two processes that train together, repeatedly."""
+    with tempfile.TemporaryDirectory() as work:
+        found = kills(options.kills, options.seed, Path(work))
+    rows = []
+    for rank in sorted({one.rank for one in found}):
+        ours = [one for one in found if one.rank == rank]
+        seconds = [one.seconds for one in ours]
+        row = (rank, len(ours), sum(not one.saved for one in ours), f"{median(seconds):.1f}", f"{max(seconds):.1f}")
+        rows.append((*row, sum(one.wrong != "" for one in ours)))
+    names = [
+        "rank killed",
+        "kills",
+        "of these before the first save",
+        "all had ended after, s: median",
+        "at most",
+        "wrong",
+    ]
+    listed = [f"* rank {one.rank}, killed after {one.after} s: {one.wrong}" for one in found if one.wrong]
+    notes = TORCHRUN_NOTES.format(lines=round(median(one.lines for one in found)) - 1)
+    table = pd.DataFrame(rows, columns=names)
+    write_results(
+        table, "reliability_torchrun", "One process killed", "\n".join([notes, *([""] if listed else []), *listed])
     )
 
 

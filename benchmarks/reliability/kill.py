@@ -215,15 +215,15 @@ def scores_of(path: Path) -> list[float]:
     return [float(atoms.info["enf_log_likelihood"]) for atoms in frames]
 
 
-def train(_: str, __: Path) -> Task:
-    """``train``."""
+def train(steps: int, _: Path) -> Task:
+    """``train``, with this many steps."""
     data = Path(ase_enf.__file__).parents[1] / "tests" / "data" / "qm9_sample.npz"
 
     def words(folder: Path) -> list[str]:
         small = ["--hidden", "16", "--layers", "2", "--batch-size", "8", "--validation-size", "2", "--device", "cpu"]
         often = ["--checkpoint-every", str(CHECKPOINT), "--log-every", str(CHECKPOINT), "--validate-every", "40"]
         source = ["--data", str(data), "--qm9-split", "--n-atoms", "15"]
-        return ["train", *source, *small, *often, "--steps", "80", "--out", str(folder / "run")]
+        return ["train", *source, *small, *often, "--steps", str(steps), "--out", str(folder / "run")]
 
     def go_on(folder: Path) -> list[str] | None:
         saved = (folder / "run" / "state.pt").exists()
@@ -271,7 +271,7 @@ COMMANDS: dict[str, Callable[[Path], Task]] = {
     **{f"generate .{suffix}": partial(generate, suffix) for suffix in GENERATED},
     **{f"score .{suffix}": partial(score, suffix) for suffix in SCORED},
     **{f"score .{suffix} in place": partial(score_in_place, suffix) for suffix in IN_PLACE},
-    "train": partial(train, ""),
+    "train": partial(train, 80),
     "boltzmann": partial(boltzmann, ""),
 }
 
