@@ -16,7 +16,7 @@ def test_from_a_file_to_a_report(tmp_path, monkeypatch, capsys):
     from ase_enf.ensemble import study
 
     tiny = TrainConfig(features="given", hidden=8, layers=1, steps=2, batch_size=8, validation_size=2, warmup=1)
-    monkeypatch.setattr(study, "default_training", lambda steps: tiny)
+    monkeypatch.setattr(study, "default_training", lambda *_: tiny)
     write(tmp_path / "water.xyz", molecule("H2O"))
     words = ["boltzmann", str(tmp_path / "water.xyz"), "--calculator", "mmff", "-n", "32", "--draws", "40"]
     words += ["-o", str(tmp_path / "out"), "--temperature", "400"]
@@ -38,7 +38,7 @@ def test_each_stage_says_what_it_does_and_how_far_it_is_where_no_terminal_shows_
     from ase_enf.ensemble import study
 
     tiny = TrainConfig(features="given", hidden=8, layers=1, steps=3, batch_size=8, validation_size=2, warmup=1)
-    monkeypatch.setattr(study, "default_training", lambda steps: tiny)
+    monkeypatch.setattr(study, "default_training", lambda *_: tiny)
     monkeypatch.setattr(thermal, "run", partial(thermal.run, leapfrog=2, burn_in=1))
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     write(tmp_path / "water.xyz", molecule("H2O"))

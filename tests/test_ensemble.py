@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -96,6 +97,32 @@ def test_only_the_molecule_has_a_weight():
         energies.append(atoms.get_potential_energy())
     assert energies[0] == pytest.approx(energies[1], abs=1e-9) and energies[2] == OUTSIDE
     assert np.exp(-OUTSIDE / 1000.0) == 0 and bound.calls == 2
+
+
+def test_in_order_only_one_numbering_of_equal_atoms_has_a_weight():
+    ethanol = molecule("CH3CH2OH")
+    bound = OneMolecule(ethanol, MMFF94(ethanol), ordered=True)
+    swapped = ethanol.copy()
+    swapped.positions[[3, 4]] = ethanol.positions[[4, 3]]  # the hydrogen of the hydroxyl group and one of a carbon
+    for atoms, inside in ((ethanol, True), (swapped, False)):
+        atoms.calc = bound
+        assert (atoms.get_potential_energy() < OUTSIDE) == inside
+    swapped.calc = OneMolecule(ethanol, MMFF94(ethanol))
+    assert swapped.get_potential_energy() == pytest.approx(ethanol.get_potential_energy(), abs=1e-9)
+
+
+def test_a_study_gives_the_flow_the_graph_of_the_molecule(tmp_path, monkeypatch):
+    """The default training has it; draws then have the atoms and bonds of the molecule, in its order."""
+    small = dataclasses.replace(TINY, graph=True)
+    monkeypatch.setattr(module, "default_training", lambda atoms: small)
+    monkeypatch.setattr(module, "OneMolecule", lambda atoms, calculator, ordered: calculator if ordered else None)
+    water = molecule("H2O")[[1, 0, 2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study = boltzmann(water, MMFF94(water), 300.0, tmp_path, n=16, draws=4, sampling={"burn_in": 5})
+    assert study.flow.config.graph
+    assert {str(atoms.symbols) for atoms in study.reweighted.samples} == {"HOH"}
+    assert read(tmp_path / "thermal.extxyz").info["enf_bonds"] == "0-1-1 1-2-1"
 
 
 def test_calculators_by_name():

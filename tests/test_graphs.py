@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.lj import LennardJones
 from ase.io import read, write
 
-from ase_enf.chem.convert import PerceptionError
-from ase_enf.chem.graph import bonds_of, graph_of_smiles, perceived_bonds, read_bonds, write_bonds
+from ase_enf.chem.convert import PerceptionError, to_smiles
+from ase_enf.chem.graph import bonds_of, graph_of_atoms, graph_of_smiles, perceived_bonds, read_bonds, write_bonds
 from ase_enf.flow.config import ENFConfig
 from ase_enf.flow.model import ENF
 from ase_enf.sampling.generate import generate
@@ -43,8 +44,6 @@ def test_a_smiles_becomes_a_graph_with_hydrogens(smiles, formula, kinds):
 
 @pytest.mark.parametrize("name", ["CH3CH2OH", "C6H6", "HCOOH", "CH3CN", "CH3CONH2", "C5H5N"])
 def test_perception_finds_the_graph_of_the_smiles(name):
-    from ase_enf.chem.convert import to_smiles
-
     atoms = molecule(name)
     found, expected = perceived_bonds(atoms), graph_of_smiles(to_smiles(atoms, "rdkit"))
     assert sorted(map(tuple, np.sort(found, axis=1))) == sorted(map(tuple, np.sort(expected.bonds, axis=1)))
@@ -79,8 +78,14 @@ def test_requests_that_do_not_fit(flow):
         generate(flow, 1, smiles="CCO", n_atoms=3)
     with pytest.raises(ValueError, match="knows no molecular graphs; use one that does, such as qm9-conformers"):
         generate(ENF(ENFConfig(hidden=8, layers=1)), 1, smiles="CCO")
-    with pytest.raises(ValueError, match="is one of molecular graphs, which reweight does not draw"):
+    with pytest.raises(ValueError, match="is one of molecular graphs; give the molecule, as a structure or a SMILES"):
         reweight(flow, LennardJones(), n=1, temperature=300.0, formula="H2O")
+    with pytest.raises(ValueError, match="leave formula out"):
+        reweight(flow, LennardJones(), n=1, temperature=300.0, formula="H2O", molecule="O")
+    with pytest.raises(ValueError, match="knows no molecular graphs; give a formula instead"):
+        reweight(
+            ENF(ENFConfig(features="none", hidden=8, layers=1)), LennardJones(), n=1, temperature=300.0, molecule="O"
+        )
     with pytest.warns(UserWarning, match="knows no stereochemistry"):
         generate(flow, 1, smiles="O/C=C/O", steps=1, solver="euler")
 
@@ -118,6 +123,29 @@ def test_a_calculator_of_a_graph_has_forces(flow):
     water.calc = ENFCalculator(flow, kT=1.0)
     forces = water.get_forces()
     assert np.isfinite(forces).all() and np.abs(forces).max() > 1e-3 and np.abs(forces.sum(axis=0)).max() < 1e-4
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2]])
+def test_draws_of_a_graph_are_weighted_by_their_density(flow, order, dtype):
+    """log w = -U / kT - log p(x | graph), with the density that ``score`` gives to the draw."""
+    flow, water = flow.to(dtype), molecule("H2O")[order]
+    result = reweight(flow, LennardJones(rc=20), n=4, temperature=3000.0, molecule=water, seed=2)
+    assert all(np.array_equal(atoms.numbers, water.numbers) for atoms in result.samples)
+    assert all(np.array_equal(bonds_of(atoms), perceived_bonds(water)) for atoms in result.samples)
+    scores = score(flow, result.samples, trace="exact").log_likelihood
+    assert np.allclose(result.log_prob, scores, atol=1e-3 if flow.dtype == torch.float32 else 1e-4)
+    assert np.allclose(result.log_weights, -result.energies / result.kT - result.log_prob, atol=1e-9)
+    # A SMILES gives the same density, with the atoms in its own order.
+    other = reweight(flow, LennardJones(rc=20), n=4, temperature=3000.0, molecule="O", seed=2)
+    assert other.samples[0].get_chemical_symbols() == ["O", "H", "H"]
+
+
+@pytest.mark.parametrize("name", ["CH3CH2OH", "C6H6", "HCOOH", "C5H5N"])
+def test_the_graph_of_a_structure_has_its_order_and_its_smiles(name):
+    atoms = molecule(name)[::-1]
+    graph = graph_of_atoms(atoms)
+    assert np.array_equal(graph.numbers, atoms.numbers) and np.array_equal(graph.bonds, perceived_bonds(atoms))
+    assert graph.smiles == to_smiles(atoms, "rdkit")
 
 
 def test_structures_without_a_graph_are_refused(flow):

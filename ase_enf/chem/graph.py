@@ -13,7 +13,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ase_enf.chem.convert import PerceptionError, canonical_smiles, quiet_rdkit, sanitise, to_mol
+from ase_enf.chem.convert import PerceptionError, bond_graph, canonical_smiles, quiet_rdkit, sanitise, to_mol
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -64,6 +64,25 @@ def graph_of_smiles(smiles: str) -> Graph:
         raise ValueError(f"smiles {smiles!r}: has {reason}; give one neutral closed-shell molecule")
     whole = Chem.AddHs(mol)
     return Graph(np.array([atom.GetAtomicNum() for atom in whole.GetAtoms()]), _bonds(whole), canonical_smiles(mol))
+
+
+def graph_of_atoms(atoms: Atoms) -> Graph:
+    """Returns the graph of a structure, with its atoms in their order.
+
+    Args:
+        atoms: A molecule; its bonds are those of ``bonds_of``.
+
+    Raises:
+        PerceptionError: See ``perceived_bonds``; also if RDKit rejects the bonds in ``info``.
+        ValueError: If the text in ``info`` is not a graph of its atoms.
+
+    Example:
+        >>> from ase.build import molecule
+        >>> graph_of_atoms(molecule("CH3CH2OH")).smiles
+        'CCO'
+    """
+    bonds = bonds_of(atoms)
+    return Graph(atoms.numbers.astype(np.int64), bonds, _smiles_of(atoms.numbers, bonds))
 
 
 def has_stereo(smiles: str) -> bool:
@@ -166,6 +185,22 @@ def read_bonds(text: str, n_atoms: int) -> NDArray[np.int8]:
             "have the bonds perceived"
         ) from None
     return bonds
+
+
+def _smiles_of(numbers: NDArray[np.integer], bonds: NDArray[np.integer]) -> str:
+    """Returns the canonical SMILES of a graph."""
+    from rdkit import Chem
+
+    mol = bond_graph(numbers, np.where(bonds == AROMATIC, 1, bonds))
+    for bond in mol.GetBonds():
+        if bonds[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()] == AROMATIC:
+            bond.SetBondType(Chem.BondType.AROMATIC)
+            for part in (bond, bond.GetBeginAtom(), bond.GetEndAtom()):
+                part.SetIsAromatic(True)
+    sound = sanitise(mol)
+    if sound is None:
+        raise PerceptionError(f"info[{BONDS_KEY!r}]: RDKit rejects these bonds; remove it to have the bonds perceived")
+    return canonical_smiles(sound)
 
 
 def _unfit(mol: Mol) -> str | None:

@@ -67,7 +67,7 @@ def run_boltzmann(options: argparse.Namespace) -> None:
         n=options.n,
         draws=options.draws,
         torsions=options.torsion or (),
-        training=default_training(options.steps),
+        training=default_training(options.steps, atoms),
         sampling={"turn": options.turn} if options.turn else None,
         seed=options.seed,
         progress=None if sys.stderr.isatty() else Staged(),

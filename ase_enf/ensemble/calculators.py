@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
@@ -74,12 +75,14 @@ def as_calculator(given: Any, atoms: Atoms) -> Any:
 class OneMolecule(Calculator):
     """Restricts a calculator to one molecule: any other structure has an energy of 10⁹ eV and thus no weight.
 
-    A flow draws equal atoms in any order, and occasionally another isomer or a broken molecule. Atoms are reordered
-    before the calculator sees them; isomers and broken molecules do not belong to the ensemble of the molecule.
+    A flow of given elements draws equal atoms in any order, and occasionally another isomer or a broken molecule. Atoms
+    are reordered before the calculator sees them; isomers and broken molecules do not belong to the ensemble of the
+    molecule. A flow of molecular graphs draws its atoms in one order; any other one is then another structure.
 
     Args:
         atoms: The molecule.
         calculator: Any ASE calculator of energies, eV; it receives the atoms in the order of ``atoms``.
+        ordered: Whether atoms in another order of equal atoms are another structure.
 
     Example:
         >>> from ase.build import molecule
@@ -92,9 +95,9 @@ class OneMolecule(Calculator):
 
     implemented_properties = ["energy"]  # noqa: RUF012 (ASE's interface)
 
-    def __init__(self, atoms: Atoms, calculator: Any) -> None:
+    def __init__(self, atoms: Atoms, calculator: Any, ordered: bool = False) -> None:
         super().__init__()
-        self.topology, self.calculator = Topology(atoms), calculator
+        self.topology, self.calculator, self.ordered = Topology(atoms), calculator, ordered
         self.calls = 0
 
     def calculate(
@@ -106,7 +109,7 @@ class OneMolecule(Calculator):
         """Computes the energy; called by ASE."""
         super().calculate(atoms, properties, system_changes)
         order = self.topology.match(self.atoms)
-        if order is None:
+        if order is None or (self.ordered and (order != np.arange(len(order))).any()):
             self.results["energy"] = OUTSIDE
             return
         self.calls += 1

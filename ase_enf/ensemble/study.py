@@ -21,6 +21,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase_enf.atoms.files import atomic_write, make_folder
 from ase_enf.atoms.io import write_structures
 from ase_enf.bars import Progress, of_part
+from ase_enf.chem.convert import PerceptionError
+from ase_enf.chem.graph import BONDS_KEY, bonds_of, write_bonds
 from ase_enf.chem.mmff import conformers
 from ase_enf.chem.topology import Topology
 from ase_enf.data import thermal
@@ -65,20 +67,27 @@ class Study:
     table: pd.DataFrame | None
 
 
-def default_training(steps: int = 6000) -> TrainConfig:
-    """Returns the default training settings for one small molecule: given types, 4 layers of width 64.
+def default_training(steps: int = 6000, atoms: Atoms | None = None) -> TrainConfig:
+    """Returns the default training settings for one small molecule: 4 layers of width 64, given types and graph.
+
+    With the graph, the flow need not find out which atoms are bonded, and wastes no draws on other molecules.
 
     Args:
         steps: Number of optimizer steps.
+        atoms: The molecule; without it, or if RDKit finds no graph of it (charges, radicals), types alone are given.
 
     Returns:
         The settings.
 
     Example:
-        >>> default_training().features
-        'given'
+        >>> from ase.build import molecule
+        >>> default_training(atoms=molecule("CH3CH2OH")).graph, default_training(atoms=molecule("CH3")).graph
+        (True, False)
     """
-    return TrainConfig(features="given", hidden=64, layers=4, batch_size=128, steps=steps, validation_size=64)
+    graph = atoms is not None and _bonds(atoms) is not None
+    return TrainConfig(
+        features="given", graph=graph, hidden=64, layers=4, batch_size=128, steps=steps, validation_size=64
+    )
 
 
 def boltzmann(
@@ -110,9 +119,10 @@ def boltzmann(
         draws: Number of draws of the flow.
         torsions: Torsions whose basins and histograms are reported, as four atom indices each.
         basin: A function of one structure, with its atoms in the order of the molecule, that returns the name of its
-            basin; that of the torsions by default. It must not depend on the order of equal atoms or on handedness:
-            the flow draws every such order and both mirror images.
-        training: Training settings; :func:`default_training` by default. ``out`` and ``seed`` in it are replaced.
+            basin; that of the torsions by default. It must not depend on handedness, as the flow draws both mirror
+            images; nor, for a flow that is not given the graph, on the order of equal atoms.
+        training: Training settings; :func:`default_training` of the molecule by default. ``out`` and ``seed`` in it
+            are replaced.
         sampling: Options of :func:`ase_enf.data.thermal.run`.
         seed: Seed of every stage.
         progress: Whether to show progress bars, by default on a terminal only; or a function that is told, as results
@@ -147,8 +157,11 @@ def boltzmann(
         told = _of_stage(progress, what, "sweep")
         options = {"seed": seed, "out": folder / "thermal.npz", "progress": told} | (sampling or {})
         ensemble = thermal.run(starts, calculator, temperature, n, **options)
+    if (bonds := _bonds(atoms)) is not None:  # of vibrating frames, RDKit would sometimes find others
+        for frame in ensemble.frames:
+            frame.info[BONDS_KEY] = bonds
     write_structures(folder / STRUCTURE_FILES[0], ensemble.frames)
-    flow = _trained(ensemble, training or default_training(), folder / "flow", seed, progress)
+    flow = _trained(ensemble, training or default_training(atoms=atoms), folder / "flow", seed, progress)
     found = _drawn(flow, atoms, calculator, temperature, draws, folder / "draws", seed, progress)
     write_structures(folder / STRUCTURE_FILES[1], found.samples)
     table = _basin_table(basin or (Torsions(torsions) if torsions else None), ensemble, found, folder)
@@ -171,6 +184,14 @@ def _begun(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
         raise
+
+
+def _bonds(atoms: Atoms) -> str | None:
+    """Returns the molecular graph as text for ``info``; None if a graph cannot express the molecule."""
+    try:
+        return write_bonds(bonds_of(atoms))
+    except PerceptionError:
+        return None
 
 
 def _of_stage(progress: Stages, what: str, noun: str) -> Progress:
@@ -218,10 +239,11 @@ def _drawn(
     what = f"drawing {draws} structures from the flow and weighting them by {type(calculator).__name__}"
     told = _of_stage(progress, what, "draw")
     folder.mkdir(exist_ok=True)
-    topology, bound = Topology(atoms), OneMolecule(atoms, calculator)
+    graph = flow.config.graph
+    topology, bound = Topology(atoms), OneMolecule(atoms, calculator, ordered=graph)
+    drawn_as: dict[str, Any] = {"molecule": atoms} if graph else {"formula": atoms.get_chemical_formula()}
     weights = b"".join(value.cpu().numpy().tobytes() for value in flow.state_dict().values())
     mark = f"{hashlib.sha256(weights).hexdigest()[:16]} {type(calculator).__name__} {temperature:g} {seed}"
-    formula = atoms.get_chemical_formula()
     parts: list[dict[str, np.ndarray]] = []
     for k, start in enumerate(range(0, draws, PART)):
         count = min(PART, draws - start)
@@ -229,7 +251,7 @@ def _drawn(
         part = read_part(path, mark)
         if part is None:
             here = of_part(told, start, draws)
-            drawn = reweight(flow, bound, count, temperature, seed=seed * _SEEDS + k, formula=formula, progress=here)
+            drawn = reweight(flow, bound, count, temperature, seed=seed * _SEEDS + k, progress=here, **drawn_as)
             part = _part(drawn, topology, mark)
             _write_part(path, part)
         parts.append(part)

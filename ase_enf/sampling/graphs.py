@@ -13,13 +13,20 @@ from ase_enf.flow.model import ENF
 GRAPH_KEY = "enf_graph"
 
 
-def requested_graph(flow: ENF, smiles: str | None, n_atoms: int | None, formula: str | None) -> Graph | None:
+def requested_graph(flow: ENF, wanted: str | Graph | None, n_atoms: int | None, formula: str | None) -> Graph | None:
     """Returns the molecular graph to draw conformers of, None for a flow that knows no graphs.
+
+    Args:
+        flow: The flow.
+        wanted: The graph, or a SMILES; stereochemistry of a SMILES is ignored with a warning.
+        n_atoms: Size, if one was requested.
+        formula: Composition, if one was requested.
 
     Raises:
         ValueError: For a SMILES that does not describe one neutral closed-shell molecule, has elements or a size that
             the flow does not know, is missing where one is needed, or is given to a flow that knows no graphs.
     """
+    smiles = wanted.smiles if isinstance(wanted, Graph) else wanted
     if not flow.config.graph:
         if smiles is not None:
             raise ValueError(
@@ -30,7 +37,7 @@ def requested_graph(flow: ENF, smiles: str | None, n_atoms: int | None, formula:
         raise ValueError("this model draws conformers of a molecular graph; give its smiles, such as CCO")
     if formula is not None:
         raise ValueError(f"formula={formula!r}: the graph of smiles={smiles!r} has one already; leave formula out")
-    graph = graph_of_smiles(smiles)
+    graph = wanted if isinstance(wanted, Graph) else graph_of_smiles(smiles)
     unknown = sorted({chemical_symbols[number] for number in graph.numbers} - set(flow.species))
     if unknown:
         raise ValueError(
@@ -42,7 +49,7 @@ def requested_graph(flow: ENF, smiles: str | None, n_atoms: int | None, formula:
         raise ValueError(f"n_atoms={n_atoms}: smiles={smiles!r} has {size} atoms, hydrogens too; leave n_atoms out")
     if not 2 <= size <= largest:
         raise ValueError(f"smiles={smiles!r}: has {size} atom(s) with hydrogens; this model saw at most {largest}")
-    if has_stereo(smiles):
+    if graph is not wanted and has_stereo(smiles):
         warnings.warn(
             f"smiles={smiles!r}: the model knows no stereochemistry and draws every stereoisomer", stacklevel=2
         )

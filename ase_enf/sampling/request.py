@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ase import Atoms
 
+from ase_enf.chem.graph import Graph
 from ase_enf.flow.continuous import Solver
 from ase_enf.flow.model import ENF
 from ase_enf.flow.stochastic import StochasticSampler
@@ -42,7 +43,7 @@ class Request:
     max_attempts: int = MAX_REJECTIONS
     with_smiles: bool = False
     properties: Mapping[str, Any] | None = None
-    smiles: str | None = None
+    smiles: str | Graph | None = None
     fragment: Atoms | None = None
     strength: float | None = None
     guidance: float = 1.0

@@ -16,6 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
 
 from ase_enf.bars import Progress, of_part
+from ase_enf.chem.graph import Graph, graph_of_atoms
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
@@ -195,6 +196,7 @@ def reweight(
     n_atoms: int | None = None,
     formula: str | None = None,
     symbols: str | Sequence[str] | None = None,
+    molecule: Atoms | str | None = None,
     clip: float | None = None,
     solver: str | Solver | None = None,
     steps: int | None = None,
@@ -213,8 +215,9 @@ def reweight(
     estimated: that of the quadrature, and that of the path by the way back with a coarser solver.
 
     Args:
-        flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula. Weights are as accurate
-            as its dtype: use ``load(..., dtype="float64")`` where that matters.
+        flow: A flow with an exact likelihood: ``features="none"``, or "given" with a formula or, if it is one of
+            molecular graphs, with a molecule. Weights are as accurate as its dtype: use
+            ``load(..., dtype="float64")`` where that matters.
         calculator: Any ASE calculator of energies, eV. A :class:`BatchCalculator` is given many structures at once.
         n: Number of structures.
         temperature: K; for systems in reduced units, 1 / ``ase.units.kB`` = 11604.5 K makes kT one eV.
@@ -222,6 +225,9 @@ def reweight(
         n_atoms: Size M, for "none" if the flow knows several sizes.
         formula: Composition, for "given".
         symbols: For "none": the elements that the calculator sees, such as "Ar13" or a list; by default "X".
+        molecule: For a flow of molecular graphs: a structure, whose bonds draws get, atoms in its order, or a SMILES.
+            The density is then that of atoms with names: of the orders of equal atoms, which a formula has all of, only
+            those of this graph are drawn.
         clip: Fraction of the weights, the largest ones, that is lowered to the smallest of them; see
             :class:`Reweighted`.
         solver: A ``Solver`` or the name of a method; by default that of ``score``.
@@ -256,9 +262,12 @@ def reweight(
     _check(flow, n, temperature, seed, clip, intervals, batch_size)
     numbers = _numbers(flow, symbols, n_atoms, formula)
     size = n_atoms if numbers is None else len(numbers)
+    graph = _graph(flow, molecule)
     _check_one_composition(flow, size, formula)
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
-    request = Request(seed=seed, n_atoms=size, formula=formula, solver=chosen, batch_size=batch_size, device=device)
+    request = Request(
+        seed=seed, n_atoms=size, formula=formula, smiles=graph, solver=chosen, batch_size=batch_size, device=device
+    )
     sampler = DensitySampler(flow, request, intervals)
     energies = Energies(calculator, flow.config.dimension)
     samples: list[Atoms] = []
@@ -351,14 +360,26 @@ def _numbers(
     return numbers
 
 
+def _graph(flow: ENF, molecule: Atoms | str | None) -> str | Graph | None:
+    """Returns the molecular graph to draw, or its SMILES; None if the flow knows none.
+
+    Raises:
+        ValueError: If a molecule is missing, given to a flow without graphs, or without a graph.
+    """
+    if not flow.config.graph:
+        if molecule is not None:
+            raise ValueError(f"molecule: the flow {flow.name!r} knows no molecular graphs; give a formula instead")
+        return None
+    if molecule is None:
+        raise ValueError(
+            f"the flow {flow.name!r} is one of molecular graphs; give the molecule, as a structure or a SMILES"
+        )
+    return molecule if isinstance(molecule, str) else graph_of_atoms(molecule)
+
+
 def _check_one_composition(flow: ENF, n_atoms: int | None, formula: str | None) -> None:
     """Raises unless all samples have one composition: weights of different ones cannot be compared."""
-    if flow.config.graph:
-        raise ValueError(
-            f"the flow {flow.name!r} is one of molecular graphs, which reweight does not draw; use one of given "
-            "elements"
-        )
-    if flow.config.types_given and formula is None:
+    if flow.config.types_given and not flow.config.graph and formula is None:
         raise ValueError("weights only compare within one composition; give a formula")
     sizes = list(flow.size_prior.counts)
     if not flow.config.knows_types and n_atoms is None and len(sizes) > 1:

@@ -98,7 +98,7 @@ def measured(name: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     with timed(folder, "training and draws"):
         study = boltzmann(
             atoms, calc, TEMPERATURE, folder, n=options.frames, draws=options.draws, torsions=torsions,
-            training=default_training(options.steps), sampling=turning, seed=options.seed, progress=True,
+            training=default_training(options.steps, atoms), sampling=turning, seed=options.seed, progress=True,
         )  # fmt: skip
     seconds = json.loads((folder / "seconds.json").read_text())
     return [(name, *row) for row in rows(study, plain, Torsions(torsions), len(atoms), seconds)]

@@ -95,7 +95,7 @@ def hasten() -> None:
     io.FlushClock.due = lambda clock: clock.age() > FLUSH
     thermal.SAVE_EVERY, study.PART = SWEEPS, PART
     thermal.run = partial(thermal.run, leapfrog=6, burn_in=50)
-    study.default_training = lambda _: TrainConfig(
+    study.default_training = lambda *_: TrainConfig(
         features="given", hidden=16, layers=2, batch_size=16, steps=60, validation_size=4, checkpoint_every=CHECKPOINT,
         log_every=CHECKPOINT, validate_every=60, warmup=5,
     )  # fmt: skip
