@@ -30,7 +30,7 @@ TORCHRUN_NOTES = (
     f"Wrong: a process that lives {LIMIT:.0f} s later; not exactly one line of `ase-enf`, with how to continue, or a "
     "traceback of its own; half-written files or a lock left behind when the resumed run has ended; "
     "weights or log rows other than those of an undisturbed run of as many processes. Torchrun adds about {lines} "
-    "lines of its own, its traceback and which process failed first, which no program that it starts can prevent."
+    "lines of its own: its traceback, and which process failed first."
 )
 
 
