@@ -82,6 +82,8 @@ def test_requests_that_do_not_fit(flow):
         reweight(flow, LennardJones(), n=1, temperature=300.0, formula="H2O")
     with pytest.raises(ValueError, match="leave formula out"):
         reweight(flow, LennardJones(), n=1, temperature=300.0, formula="H2O", molecule="O")
+    with pytest.raises(ValueError, match="molecule: CH3 has.* unpaired electrons; use a flow of given elements"):
+        reweight(flow, LennardJones(), n=1, temperature=300.0, molecule=molecule("CH3"))
     with pytest.raises(ValueError, match="knows no molecular graphs; give a formula instead"):
         reweight(
             ENF(ENFConfig(features="none", hidden=8, layers=1)), LennardJones(), n=1, temperature=300.0, molecule="O"

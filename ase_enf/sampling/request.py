@@ -25,6 +25,8 @@ MAX_REJECTIONS = 100
 class Request:
     """A request for molecules; its fields are the arguments of ``generate`` except their number.
 
+    ``graph`` is a molecular graph with its atoms in an order of its own, in place of ``smiles``.
+
     Example:
         >>> Request(seed=1, n_atoms=9, require="stable", closed_shell=True).wanted
         ('stable', 'closed_shell')
@@ -43,7 +45,8 @@ class Request:
     max_attempts: int = MAX_REJECTIONS
     with_smiles: bool = False
     properties: Mapping[str, Any] | None = None
-    smiles: str | Graph | None = None
+    smiles: str | None = None
+    graph: Graph | None = None
     fragment: Atoms | None = None
     strength: float | None = None
     guidance: float = 1.0

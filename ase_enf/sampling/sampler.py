@@ -72,7 +72,7 @@ class Sampler:
         # In a batch, particles take as much room as molecules, and so do the twins without conditions of guidance.
         copies = (self.fragment.particles if self.fragment else 1) * (2 if self.guided else 1)
         self.batch_size = max(1, request.batch_size // copies)
-        self.graph = requested_graph(flow, request.smiles, n_atoms, request.formula)
+        self.graph = requested_graph(flow, request.graph or request.smiles, n_atoms, request.formula)
         self.drafts = Drafts(
             flow, request.seed, n_atoms, request.formula, even, self.properties, self.graph, self.fragment
         )

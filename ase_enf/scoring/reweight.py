@@ -16,7 +16,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import kB
 
 from ase_enf.bars import Progress, of_part
-from ase_enf.chem.graph import Graph, graph_of_atoms
+from ase_enf.chem.convert import PerceptionError
+from ase_enf.chem.graph import graph_of_atoms
 from ase_enf.flow.continuous import INTERVALS, Solver, resolve_solver
 from ase_enf.flow.model import ENF, check_flow
 from ase_enf.flow.quadrature import check_intervals
@@ -262,11 +263,11 @@ def reweight(
     _check(flow, n, temperature, seed, clip, intervals, batch_size)
     numbers = _numbers(flow, symbols, n_atoms, formula)
     size = n_atoms if numbers is None else len(numbers)
-    graph = _graph(flow, molecule)
+    asked = _graph(flow, molecule)
     _check_one_composition(flow, size, formula)
     chosen = resolve_solver(solver, steps, flow.likelihood_solver)
     request = Request(
-        seed=seed, n_atoms=size, formula=formula, smiles=graph, solver=chosen, batch_size=batch_size, device=device
+        seed=seed, n_atoms=size, formula=formula, solver=chosen, batch_size=batch_size, device=device, **asked
     )
     sampler = DensitySampler(flow, request, intervals)
     energies = Energies(calculator, flow.config.dimension)
@@ -360,8 +361,8 @@ def _numbers(
     return numbers
 
 
-def _graph(flow: ENF, molecule: Atoms | str | None) -> str | Graph | None:
-    """Returns the molecular graph to draw, or its SMILES; None if the flow knows none.
+def _graph(flow: ENF, molecule: Atoms | str | None) -> dict[str, Any]:
+    """Returns the fields of a request that say which molecular graph to draw; none if the flow knows no graphs.
 
     Raises:
         ValueError: If a molecule is missing, given to a flow without graphs, or without a graph.
@@ -369,12 +370,19 @@ def _graph(flow: ENF, molecule: Atoms | str | None) -> str | Graph | None:
     if not flow.config.graph:
         if molecule is not None:
             raise ValueError(f"molecule: the flow {flow.name!r} knows no molecular graphs; give a formula instead")
-        return None
+        return {}
     if molecule is None:
         raise ValueError(
             f"the flow {flow.name!r} is one of molecular graphs; give the molecule, as a structure or a SMILES"
         )
-    return molecule if isinstance(molecule, str) else graph_of_atoms(molecule)
+    if isinstance(molecule, str):
+        return {"smiles": molecule}
+    try:
+        return {"graph": graph_of_atoms(molecule)}
+    except PerceptionError as error:
+        raise ValueError(
+            f"molecule: {error}; use a flow of given elements, or give the bonds by info['enf_bonds']"
+        ) from None
 
 
 def _check_one_composition(flow: ENF, n_atoms: int | None, formula: str | None) -> None:
