@@ -72,6 +72,14 @@ def test_pieces_are_repetitions_and_are_kept(tmp_path):
     assert np.array_equal(again.log_weights, whole.log_weights)
 
 
+def test_a_smaller_piece_of_an_earlier_run_is_not_taken_for_a_whole_one(tmp_path):
+    flow = ENF(ENFConfig(features="none", dimension=2, sizes={4: 1}, hidden=4, layers=1))
+    asked = {"system": "dw4", "piece": 4, "seed": 0, "batch": 4, "intervals": 8}
+    for n in (2, 8):
+        whole, _, _ = reweighted(flow, tmp_path, argparse.Namespace(**asked, n=n))
+        assert len(whole.log_weights) == n
+
+
 def test_fewer_nodes_give_the_same_scores_to_the_error_of_the_quadrature(tmp_path):
     torch.manual_seed(0)
     flow = ENF(ENFConfig(features="none", species=(), sizes={4: 1}, dimension=2, hidden=8, layers=1)).double()
@@ -81,6 +89,8 @@ def test_fewer_nodes_give_the_same_scores_to_the_error_of_the_quadrature(tmp_pat
     expected = ase_enf.score(flow, test.to_atoms()[:5], trace="exact", progress=False).log_likelihood
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert np.array_equal(scored(None, test, tmp_path, options), found)
+    options.test = 6  # the last batch had one sample only
+    assert len(scored(flow, test, tmp_path, options)) == 6
 
 
 def test_sets_of_a_liquid_are_of_different_chains(monkeypatch):

@@ -72,9 +72,10 @@ def coarsely_scored(flow: ENF, positions: Array, pieces: Path, options: argparse
     """Returns log-densities by a quadrature of fewer nodes, without the refinement of ``score``."""
     found = []
     for first in tqdm(range(0, len(positions), options.batch), desc="scores", unit="batch", dynamic_ncols=True):
-        path = pieces / f"scores_{first:05d}_{options.batch}.npy"
+        chosen = positions[first : first + options.batch]
+        path = pieces / f"scores_{first:05d}_{len(chosen)}.npy"
         if not path.exists():
-            atoms = particles.to_atoms(options.system, positions[first : first + options.batch])
+            atoms = particles.to_atoms(options.system, chosen)
             batch = to_batch(atoms, (), flow.config.dimension).to(flow.device, flow.dtype)
             terms = flow.log_prob(batch, intervals=options.intervals, estimate_path_error=False)
             with atomic_write(path) as handle:
@@ -90,7 +91,7 @@ def reweighted(flow: ENF, pieces: Path, options: argparse.Namespace) -> tuple[Re
     """
     parts, failed, redrawn, devices = [], 0, 0, set()
     for k in tqdm(range(max(options.n // options.piece, 1)), desc="reweighting", unit="piece", dynamic_ncols=True):
-        path = pieces / f"weights_{k:03d}.npz"
+        path = pieces / f"weights_{k:03d}_{min(options.piece, options.n)}.npz"
         if not path.exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the table says how large the error is
