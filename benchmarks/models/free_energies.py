@@ -5,7 +5,8 @@ of the flow, and weights. The walkers also attempt rotations about the bonds of 
 have; with them they mix, and serve as a reference for the free energies. Shorter walks without such rotations
 (``plain``) give the cost by molecular dynamics: calls of the calculator between two independent visits of a basin.
 
-Everything is resumed from FOLDER; ``--draws`` can be raised later. Writes ``results/free_energies``.
+Everything is resumed from FOLDER; ``--draws`` can be raised later. Writes ``results/free_energies``. With
+``--elements`` the flow is given the elements alone, without the molecular graph; use another FOLDER for it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=2000, help="frames of the plain walkers (default: 2000)")
     parser.add_argument("--draws", type=int, default=2000, help="of the flow (default: 2000)")
     parser.add_argument("--steps", type=int, default=6000, help="of the training (default: 6000)")
+    parser.add_argument("--elements", action="store_true", help="give the flow the elements without the graph")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="another folder than results")
     options = parser.parse_args()
@@ -79,7 +81,8 @@ def main() -> None:
     for name in options.only or MOLECULES:
         lines += measured(name, options)
     columns = ["molecule", "what", "value"]
-    write_results(pd.DataFrame(lines, columns=columns), "free_energies", TITLE, notes(options), options.out)
+    name = "free_energies_elements" if options.elements else "free_energies"
+    write_results(pd.DataFrame(lines, columns=columns), name, TITLE, notes(options), options.out)
 
 
 def measured(name: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -98,7 +101,8 @@ def measured(name: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     with timed(folder, "training and draws"):
         study = boltzmann(
             atoms, calc, TEMPERATURE, folder, n=options.frames, draws=options.draws, torsions=torsions,
-            training=default_training(options.steps, atoms), sampling=turning, seed=options.seed, progress=True,
+            training=default_training(options.steps, None if options.elements else atoms), sampling=turning,
+            seed=options.seed, progress=True,
         )  # fmt: skip
     seconds = json.loads((folder / "seconds.json").read_text())
     return [(name, *row) for row in rows(study, plain, Torsions(torsions), len(atoms), seconds)]
@@ -191,16 +195,16 @@ TITLE = "Free energies of rotamers"
 
 def notes(options: argparse.Namespace) -> str:
     """Returns what a reader must know."""
+    basins = "; ".join(f"{name}: {', '.join(molecule.torsions)}" for name, molecule in MOLECULES.items())
     return (
         f"GFN2-xTB, {TEMPERATURE:g} K. Walkers: Hamiltonian Monte Carlo of {LEAPFROG} leapfrog steps a frame, 8 "
-        "walkers from conformers of RDKit, with turns about the bonds of the torsions. Flow: given elements, "
-        f"4 layers of 64, {options.steps} batches of 128 of their frames. A torsion is trans within 60° of "
-        "180°, else gauche, both mirror images together; basins are those of "
-        + "; ".join(f"{name}: {', '.join(molecule.torsions)}" for name, molecule in MOLECULES.items())
-        + ". ΔF is against the most frequent basin. The effective visits of a basin are the sum of its frames over the "
-        "integrated autocorrelation time of being in it, or Kish's number of its weights. Calls of the flow do not "
-        "hold those of the walkers whose frames it learned from. Processor seconds of one thread, without those of "
-        "parts that an interruption lost."
+        "walkers from conformers of RDKit, with turns about the bonds of the torsions. Flow: given the "
+        f"{'elements alone' if options.elements else 'molecular graph'}, 4 layers of 64, {options.steps} batches of "
+        "128 of their frames. A torsion is trans within 60° of 180°, else gauche, both mirror images together; basins "
+        f"are those of {basins}. ΔF is against the most frequent basin. The effective visits of a basin are the sum of "
+        "its frames over the integrated autocorrelation time of being in it, or Kish's number of its weights. Calls of "
+        "the flow do not hold those of the walkers whose frames it learned from. Processor seconds of one thread, "
+        "without those of parts that an interruption lost."
     )
 
 
