@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from ase import Atoms
 from ase.io import read
@@ -55,6 +57,37 @@ def open_work(folder: Path, flow: ENF, **settings: object) -> Path:
     with atomic_write(path) as handle:
         handle.write(json.dumps(mine).encode())
     return folder
+
+
+def measured_molecules(
+    folder: Path, molecules: Sequence[Atoms], count: int, seed: int, measure: Callable[[Atoms, int], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """Measures molecules in a random order until some are found that can be measured; each is saved in a folder.
+
+    Args:
+        folder: The folder, see ``open_work``.
+        molecules: The molecules to choose from.
+        count: Number of results.
+        seed: Seed of the order.
+        measure: Returns what is measured of a molecule, given with its index; nothing if it cannot be measured.
+
+    Returns:
+        The results, fewer if the molecules do not suffice, and the number of molecules that were tried.
+    """
+    found: list[dict[str, Any]] = []
+    tried, order = 0, np.random.default_rng(seed).permutation(len(molecules)).tolist()
+    with tqdm(total=count, unit="molecule", disable=None, dynamic_ncols=True) as bar:
+        for tried, k in enumerate(order, start=1):  # noqa: B007 (returned)
+            path = folder / f"molecule_{k:05d}.json"
+            if not path.exists():
+                with atomic_write(path) as handle:
+                    handle.write(json.dumps(measure(molecules[k], k)).encode())
+            if entry := json.loads(path.read_text()):
+                found.append(entry)
+                bar.update()
+            if len(found) == count:
+                break
+    return found, tried
 
 
 def percent(report: pd.DataFrame, metric: str, digits: int = 2) -> str:

@@ -9,6 +9,7 @@ from ase.build import molecule
 import ase_enf
 from ase_enf.ensemble.calculators import OUTSIDE
 from ase_enf.scoring.reweight import Reweighted, ReweightingError
+from benchmarks.common import measured_molecules
 from benchmarks.models import thermal_weights
 
 
@@ -45,6 +46,20 @@ def test_a_molecule_without_weights_is_left_out(measured, monkeypatch):
 
     monkeypatch.setattr(ase_enf, "reweight", fail)
     assert thermal_weights.weighted(None, molecule("CH3CH2OH"), 2, 0) == {}
+
+
+def test_molecules_are_measured_once_until_enough_could_be(tmp_path):
+    molecules, asked = [molecule(name) for name in ("H2O", "CH4", "NH3", "HCN", "CH3OH")], []
+
+    def measure(atoms, k):
+        asked.append(k)
+        return {"atoms": len(atoms)} if len(atoms) > 3 else {}
+
+    first, tried = measured_molecules(tmp_path, molecules, 2, 0, measure)
+    order = np.random.default_rng(0).permutation(5).tolist()
+    assert asked == order[:tried] and first == [{"atoms": len(molecules[k])} for k in asked if len(molecules[k]) > 3]
+    again = measured_molecules(tmp_path, molecules, 4, 0, measure)
+    assert again[1] == 5 and again[0][:2] == first and asked == order  # all were tried, each once
 
 
 def test_a_flow_without_graphs_is_refused(monkeypatch, tmp_path):

@@ -9,7 +9,6 @@ minima, and of structures displaced about its most probable minimum as at 300 K 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ from ase import Atoms
 from ase.calculators.calculator import CalculationFailed, CalculatorSetupError
 from ase.units import kB
 from scipy.stats import spearmanr
-from tqdm import tqdm
 
 import ase_enf
-from ase_enf.atoms.files import atomic_write
 from ase_enf.data import DataError, qm9
 from ase_enf.data.displaced import displaced
 from ase_enf.ensemble.calculators import calculator
 from ase_enf.flow.model import ENF
-from benchmarks.common import open_work
+from benchmarks.common import measured_molecules, open_work
 from benchmarks.report import write_results
 from benchmarks.thermal_wells import Well, wells
 
@@ -65,20 +62,9 @@ def main() -> None:
         options.work, flow, seed=options.seed, wells=options.wells, most=options.most, attempts=ATTEMPTS, frames=FRAMES
     )
     test = qm9.load(options.data, split="test")
-    found: list[dict[str, Any]] = []
-    tried = 0
-    order = np.random.default_rng(options.seed).permutation(len(test))
-    with tqdm(total=options.n, unit="molecule", disable=None, dynamic_ncols=True) as bar:
-        for tried, k in enumerate(order, start=1):  # noqa: B007 (said in the notes)
-            path = folder / f"molecule_{k:05d}.json"
-            if not path.exists():
-                with atomic_write(path) as handle:
-                    handle.write(json.dumps(scored(flow, test[k], int(k), options)).encode())
-            if entry := json.loads(path.read_text()):
-                found.append(entry)
-                bar.update()
-            if len(found) == options.n:
-                break
+    found, tried = measured_molecules(
+        folder, test, options.n, options.seed, lambda atoms, k: scored(flow, atoms, k, options)
+    )
     table = pd.DataFrame([row(found, kind) for kind in (MINIMA, THERMAL)])
     errors = np.concatenate([entry[kind]["stderr"] for entry in found for kind in (MINIMA, THERMAL)])
     notes = (

@@ -8,7 +8,6 @@ graph have no weight. Writes ``results/thermal_weights_MODEL``; each molecule is
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from pathlib import Path
@@ -17,17 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from ase import Atoms
-from tqdm import tqdm
 
 import ase_enf
-from ase_enf.atoms.files import atomic_write
 from ase_enf.chem.convert import PerceptionError
 from ase_enf.chem.graph import graph_of_atoms
 from ase_enf.data import qm9
 from ase_enf.ensemble.calculators import OUTSIDE, OneMolecule, calculator
 from ase_enf.flow.model import ENF
 from ase_enf.scoring.reweight import ReweightingError
-from benchmarks.common import open_work
+from benchmarks.common import measured_molecules, open_work
 from benchmarks.report import write_results
 
 TEMPERATURE, METHOD = 300.0, "gfn2"
@@ -53,23 +50,14 @@ def main() -> None:
         raise SystemExit(f"{options.model}: is no flow of molecular graphs; name one, such as qm9-thermal")
     folder = open_work(options.work, flow, seed=options.seed, n=options.n)
     test = qm9.load(options.data, split="test")
-    found: list[dict[str, Any]] = []
-    with tqdm(total=options.molecules, unit="molecule", disable=None, dynamic_ncols=True) as bar:
-        for k in np.random.default_rng(options.seed).permutation(len(test)):
-            path = folder / f"molecule_{k:05d}.json"
-            if not path.exists():
-                with atomic_write(path) as handle:
-                    handle.write(json.dumps(weighted(flow, test[k], options.n, options.seed)).encode())
-            if entry := json.loads(path.read_text()):
-                found.append(entry)
-                bar.update()
-            if len(found) == options.molecules:
-                break
+    found, tried = measured_molecules(
+        folder, test, options.molecules, options.seed, lambda atoms, _: weighted(flow, atoms, options.n, options.seed)
+    )
     table = pd.DataFrame([row(entry) for entry in found])
     sizes = np.array([entry["size"] / entry["draws"] for entry in found])
     notes = (
-        f"{len(found)} molecules, seed {options.seed}, {options.n} draws each; median effective sample size "
-        f"{np.median(sizes):.2%}. {NOTES}"
+        f"{len(found)} molecules of {tried} tried, seed {options.seed}, {options.n} draws each; median effective sample "
+        f"size {np.median(sizes):.2%}. {NOTES}"
     )
     name = Path(options.model).stem
     write_results(table, f"thermal_weights_{name}", f"Weights for GFN2-xTB at 300 K: `{name}`", notes)
@@ -90,13 +78,12 @@ def weighted(flow: ENF, atoms: Atoms, n: int, seed: int) -> dict[str, Any]:
     if not len(logs):
         return {}
     low, high = np.quantile(logs, (0.01, 0.99))
-    weights = np.exp(logs - logs.max())
     return {
         "smiles": smiles,
         "atoms": len(atoms),
         "draws": n,
         "outside": int(n - inside.sum()),
-        "size": float(weights.sum() ** 2 / np.square(weights).sum()),
+        "size": result.effective_sample_size,
         "spread": float(logs[(logs >= low) & (logs <= high)].std()),
         "error": float(math.sqrt(np.mean(np.square(result.log_prob_error[inside])))),
     }
