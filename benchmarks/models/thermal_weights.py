@@ -56,8 +56,8 @@ def main() -> None:
     table = pd.DataFrame([row(entry) for entry in found])
     sizes = np.array([entry["size"] / entry["draws"] for entry in found])
     notes = (
-        f"{len(found)} molecules of {tried} tried, seed {options.seed}, {options.n} draws each; median effective sample "
-        f"size {np.median(sizes):.2%}. {NOTES}"
+        f"{len(found)} molecules of {tried} tried, seed {options.seed}, {options.n} draws each; median effective "
+        f"sample size {np.median(sizes):.2%}. {NOTES}"
     )
     name = Path(options.model).stem
     write_results(table, f"thermal_weights_{name}", f"Weights for GFN2-xTB at 300 K: `{name}`", notes)
