@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from benchmarks import report
 from benchmarks.speed import gpu
 
 SAMPLE = Path(__file__).parent / "data" / "qm9_sample.npz"
@@ -33,3 +35,20 @@ def test_every_stage_reports_and_none_fails(tmp_path, monkeypatch):
     by_call = {line["what"]: line for line in lines if line["stage"] == "user"}
     assert by_call["score"]["score_off_the_cpu_nats"] < 1e-3 and by_call["train"]["train_steps"] > 0
     assert by_call["generate"]["stochastic_molecules_per_s"] > 0
+
+
+def test_each_loan_of_a_card_adds_its_trainings_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def add(name, loss):
+        result = dict(stage="result", name=name, layers=2, hidden=16, steps=10, batch_size=4, epochs=1.0)
+        result |= dict(molecules_per_s=100.0, preparation_s=1.0, best="last", valid_loss={"last": loss})
+        lines = [dict(stage="start", device="a card", torch="2.13.0"), result]
+        (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        gpu.write_table(tmp_path / "results.jsonl")
+        table = pd.read_csv(tmp_path / "gpu.csv", comment="#")
+        return dict(zip(table["run"], table["validation loss"], strict=True))
+
+    assert add("one", 0.5) == {"one": 0.5}
+    assert add("other", 0.25) == {"one": 0.5, "other": 0.25}
+    assert add("one", 0.125) == {"other": 0.25, "one": 0.125}

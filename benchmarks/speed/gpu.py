@@ -4,7 +4,7 @@ The stages run in this order, and each result is written at once: (check) loss, 
 a sample against the CPU in float64; (speed) molecules per second in training; (profile) where a step spends its time;
 (recipe) short trainings that differ in one setting; (train) the models; (use) molecules per second generated and
 scored; (user) the package itself. Needs torch, torchdiffeq, numpy, safetensors, tqdm and ase. ``--rehearse`` runs all
-stages with small sizes on a CPU; ``python -m benchmarks.speed.gpu --table FOLDER`` writes ``results/gpu`` from results.
+stages with small sizes on a CPU; ``python -m benchmarks.speed.gpu --table FOLDER`` adds results to ``results/gpu``.
 
 A folder of data holds ``qm9.npz`` in the compact format of the package with, for models that need them, ``bonds`` (the
 matrices of all molecules, concatenated), ``bonds_known`` and the properties; and for flows of positions ``NAME.npz``
@@ -483,7 +483,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qm9-small": {"hidden": 64, "layers": 6},
     "qm9-conformers": {"features": "given", "layers": 6, "graph": True},
     "qm9-properties": {"layers": 6, "conditions": PROPERTIES},
-    "qm9-thermal": {"source": "thermal", "features": "given", "layers": 6},
+    "qm9-thermal": {"source": "thermal", "features": "given", "layers": 6, "graph": True},
     "qm9-positional": {"source": "qm9_positional", "features": "none", "hidden": 64, "layers": 6},
     "dw4": {**PARTICLES, "source": "dw4", "hidden": 32, "layers": 3},
     "lj13": {**PARTICLES, "source": "lj13"},
@@ -513,7 +513,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of data, or QM9 alone as one .npz")
     parser.add_argument("--out", type=Path, help="folder of results")
-    parser.add_argument("--table", type=Path, help="write the table of the results in this folder, and nothing else")
+    parser.add_argument("--table", type=Path, help="add the results in this folder to the table, and nothing else")
     parser.add_argument("--stages", nargs="*", default=["check", "speed", "profile", "recipe", "train"])
     parser.add_argument("--models", nargs="*", default=["qm9"], help="models to time, as NAME or NAME:key=value,...")
     parser.add_argument("--recipe-seconds", type=float, default=12.0, help="length of each short training")
@@ -598,7 +598,8 @@ def main() -> None:
             recipe, model = made(name)
             _, device_set, _ = data_of(recipe)
             drawn = use(model, device_set, options.n, device)
-            report(stage="use", name=name, n=options.n, **drawn, **score_speed(model, device_set, device, 64))
+            scored = score_speed(model, device_set, device, 2 if options.rehearse else 64)
+            report(stage="use", name=name, n=options.n, **drawn, **scored)
     if "user" in options.stages:
         for name in options.models:
             recipe, model = made(name)
@@ -662,10 +663,10 @@ def pair_flop(hidden: int, layers: int) -> float:
 
 
 def write_table(path: Path) -> None:
-    """Writes ``results/gpu`` and ``results/gpu_check`` from JSON lines."""
+    """Adds the trainings in JSON lines to ``results/gpu`` and writes ``results/gpu_check``."""
     import pandas as pd  # the card's machine may lack it
 
-    from benchmarks.report import write_results
+    from benchmarks.report import RESULTS, write_results
 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     cards = ", ".join(
@@ -679,7 +680,7 @@ def write_table(path: Path) -> None:
             {
                 "run": line["name"],
                 "network": f"{line['layers']} x {line['hidden']}",
-                "backend": line.get("backend", "torch, compiled"),
+                "backend": "triton" if line.get("backend") == "triton" else "torch, compiled",
                 "begins from": line.get("init") or "nothing",
                 "steps": line["steps"],
                 "batch": line["batch_size"],
@@ -695,9 +696,14 @@ def write_table(path: Path) -> None:
         "graph. The loss is the mean squared error of the velocity at Beta(1, 1.8) times on up to 2,048 validation "
         "molecules, the same noise for all: runs of one data set and kind of features can be compared. Rates and "
         "schedules are on the model cards; so is what the models draw. `torch, compiled` are torch's layers by "
-        "`torch.compile`, which takes some 90 s the first time."
+        "`torch.compile`, which takes some 90 s the first time. The last three rows were trained at the same time on "
+        "one card, whose speed they shared."
     )
-    write_results(pd.DataFrame(rows), "gpu", "Minutes of a GPU", notes)
+    table = pd.DataFrame(rows)
+    if (earlier := RESULTS / "gpu.csv").exists():  # a card is lent for minutes: each loan adds its trainings
+        known = pd.read_csv(earlier, comment="#", dtype=str)
+        table = pd.concat([known[~known["run"].isin(table["run"])], table])
+    write_results(table, "gpu", "Minutes of a GPU", notes)
     checks = [line for line in lines if line["stage"] == "check"]
     if checks:
         columns = {key: key.removesuffix("_error").replace("_", " ") for key in checks[0] if key.endswith("_error")}
