@@ -21,8 +21,8 @@ from ase_enf.flow.likelihood import log_likelihood
 from ase_enf.flow.model import ENF
 from benchmarks.report import write_results
 
-REFERENCE = Solver("rk4", steps=150, warp=3.0)
-TIGHT = Solver("dopri5", rtol=1e-9, atol=1e-9)
+REFERENCE = Solver("rk4", steps=300, warp=3.0)
+TIGHT, FINE = Solver("dopri5", rtol=1e-9, atol=1e-9), 384
 
 
 def main() -> None:
@@ -37,13 +37,17 @@ def main() -> None:
         batch = to_batch([molecule(name)], flow.species, dtype=torch.float64)
         noise = torch.zeros(*batch.mask.shape, flow.config.flow_features, dtype=torch.float64)
         expected = by_determinant(flow, batch, noise)
-        default = float(flow.log_prob(batch, noise, divergence.exact, flow.likelihood_solver).log_prob)
-        tight = float(flow.log_prob(batch, noise, divergence.exact, TIGHT, intervals=192).log_prob)
-        rows.append((name, f"{expected:.6f}", f"{default - expected:.1e}", f"{tight - expected:.1e}"))
-    columns = ["molecule", "log p by determinant, nats", "default settings, difference", "tight settings, difference"]
+        default = flow.log_prob(batch, noise, divergence.exact, flow.likelihood_solver)
+        tight = float(flow.log_prob(batch, noise, divergence.exact, TIGHT, intervals=FINE).log_prob)
+        apart = float(default.log_prob) - expected
+        stated = float(default.error)
+        rows.append((name, f"{expected:.6f}", f"{apart:.1e}", f"{stated:.1e}", f"{tight - expected:.1e}"))
+    columns = ["molecule", "log p by determinant, nats", "default settings, difference", "stated error"]
+    columns += ["tight settings, difference"]
     notes = (
         f"Path of the determinant: {REFERENCE}. Default: {flow.likelihood_solver}, {INTERVALS} intervals. "
-        f"Tight: {TIGHT}, 192 intervals."
+        f"Tight: {TIGHT}, {FINE} intervals. No likelihood is refined, as `score` does where the stated error is large. "
+        "The molecules, of ASE's G2 set, are unlike those that the flow draws: hardly any molecule in QM9 is as small."
     )
     write_results(pd.DataFrame(rows, columns=columns), f"jacobian_{flow.name}", "Likelihood against determinant", notes)
 
