@@ -52,8 +52,8 @@ NOTES = (
     "by the default sampler and by the flow itself (`churn=0`; binomial standard errors are 0.8 to 1.6), and the NLL, "
     "a bound by one draw of q with a Hutchinson trace: of `qm9` on the same 128 test molecules, of `qm9-small` on the "
     "same 64 validation molecules. `qm9-conditional` is given the elements, so that its percentages are not those of "
-    "a joint model. Two or three points of a network are no law; the runs of a network differ in their rates, too (see the "
-    "cards)."
+    "a joint model. Two or three points of a network are no law; the runs of a network differ in their rates, too (see "
+    "the cards)."
     "\n\n![Stability and NLL against molecules seen](learning_curve_qm9.png)"
 )
 
