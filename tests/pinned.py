@@ -35,7 +35,7 @@ SAMPLE, TEST = Path(__file__).parent / "data" / "qm9_sample.npz", 2  # a sample 
 DISPLACED, CHANGED = 1e-10, 2e-5
 # Numbers of molecules; in float64 a core draws two per second of qm9-small, and far fewer of wider flows.
 COUNT = 200
-COUNTED = {"qm9": 30, "qm9-conditional": 100, "lj13": 100, "lj13-factor2": 100}
+COUNTED = {"qm9": 30, "qm9-conditional": 100, "lj13": 100, "lj13-factor2": 30}
 SYSTEMS = {"dw4": particles.DW4(), "lj13": particles.LJ13(), "lj13-factor2": particles.LJ13(factor=2.0)}
 KELVIN = 11604.518  # kT = 1 eV
 

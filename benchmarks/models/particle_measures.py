@@ -47,8 +47,9 @@ def measure(flow: ENF, test: Samples, truth: dict[str, float], how: str, options
     table = pd.DataFrame(rows(log_q, gap, result, sizes, truth), columns=["what", "value", "samples"])
     about, used = flow.provenance, test.info["sha256"][:16]
     size = sum(parameter.numel() for parameter in flow.parameters())
+    hours = f", {about['hours']:.2f} h" if "hours" in about else ""
     notes = (
-        f"{size} parameters, {about.get('step', 0)} steps, {about.get('hours', 0.0):.2f} h. kT = 1; truth by {how}. "
+        f"{size} parameters, {about.get('step', 0)} steps{hours}. kT = 1; truth by {how}. "
         f"Test samples: of chains of their own, sha256 {used}, the first {len(log_q)} scored. No clipping of weights; "
         f"{result.failed} energies failed, {result.redrawn} samples drawn again. ± of the effective sample size: over "
         f"{len(sizes)} repetitions of {options.piece} samples, and of all of them by leaving out one repetition after "
