@@ -37,7 +37,7 @@ def test_every_stage_reports_and_none_fails(tmp_path, monkeypatch):
     assert by_call["generate"]["stochastic_molecules_per_s"] > 0
 
 
-def test_each_loan_of_a_card_adds_its_trainings_to_the_table(tmp_path, monkeypatch):
+def test_trainings_are_added_to_the_table_and_replace_those_of_their_name(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
     def add(name, loss):

@@ -696,11 +696,11 @@ def write_table(path: Path) -> None:
         "graph. The loss is the mean squared error of the velocity at Beta(1, 1.8) times on up to 2,048 validation "
         "molecules, the same noise for all: runs of one data set and kind of features can be compared. Rates and "
         "schedules are on the model cards; so is what the models draw. `torch, compiled` are torch's layers by "
-        "`torch.compile`, which takes some 90 s the first time. The last three rows were trained at the same time on "
-        "one card, whose speed they shared."
+        "`torch.compile`, which takes some 90 s the first time. `lj13-factor2`, `qm9` and `qm9 as positions of 19 "
+        "atoms` were trained at the same time on one card, whose speed they shared."
     )
     table = pd.DataFrame(rows)
-    if (earlier := RESULTS / "gpu.csv").exists():  # a card is lent for minutes: each loan adds its trainings
+    if (earlier := RESULTS / "gpu.csv").exists():  # trainings of other days stay in the table
         known = pd.read_csv(earlier, comment="#", dtype=str)
         table = pd.concat([known[~known["run"].isin(table["run"])], table])
     write_results(table, "gpu", "Minutes of a GPU", notes)
